@@ -1,0 +1,255 @@
+"""The command line: mm-agrae train | eval | sample | report | doctor.
+
+Each command imports what it needs when it runs, so `mm-agrae --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mm_agrae import __version__
+from mm_agrae.errors import ConfigError, UserError
+
+if TYPE_CHECKING:
+    from mm_agrae.config import Config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status. A UserError becomes one line and status 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mm-agrae",
+        description="Train vision-language and text models to reason, by GRPO with A-GRAE.",
+    )
+    parser.add_argument("--version", action="version", version=f"mm-agrae {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train from a config", description=_train.__doc__)
+    train.add_argument("config", help="a YAML file, see configs/")
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument(
+        "--overwrite", action="store_true", help="delete the run folder first if it holds a run"
+    )
+    train.add_argument("--plan", action="store_true", help="print the plan and stop")
+    train.set_defaults(command=_train)
+
+    evaluate = commands.add_parser(
+        "eval", help="pass@k of one or more checkpoints", description=_eval.__doc__
+    )
+    evaluate.add_argument("models", nargs="+", metavar="MODEL|key=value")
+    evaluate.add_argument("--config", help="config with data.evaluate (default: the checkpoint's)")
+    evaluate.add_argument("--out", default="runs/eval", help="folder for results and all samples")
+    evaluate.set_defaults(command=_eval)
+
+    sample = commands.add_parser(
+        "sample", help="look at a task's pictures and questions", description=_sample.__doc__
+    )
+    sample.add_argument("config", help="a YAML file, see configs/")
+    sample.add_argument("overrides", nargs="*", metavar="key=value")
+    sample.add_argument("-n", type=int, default=12, help="how many examples")
+    sample.add_argument("--split", choices=["train", "evaluate"], default="train")
+    sample.add_argument("--completions", type=int, default=0, help="also sample so many answers")
+    sample.add_argument("--out", default="sample.html", help="an .html page or a .png sheet")
+    sample.set_defaults(command=_sample)
+
+    report = commands.add_parser(
+        "report", help="one HTML page of a run", description=_report.__doc__
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    report.add_argument("--out", default="compare.html", help="page for several runs")
+    report.set_defaults(command=_report)
+
+    tasks = commands.add_parser("tasks", help="list tasks and their options")
+    tasks.set_defaults(command=_tasks)
+    rules = commands.add_parser("rules", help="list advantage rules and their settings")
+    rules.set_defaults(command=_rules)
+    doctor = commands.add_parser("doctor", help="what is installed and what this machine has")
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _load(path: str, overrides: Sequence[str]) -> Config:
+    from mm_agrae import config as configs
+    from mm_agrae import tasks
+
+    config = configs.load(path, overrides)
+    for source in (*config.data.train, *config.data.evaluate):
+        tasks.check(source)
+    return config
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    """Train a model as a config says; `key=value` changes single settings."""
+    config = _load(arguments.config, arguments.overrides)
+    if arguments.plan:
+        from mm_agrae import config as configs
+        from mm_agrae.progress import Reporter
+        from mm_agrae.tasks import load_all
+
+        rows = len(load_all(config.data.train, on_bad_row=config.data.on_bad_row))
+        Reporter().table(
+            f"Plan of {config.run_dir}",
+            ["what", "how much"],
+            [list(line) for line in configs.plan(config, rows)],
+        )
+        return 0
+    from mm_agrae.report import write_report
+    from mm_agrae.trainer import Trainer
+
+    run_dir = Path(config.run_dir)
+    if arguments.overwrite:
+        _delete_run(run_dir)
+    elif (run_dir / "config.yaml").exists():
+        raise ConfigError(
+            f"run_dir {run_dir} already holds a run; choose another (run_dir=…) or add --overwrite"
+        )
+    trainer = Trainer(config)
+    summary = trainer.train()
+    if trainer.is_main:
+        trainer.reporter.say("")
+        _show_summary(trainer.reporter, summary)
+        trainer.reporter.say(f"checkpoint  {trainer.newest_checkpoint()}")
+        trainer.reporter.say(f"report      {write_report(run_dir)}")
+    return 0
+
+
+def _delete_run(folder: Path) -> None:
+    """Delete a folder only if it looks like a run of ours."""
+    import shutil
+
+    if not folder.exists():
+        return
+    if any(folder.iterdir()) and not (folder / "config.yaml").exists():
+        raise ConfigError(f"run_dir {folder} is not empty and holds no run; it is left alone")
+    shutil.rmtree(folder)
+
+
+def _show_summary(reporter: Any, summary: dict[str, Any]) -> None:
+    table = summary["pass_at_k"]
+    if not table:
+        return
+    ks = sorted({int(k) for values in table.values() for k in values})
+
+    def cell(name: str, k: int) -> str:
+        value = table.get(name, {}).get(k)
+        return f"{value['mean']:.1%} [{value['low']:.1%}, {value['high']:.1%}]" if value else "-"
+
+    reporter.table(
+        "pass@k, 95 % interval over problems",
+        ["k", *table],
+        [[str(k), *(cell(name, k) for name in table)] for k in ks],
+    )
+    seconds = summary["seconds"]
+    stages = "  ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    reporter.say(f"seconds     {stages}")
+    reporter.say(f"peak memory {summary['peak_memory_mb']:.0f} MB")
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    """Evaluate checkpoints side by side: pass@k with intervals, greedy accuracy, entropy, length.
+
+    MODEL is a checkpoint folder, a run folder (its newest checkpoint), or a model id.
+    """
+    overrides = [item for item in arguments.models if "=" in item and not Path(item).exists()]
+    models = [item for item in arguments.models if item not in overrides]
+    if not models:
+        raise ConfigError("eval: name at least one model or checkpoint")
+    from mm_agrae.compare import evaluate_checkpoints
+
+    return evaluate_checkpoints(models, arguments.config, overrides, Path(arguments.out), _load)
+
+
+def _sample(arguments: argparse.Namespace) -> int:
+    """Show examples of a config's data, pictures with questions and gold answers."""
+    from mm_agrae.sample import write_samples
+
+    config = _load(arguments.config, arguments.overrides)
+    path = write_samples(
+        config,
+        split=arguments.split,
+        count=arguments.n,
+        completions=arguments.completions,
+        out=Path(arguments.out),
+    )
+    print(path)
+    return 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    """Write RUN/report.html; of several runs, one page that compares them."""
+    from mm_agrae.report import compare_report, write_report
+
+    if len(arguments.runs) == 1:
+        print(write_report(Path(arguments.runs[0])))
+    else:
+        print(compare_report([Path(run) for run in arguments.runs], Path(arguments.out)))
+    return 0
+
+
+def _tasks(arguments: argparse.Namespace) -> int:
+    from mm_agrae import tasks
+
+    for name in tasks.TASKS:
+        print(tasks.describe(name))
+    return 0
+
+
+def _rules(arguments: argparse.Namespace) -> int:
+    from mm_agrae import advantage
+
+    for name, rule in advantage.RULES.items():
+        summary = (rule.__doc__ or "").strip().split("\n")[0]
+        settings = ", ".join(advantage.accepted_settings(name)) or "no settings"
+        print(f"{name:20} {summary}\n{'':20} {settings}")
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    """Print versions, devices and what optional parts are missing."""
+    import importlib.util
+    import os
+    import shutil
+
+    import torch
+
+    from mm_agrae.compat import prepare
+    from mm_agrae.versions import versions
+
+    for name, version in versions().items():
+        print(f"{name:14} {version}")
+    prepare()
+    print(f"{'CPU cores':14} {os.cpu_count()} ({torch.get_num_threads()} threads for torch)")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        print(f"{f'GPU {index}':14} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    print(f"{'free disk':14} {shutil.disk_usage('.').free / 2**30:.0f} GiB")
+    for name, purpose in {
+        "vllm": "rollouts by vLLM",
+        "gradio": "the demo",
+        "trl": "the comparison with TRL",
+        "tensorboard": "the tensorboard sink",
+        "trackio": "the trackio sink",
+        "wandb": "the wandb sink",
+    }.items():
+        state = "installed" if importlib.util.find_spec(name) else "not installed"
+        print(f"{name:14} {state} ({purpose})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,498 @@
+"""One strict schema for every run, vision-language or text, laptop or cluster.
+
+A run is one YAML file; `key=value` overrides with dotted keys change single settings:
+
+    mm-agrae train configs/quickstart.yaml train.steps=10 advantage.rule=grpo
+
+Unknown keys, wrong types and settings that contradict each other raise `ConfigError`, which
+names the key and the nearest valid one. This module reads the one file it is given and does
+no other I/O; nothing is loaded before a config is known to be whole.
+"""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mm_agrae.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LoraSection(Section):
+    """LoRA by peft. `parts` chooses which parts of the model get adapters."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    parts: tuple[Literal["language", "vision", "merger"], ...] = ("language",)
+    """Which parts of the model: language layers, vision tower, or the merger between them."""
+    modules: tuple[str, ...] = ()
+    """Names of linear layers inside those parts, such as q_proj. Empty: every linear layer."""
+
+
+class ModelSection(Section):
+    path: str
+    """A Hugging Face model id or a local folder, vision-language or text-only."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic. What learns is kept in float32 all the same; what is frozen under LoRA is not."""
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    freeze: tuple[Literal["language", "vision", "merger", "embeddings"], ...] = ()
+    """Parts that do not learn. Under LoRA everything but the adapters is frozen already."""
+    lora: LoraSection | None = None
+    trust_remote_code: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class DataSource(Section):
+    """One set of examples. Further keys are the task's own options (see `mm-agrae tasks`)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    task: str
+    name: str = ""
+    """Label in logs and reports; the task's name if empty."""
+    limit: PositiveInt | None = None
+    """Use only this many examples, from the front."""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.task
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class DataSection(Section):
+    train: tuple[DataSource, ...]
+    """Several sources are concatenated, then shuffled."""
+    evaluate: tuple[DataSource, ...] = ()
+    shuffle: bool = True
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that cannot be used does: stop the run, or be counted and left out."""
+
+
+class PromptSection(Section):
+    system: str = ""
+    """System prompt; empty for none."""
+    instruction: str = ""
+    """Appended to the question, after a line break."""
+    max_tokens: PositiveInt = 1024
+    """A prompt longer than this, its image tokens included, is a bad row."""
+    min_pixels: PositiveInt | None = None
+    """Images below this area are enlarged. Not set: the checkpoint's own."""
+    max_pixels: PositiveInt | None = None
+    """Images above this area are made smaller. Not set: the checkpoint's own."""
+
+
+class SamplingSection(Section):
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0 is greedy."""
+    top_p: Fraction = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0 keeps every token."""
+    max_new_tokens: PositiveInt = 512
+
+
+class DynamicSampling(Section):
+    """DAPO: groups without signal are drawn again, at most `max_draws` times."""
+
+    max_draws: PositiveInt = 3
+
+
+class RolloutSection(SamplingSection):
+    engine: str = "hf"
+    prompts_per_step: Annotated[int, Field(ge=1)] = 16
+    """Prompts of one rollout, over all processes."""
+    completions_per_prompt: int = 8
+    """The group size G; advantages are relative to the group, so at least 2."""
+    batch_completions: PositiveInt = 128
+    """Completions generated at once on one device: bounds memory, not results."""
+    dynamic_sampling: DynamicSampling | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutSection:
+        if self.completions_per_prompt < 2:
+            raise ValueError(
+                f"rollout.completions_per_prompt is {self.completions_per_prompt}: a group of one "
+                "has no relative advantage; use 2 or more (8 is usual)"
+            )
+        if self.temperature == 0:
+            raise ValueError(
+                "rollout.temperature is 0: greedy completions of a group are all the same and "
+                "carry no signal; use 1.0"
+            )
+        return self
+
+
+class OverlongPenalty(Section):
+    """DAPO's soft penalty: 0 up to `buffer_tokens` before the limit, then down to `-penalty`."""
+
+    buffer_tokens: PositiveInt
+    penalty: NonNegative = 1.0
+
+
+class RewardSection(Section):
+    parts: dict[str, float] = Field(default={"accuracy": 1.0}, min_length=1)
+    """Weight of each part: accuracy, format, or your own as "module:function"."""
+    time_limit_s: Annotated[float, Field(gt=0)] = 1.0
+    """Per answer. A part that takes longer is stopped, counted, and scores as unsolved."""
+    workers: PositiveInt = 1
+    memory_limit_mb: PositiveInt = 2048
+    answer_after_thinking: bool = True
+    """Only a final answer outside the thinking part counts."""
+    overlong: OverlongPenalty | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RewardSection:
+        if "accuracy" not in self.parts:
+            raise ValueError(
+                "reward.parts must hold accuracy, which decides success; give it weight 0 if "
+                "only your own function should be rewarded"
+            )
+        return self
+
+
+class AdvantageSection(Section):
+    """Settings left out take the rule's own defaults; one the rule does not know is an error."""
+
+    rule: str = "agrae"
+    alpha: Fraction | None = None
+    beta: Annotated[float, Field(gt=0)] | None = None
+    gamma: Annotated[float, Field(gt=0)] | None = None
+    lam: NonNegative | None = None
+    eps: Annotated[float, Field(gt=0)] | None = None
+    sample_level: bool | None = None
+    group_level: bool | None = None
+    base: Literal["grpo", "dr_grpo"] | None = None
+    omega_from: Literal["reward", "success"] | None = None
+    rate_from: Literal["success", "reward"] | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self.model_dump(exclude={"rule"}, exclude_none=True)
+
+    @model_validator(mode="after")
+    def _check(self) -> AdvantageSection:
+        from mm_agrae import advantage
+
+        if self.rule not in advantage.RULES:
+            raise ValueError(
+                f"advantage.rule is {self.rule!r}; {nearest(self.rule, advantage.RULES)}"
+            )
+        accepted = advantage.accepted_settings(self.rule)
+        for key in self.settings:
+            if key not in accepted:
+                raise ValueError(
+                    f"advantage.{key} has no effect under rule {self.rule!r}, which takes "
+                    f"{', '.join(accepted)}; remove it or choose another rule"
+                )
+        return self
+
+
+class UpdateSection(Section):
+    loss: Literal["grpo", "dapo", "dr_grpo", "gspo", "cispo"] = "grpo"
+    mini_batch_prompts: PositiveInt | None = None
+    """Prompts per optimiser step; not set: all of the rollout's (on-policy)."""
+    epochs: PositiveInt = 1
+    """Passes over each rollout."""
+    micro_batch_completions: PositiveInt = 16
+    """Completions in one forward and backward pass on one device: bounds memory, not results."""
+    clip_low: NonNegative | None = None
+    clip_high: NonNegative | None = None
+    """Distance of the clip from 1. Not set: the loss's own."""
+    kl_coef: NonNegative = 0.0
+    """Weight of the k3 estimate of KL to the starting policy; 0 loads no reference."""
+    entropy_coef: NonNegative = 0.0
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    weight_decay: NonNegative = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+
+class TrainSection(Section):
+    steps: PositiveInt | None = None
+    """Rollouts. Give this or `epochs`."""
+    epochs: PositiveInt | None = None
+    """Passes over the training data."""
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give one of train.steps and train.epochs")
+        return self
+
+
+class EvaluateSection(SamplingSection):
+    samples: PositiveInt = 16
+    """Completions per problem, for pass@k with k up to this many."""
+    greedy: bool = True
+    """Also decode once greedily."""
+    before: bool = True
+    after: bool = True
+    every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate every N steps; 0: never in between."""
+    bootstrap: PositiveInt = 2000
+    """Resamples of the problems for the 95 % intervals."""
+    batch_completions: PositiveInt = 256
+    seed: int = 1234
+
+
+class CheckpointSection(Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Save every N steps; 0: only at the end."""
+    keep: PositiveInt = 2
+
+
+class LogSection(Section):
+    sinks: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Trackers beside the run folder's own metrics.jsonl, which is always written."""
+    project: str = "mm-agrae"
+    rollouts: bool = True
+    """Keep every completion of every step in the run folder."""
+
+
+class Config(Section):
+    """A whole run. See `configs/` for examples of each kind."""
+
+    run_dir: str
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    prompt: PromptSection = PromptSection()
+    rollout: RolloutSection = RolloutSection()
+    reward: RewardSection = RewardSection()
+    advantage: AdvantageSection = AdvantageSection()
+    update: UpdateSection = UpdateSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        prompts = self.rollout.prompts_per_step
+        mini = self.update.mini_batch_prompts
+        if mini is not None and (mini > prompts or prompts % mini):
+            divisors = [d for d in range(1, prompts + 1) if prompts % d == 0]
+            nearest = min(divisors, key=lambda d: abs(d - mini))
+            raise ValueError(
+                f"update.mini_batch_prompts is {mini}, which does not divide "
+                f"rollout.prompts_per_step = {prompts}; the nearest that does is {nearest}"
+            )
+        if self.reward.overlong is not None:
+            buffer = self.reward.overlong.buffer_tokens
+            if buffer > self.rollout.max_new_tokens:
+                raise ValueError(
+                    f"reward.overlong.buffer_tokens is {buffer}, more than "
+                    f"rollout.max_new_tokens = {self.rollout.max_new_tokens}"
+                )
+        if self.evaluate.temperature == 0 and self.evaluate.samples > 1:
+            raise ValueError(
+                "evaluate.temperature is 0 but evaluate.samples is "
+                f"{self.evaluate.samples}: greedy samples are all the same; set samples=1"
+            )
+        if self.evaluate.every and not self.data.evaluate:
+            raise ValueError("evaluate.every is set but data.evaluate names no data")
+        return self
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config and apply `key=value` overrides.
+
+    Raises ConfigError naming the file and the key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"config {path}: cannot be read ({error.strerror})") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path}: expected a mapping of settings at the top level")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse(values, source=str(path))
+
+
+def parse(values: dict[str, Any], source: str = "config") -> Config:
+    """Validate plain values, as read from YAML. Raises ConfigError."""
+    try:
+        return Config.model_validate(_tuples(values))
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load` gives it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def plan(config: Config, train_rows: int, processes: int = 1) -> list[tuple[str, str]]:
+    """What a run will do, as (name, value) lines, worked out before anything is loaded."""
+    rollout, update = config.rollout, config.update
+    steps = total_steps(config, train_rows)
+    prompts, group = rollout.prompts_per_step, rollout.completions_per_prompt
+    completions = prompts * group
+    mini = update.mini_batch_prompts or prompts
+    optimiser_steps = prompts // mini * update.epochs
+    rows = -(-mini * group // processes)
+    micro = -(-rows // update.micro_batch_completions)
+    tokens = completions * rollout.max_new_tokens
+    policy = "on-policy" if optimiser_steps == 1 else "off-policy after the first"
+    epochs = steps * prompts / train_rows
+    return [
+        ("training rows", f"{train_rows:,} ({epochs:.2f} epochs)"),
+        ("steps (rollouts)", f"{steps:,}"),
+        (
+            "per step",
+            f"{prompts} prompts × {group} completions = {completions} on {processes} "
+            f"process{'es' if processes > 1 else ''}",
+        ),
+        (
+            "optimiser steps",
+            f"{optimiser_steps} a rollout ({policy}), {steps * optimiser_steps:,} in all",
+        ),
+        (
+            "micro-batches",
+            f"{micro} an optimiser step and process, up to "
+            f"{min(rows, update.micro_batch_completions)} completions each",
+        ),
+        ("tokens", f"up to {tokens:,} sampled a step, {steps * tokens:,} in all"),
+        ("rule and loss", f"{config.advantage.rule} / {update.loss}"),
+    ]
+
+
+def total_steps(config: Config, train_rows: int) -> int:
+    """Rollouts of the whole run. Raises ConfigError if an epoch is less than one rollout."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None
+    steps = config.train.epochs * train_rows // config.rollout.prompts_per_step
+    if steps == 0:
+        raise ConfigError(
+            f"rollout.prompts_per_step = {config.rollout.prompts_per_step} is more than "
+            f"train.epochs × rows = {config.train.epochs} × {train_rows}; lower it"
+        )
+    return steps
+
+
+def nearest(word: str, choices: typing.Iterable[str]) -> str:
+    names = list(choices)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "valid: " + ", ".join(names)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: expected key=value, such as train.steps=10")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not valid YAML") from None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = key.split(".")
+    node: Any = values
+    for depth, parent in enumerate(parents):
+        if isinstance(node, list):
+            node = _list_item(node, parent, key)
+            continue
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict | list):
+            where = ".".join(parents[: depth + 1])
+            raise ConfigError(f"override {override!r}: {where} is a single value, not a section")
+    if isinstance(node, list):
+        _list_item(node, last, key)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _list_item(node: list[Any], index: str, key: str) -> Any:
+    if not index.isdigit() or int(index) >= len(node):
+        raise ConfigError(
+            f"override {key}: {index!r} is not an index of a list of {len(node)} (counted from 0)"
+        )
+    return node[int(index)]
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-6 as text; people write learning rates that way."""
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    """Strict mode takes no list for a tuple; YAML has only lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return _number(value)
+
+
+def _explain(item: Any) -> str:
+    location = [part for part in item["loc"] if not str(part).startswith("function-")]
+    key = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in location[:-1]:
+            section = _section_type(section, part)
+        fields = section.model_fields if section is not None else {}
+        return f"{key}: unknown setting; {nearest(str(location[-1]), fields)}"
+    if item["type"] == "missing":
+        return f"{key}: required, but not set"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return (
+            message
+            if (key and message.startswith(key)) or "." in message.split(" ")[0]
+            else (f"{key}: {message}" if key else message)
+        )
+    message = message[:1].lower() + message[1:]
+    if item["type"] == "literal_error" and isinstance(item["input"], str):
+        expected = item["ctx"]["expected"].replace("' or '", "', '").replace("'", "")
+        message = f"{item['input']!r} is not valid; {nearest(item['input'], expected.split(', '))}"
+        return f"{key}: {message} (one of {expected})"
+    return f"{key}: {message} (got {item['input']!r})"
+
+
+def _section_type(section: Any, part: Any) -> Any:
+    """The model class that the field `part` of `section` holds, through Optional and tuple."""
+    if section is None or isinstance(part, int):
+        return section
+    field = getattr(section, "model_fields", {}).get(part)
+    stack = [field.annotation] if field else []
+    while stack:
+        kind = stack.pop()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+        stack.extend(typing.get_args(kind))
+    return None

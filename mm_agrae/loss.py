@@ -1,0 +1,306 @@
+"""Policy losses: log-probabilities and advantages of a micro-batch to one number to minimise.
+
+Pure functions of tensors, without state. Per token, with the ratio ρ of new to old policy,
+
+    loss_t = surrogate(ρ_t, A) · sampler weight + kl_coef · k3_t − entropy bonus
+
+and the loss of an optimiser step is a weighted sum of loss_t over all its tokens. What tells
+the losses apart is one line each in `LOSSES`:
+
+| name    | ratio          | surrogate                   | weight of a token         | clip      |
+|---------|----------------|-----------------------------|---------------------------|-----------|
+| grpo    | per token      | −min(ρA, clip(ρ)A)          | 1 / (N · own length)      | .2, .2    |
+| dapo    | per token      | −min(ρA, clip(ρ)A)          | 1 / tokens of the step    | .2, .28   |
+| dr_grpo | per token      | −min(ρA, clip(ρ)A)          | 1 / (N · max_new_tokens)  | .2, .2    |
+| gspo    | per completion | −min(ρA, clip(ρ)A)          | 1 / (N · own length)      | 3e-4, 4e-4|
+| cispo   | per token      | −detach(clip(ρ)) · A · logπ | 1 / tokens of the step    | none, 4   |
+
+N is the number of completions of the step; clip(ρ) bounds ρ to [1 − low, 1 + high].
+
+    B   rows of a micro-batch (one row per completion)
+    T   completion tokens, right-padded
+
+The denominators count the whole optimiser step, over all ranks and micro-batches (`Denominator`),
+so the losses of the micro-batches ADD UP to that of the step, however it is cut: sum, do not
+average, over micro-batches and ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True)
+class Denominator:
+    """What one optimiser step holds in all, over every rank and micro-batch.
+
+    completions     completions of the step, those without signal or without tokens included
+    tokens          their completion tokens
+    max_new_tokens  the sampling limit, in tokens; the constant of `dr_grpo`
+    """
+
+    completions: int
+    tokens: int
+    max_new_tokens: int
+
+    def __post_init__(self) -> None:
+        if self.completions < 1 or self.max_new_tokens < 1 or self.tokens < 0:
+            raise ValueError(
+                f"{self}: completions and max_new_tokens must be at least 1, tokens at least 0"
+            )
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """The loss of a micro-batch (a scalar with gradient) and detached statistics.
+
+    `sums` are sums over the micro-batch's tokens that add up over micro-batches and ranks; a mean
+    is a sum divided by the sum "tokens":
+
+        tokens                 completion tokens
+        clip_low, clip_high    tokens whose ratio was clipped to the bound (with effect)
+        ratio                  ρ; for gspo the completion's, once for each of its tokens
+        approx_kl              ρ − 1 − log ρ per token (nats), an estimate of KL(old ‖ new)
+        ref_kl                 k3 (nats), if ref_logp_BT is given
+        entropy                nats, if entropy_BT is given
+
+    `ratio_max` is the largest ρ (0 without tokens); over micro-batches take the maximum.
+    """
+
+    loss: Tensor
+    sums: dict[str, Tensor]
+    ratio_max: Tensor
+
+
+def policy_loss(
+    name: str,
+    *,
+    logp_BT: Tensor,
+    advantage_B: Tensor,
+    mask_BT: Tensor,
+    denominator: Denominator,
+    old_logp_BT: Tensor | None = None,
+    clip_low: float | None = None,
+    clip_high: float | None = None,
+    ref_logp_BT: Tensor | None = None,
+    kl_coef: float = 0.0,
+    unbiased_kl: bool = False,
+    entropy_BT: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    sampler_weight_BT: Tensor | None = None,
+) -> LossOutput:
+    """The share of one micro-batch in the loss `name` of an optimiser step.
+
+    logp_BT            log-probabilities (nats) of the sampled tokens, with gradient
+    advantage_B        one per completion
+    mask_BT            1 on completion tokens, 0 on padding, whose other values do not matter
+    old_logp_BT        log-probabilities before this rollout's updates; None means on-policy,
+                       where ρ = exp(logp − detach(logp)) is 1 and its gradient that of logp
+    clip_low/high      distance of the bounds of ρ from 1; None: the loss's own
+    ref_logp_BT        log-probabilities under the reference policy, needed if kl_coef > 0. The
+                       penalty is k3 = exp(ref − logp) − (ref − logp) − 1 (GRPO, arXiv
+                       2402.03300, Eq. 4), weighted per token as the loss is
+    unbiased_kl        multiply k3 by ρ, so that its gradient is that of the KL divergence
+                       (DeepSeek-V3.2, arXiv 2512.02556; the default of TRL, not of GRPO)
+    entropy_BT         entropies (nats) of the distributions sampled from, needed if
+                       entropy_coef > 0: the bonus is entropy_coef · mean over the step's tokens
+    sampler_weight_BT  see `sampler_weight`; scales the surrogate, not the KL penalty
+
+    Raises ValueError for an unknown name, shapes that disagree, a negative clip, or a coefficient
+    without the values it needs.
+    """
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss {name!r}; valid: {', '.join(LOSSES)}")
+    kind = LOSSES[name]
+    clip_low = kind.clip_low if clip_low is None else clip_low
+    clip_high = kind.clip_high if clip_high is None else clip_high
+    if clip_low < 0 or clip_high < 0:
+        raise ValueError(f"clip_low = {clip_low} and clip_high = {clip_high} must not be negative")
+    if kl_coef and ref_logp_BT is None:
+        raise ValueError(f"kl_coef = {kl_coef} needs ref_logp_BT")
+    if entropy_coef and entropy_BT is None:
+        raise ValueError(f"entropy_coef = {entropy_coef} needs entropy_BT")
+    _check_shapes(
+        logp_BT.shape,
+        mask_BT=mask_BT,
+        old_logp_BT=old_logp_BT,
+        ref_logp_BT=ref_logp_BT,
+        entropy_BT=entropy_BT,
+        sampler_weight_BT=sampler_weight_BT,
+    )
+    if advantage_B.shape != logp_BT.shape[:1]:
+        raise ValueError(
+            f"advantage_B has shape {list(advantage_B.shape)}, but logp_BT has "
+            f"{list(logp_BT.shape)}"
+        )
+
+    dtype = torch.float64 if logp_BT.dtype == torch.float64 else torch.float32
+    padding_BT = ~mask_BT.bool()
+
+    def kept(value_BT: Tensor) -> Tensor:
+        """0 at padding, whatever stands there: neither values nor gradients leak out of it."""
+        return value_BT.to(dtype).masked_fill(padding_BT, 0)
+
+    length_B1 = kept(torch.ones_like(logp_BT)).sum(dim=1, keepdim=True).clamp(min=1)
+    logp_BT = kept(logp_BT)
+    old_logp_BT = logp_BT.detach() if old_logp_BT is None else kept(old_logp_BT)
+    advantage_B1 = advantage_B.to(dtype)[:, None]
+
+    # Bounded because a negative advantage leaves large ratios unclipped, and exp overflows.
+    log_ratio_BT = (logp_BT - old_logp_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    ratio_BT = torch.exp(kind.log_ratio(log_ratio_BT, length_B1))
+    surrogate = kind.surrogate(ratio_BT, advantage_B1, logp_BT, 1 - clip_low, 1 + clip_high)
+    token_loss_BT = surrogate.loss_BT
+    if sampler_weight_BT is not None:
+        token_loss_BT = token_loss_BT * kept(sampler_weight_BT.detach())
+
+    sums = {
+        "tokens": ~padding_BT,
+        "clip_low": surrogate.clipped_low_BT,
+        "clip_high": surrogate.clipped_high_BT,
+        "ratio": ratio_BT,
+        "approx_kl": torch.exp(log_ratio_BT) - 1 - log_ratio_BT,
+    }
+    if ref_logp_BT is not None:
+        kl_BT = k3(logp_BT, kept(ref_logp_BT))
+        sums["ref_kl"] = kl_BT
+        if kl_coef:
+            token_loss_BT = token_loss_BT + kl_coef * (ratio_BT * kl_BT if unbiased_kl else kl_BT)
+
+    loss = (kept(token_loss_BT) * kind.token_weight(length_B1, denominator)).sum()
+    if entropy_BT is not None:
+        sums["entropy"] = entropy_BT
+        if entropy_coef:
+            bonus = kept(entropy_BT).sum() / max(denominator.tokens, 1)
+            loss = loss - entropy_coef * bonus
+
+    kept_ratio_BT = kept(ratio_BT.detach())
+    return LossOutput(
+        loss=loss,
+        sums={key: kept(x.detach()).sum() for key, x in sums.items()},
+        ratio_max=kept_ratio_BT.max() if kept_ratio_BT.numel() else kept_ratio_BT.sum(),
+    )
+
+
+def k3(logp_BT: Tensor, ref_logp_BT: Tensor) -> Tensor:
+    """k3 = exp(d) − d − 1 with d = ref − logp: an estimate of KL(policy ‖ reference), ≥ 0."""
+    difference_BT = (ref_logp_BT - logp_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.exp(difference_BT) - difference_BT - 1
+
+
+def sampler_weight(old_logp_BT: Tensor, sampling_logp_BT: Tensor, limit: float = 2.0) -> Tensor:
+    """min(π_old / π_sampler, limit): corrects for an engine whose numbers differ from the model's.
+
+    Truncated importance sampling, per token. The values at padding do not matter.
+    """
+    difference_BT = (old_logp_BT - sampling_logp_BT).detach().clamp(max=MAX_LOG_RATIO)
+    return torch.exp(difference_BT).clamp(max=limit)
+
+
+def overlong_penalty(
+    length_B: Tensor, max_new_tokens: int, buffer_tokens: int, penalty: float = 1.0
+) -> Tensor:
+    """DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13), to be added to the reward.
+
+    0 up to max_new_tokens − buffer_tokens tokens, from there falling linearly to −penalty at
+    max_new_tokens, and −penalty beyond. Raises ValueError if the buffer is not in
+    1 … max_new_tokens or the penalty is negative.
+    """
+    if not 1 <= buffer_tokens <= max_new_tokens:
+        raise ValueError(f"buffer_tokens = {buffer_tokens} must be in 1 … {max_new_tokens}")
+    if penalty < 0:
+        raise ValueError(f"penalty = {penalty} must not be negative; it is subtracted")
+    length_B = torch.as_tensor(length_B)
+    length_B = length_B if length_B.is_floating_point() else length_B.float()
+    excess_B = (length_B - (max_new_tokens - buffer_tokens)) / buffer_tokens
+    return -penalty * excess_B.clamp(0, 1)
+
+
+# -------------------------------------------------------------------------- the choices
+
+
+def _token_log_ratio(log_ratio_BT: Tensor, length_B1: Tensor) -> Tensor:
+    return log_ratio_BT
+
+
+def _completion_log_ratio(log_ratio_BT: Tensor, length_B1: Tensor) -> Tensor:
+    """GSPO: (π/π_old)^(1/length), the same for all tokens of a completion (Eq. 7)."""
+    return (log_ratio_BT.sum(dim=1, keepdim=True) / length_B1).expand_as(log_ratio_BT)
+
+
+@dataclass(frozen=True)
+class _Surrogate:
+    loss_BT: Tensor
+    clipped_low_BT: Tensor
+    clipped_high_BT: Tensor
+
+
+def _clipped(ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> _Surrogate:
+    """PPO: −min(ρA, clip(ρ)A). A clipped token has no gradient."""
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    return _Surrogate(loss, (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0))
+
+
+def _clipped_weight(
+    ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float
+) -> _Surrogate:
+    """CISPO: −detach(clip(ρ)) · A · log π. Every token has a gradient, of bounded weight."""
+    loss = -ratio.clamp(low, high).detach() * advantage * logp
+    return _Surrogate(loss, ratio < low, ratio > high)
+
+
+def _mean_of_completion_means(length_B1: Tensor, step: Denominator) -> Tensor | float:
+    return 1 / (step.completions * length_B1)
+
+
+def _mean_of_tokens(length_B1: Tensor, step: Denominator) -> Tensor | float:
+    return 1 / max(step.tokens, 1)
+
+
+def _sum_over_constant(length_B1: Tensor, step: Denominator) -> Tensor | float:
+    return 1 / (step.completions * step.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss: its default clip and its three choices."""
+
+    clip_low: float
+    clip_high: float
+    log_ratio: Callable[[Tensor, Tensor], Tensor]
+    surrogate: Callable[[Tensor, Tensor, Tensor, float, float], _Surrogate]
+    token_weight: Callable[[Tensor, Denominator], Tensor | float]
+
+
+LOSSES: dict[str, Loss] = {
+    # GRPO, arXiv 2402.03300, Eq. 3: the mean over completions of the means over their tokens.
+    "grpo": Loss(0.2, 0.2, _token_log_ratio, _clipped, _mean_of_completion_means),
+    # DAPO, arXiv 2503.14476, Eq. 8: one mean over all tokens, and a higher upper clip.
+    "dapo": Loss(0.2, 0.28, _token_log_ratio, _clipped, _mean_of_tokens),
+    # Dr.GRPO, arXiv 2503.20783: a constant in place of the length, which biases.
+    "dr_grpo": Loss(0.2, 0.2, _token_log_ratio, _clipped, _sum_over_constant),
+    # GSPO, arXiv 2507.18071, Eq. 5; the clip of its Section 5.1.
+    "gspo": Loss(3e-4, 4e-4, _completion_log_ratio, _clipped, _mean_of_completion_means),
+    # CISPO, arXiv 2506.13585, which sets no lower bound (low ≥ 1 is none, ratios being
+    # positive); ρ ≤ 5 is the upper one that TRL's manual recommends, after arXiv 2510.13786.
+    "cispo": Loss(1.0, 4.0, _token_log_ratio, _clipped_weight, _mean_of_tokens),
+}
+
+
+# -------------------------------------------------------------------------------- helpers
+
+
+def _check_shapes(shape: torch.Size, **tensors: Tensor | None) -> None:
+    if len(shape) != 2:
+        raise ValueError(f"logp_BT must be [B, T]; its shape is {list(shape)}")
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, but logp_BT has {list(shape)}"
+            )

@@ -1,0 +1,297 @@
+"""The policy: a vision-language or text model, LoRA or full, and its token log-probabilities.
+
+`Policy` is the one module that accelerate wraps; its forward takes a MicroBatch and returns
+log-probability and entropy of each completion token. Rollout, update and evaluation go through
+the same object, so what was sampled and what is learnt from are the same distribution:
+softmax(logits / temperature) with the placeholder ids excluded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm_agrae.batching import pad_sequences
+from mm_agrae.compat import prepare
+from mm_agrae.config import LoraSection, ModelSection
+from mm_agrae.errors import ModelError
+from mm_agrae.types import MicroBatch
+from mm_agrae.vocab_head import head_logprobs
+
+EXCLUDED = -1e4
+"""Added to the logit of an id that can't be sampled. Finite, so that 0 · log 0 is not NaN."""
+
+
+class Policy(nn.Module):
+    """A causal language model with or without a vision tower.
+
+    `forbidden_ids` get probability 0; `pad_id` fills padding. Raises ModelError if the model
+    cannot be loaded or its family does not fit.
+    """
+
+    bias_V: torch.Tensor
+
+    def __init__(
+        self,
+        settings: ModelSection,
+        *,
+        forbidden_ids: tuple[int, ...],
+        pad_id: int,
+        temperature: float = 1.0,
+        entropy_grad: bool = False,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__()
+        self.settings = settings
+        self.pad_id = pad_id
+        self.temperature = temperature
+        self.entropy_grad = entropy_grad
+        self.model = _load(settings)
+        self.version = 0
+        """Number of optimiser steps taken; completions carry the version that sampled them."""
+        self._reference: list[nn.Module] = []  # in a list, so that it is no submodule
+        self.to(device)
+        head = self.hf.get_output_embeddings()
+        if head is None or getattr(
+            self.hf.config.get_text_config(), "final_logit_softcapping", None
+        ):
+            raise ModelError(
+                f"model.path {settings.path!r}: {type(self.hf).__name__} has no plain linear "
+                "vocabulary head, which the log-probabilities are computed from"
+            )
+        bias_V = torch.zeros(head.weight.shape[0])
+        bias_V[[index for index in forbidden_ids if index < len(bias_V)]] = EXCLUDED
+        self.register_buffer("bias_V", bias_V.to(device), persistent=False)
+
+    @property
+    def hf(self) -> Any:
+        """The transformers model, LoRA layers (if any) in place."""
+        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.bias_V.device
+
+    @property
+    def is_multimodal(self) -> bool:
+        return hasattr(self.hf.config, "vision_config")
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self.settings.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    def keep_reference(self) -> None:
+        """Freeze the present weights as the reference policy. LoRA needs no second model."""
+        if not hasattr(self.model, "peft_config"):
+            self._reference = [copy.deepcopy(self.model).requires_grad_(False).eval()]
+
+    @torch.no_grad()
+    def reference_logprobs(self, batch: MicroBatch) -> torch.Tensor:
+        """Log-probabilities [B,T] (nats) under the reference policy."""
+        if hasattr(self.model, "peft_config"):
+            with self.model.disable_adapter():
+                return self(batch)[0]
+        if not self._reference:
+            raise RuntimeError("keep_reference() was not called")
+        trained, self.model = self.model, self._reference[0]
+        try:
+            return self(batch)[0]
+        finally:
+            self.model = trained
+
+    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability and entropy (nats, float32) of each completion token: two [B,T].
+
+        Zeros stand on padding. The entropy carries a gradient only if the policy was made with
+        `entropy_grad`.
+        """
+        with self.autocast():
+            hidden_NH, row_N, column_N = self._hidden(batch)
+            logp_N, entropy_N = self._head(hidden_NH, batch.token_BT[row_N, column_N])
+        shape = batch.token_BT.shape
+        logp_BT = logp_N.new_zeros(shape).index_put((row_N, column_N), logp_N)
+        entropy_BT = entropy_N.new_zeros(shape).index_put((row_N, column_N), entropy_N)
+        return logp_BT, entropy_BT
+
+    def _hidden(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Last hidden states from which each real completion token is predicted."""
+        lengths_B = batch.mask_BT.sum(-1).long().tolist()
+        prompts = [batch.prompts[index] for index in batch.prompt_index_B.tolist()]
+        completions = [
+            row[:length].cpu() for row, length in zip(batch.token_BT, lengths_B, strict=True)
+        ]
+        inputs = pad_sequences(
+            prompts, completions, pad_id=self.pad_id, side="right", device=self.device
+        )
+        positions, _ = self.positions(
+            inputs.input_ids, inputs.attention_mask, inputs.mm_token_type_ids, inputs.image_grid_thw
+        )
+        hidden_BSH = self.backbone(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            position_ids=positions,
+            use_cache=False,
+            **self.vision_inputs(inputs.pixel_values, inputs.image_grid_thw),
+        ).last_hidden_state
+        row_N, column_N = batch.mask_BT.nonzero(as_tuple=True)
+        start_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
+        return hidden_BSH[row_N, start_B[row_N] + column_N], row_N, column_N
+
+    @property
+    def backbone(self) -> Any:
+        """The model below the vocabulary head."""
+        return self.hf.base_model
+
+    def vision_inputs(
+        self, pixel_values: torch.Tensor | None, image_grid_thw: torch.Tensor | None
+    ) -> dict[str, torch.Tensor | None]:
+        if pixel_values is None:
+            return {}
+        return {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+
+    def positions(
+        self,
+        ids_BS: torch.Tensor,
+        attention_BS: torch.Tensor,
+        kind_BS: torch.Tensor,
+        grid_N3: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position ids ([3,B,S] with images, else [B,S]) and the next free position of each row.
+
+        Always explicit: left to itself, the model silently falls back to one-dimensional
+        positions for image prompts when any of the inputs is missing.
+        """
+        if self.is_multimodal and grid_N3 is not None:
+            positions, delta_B1 = self.backbone.get_rope_index(
+                ids_BS,
+                mm_token_type_ids=kind_BS,
+                image_grid_thw=grid_N3,
+                attention_mask=attention_BS,
+            )
+            return positions, attention_BS.sum(-1) + delta_B1.reshape(-1)
+        positions = (attention_BS.cumsum(-1) - 1).clamp(min=0)
+        return positions, attention_BS.sum(-1)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits in float32, forbidden ids excluded, before the temperature."""
+        return self.hf.get_output_embeddings()(hidden).float() + self.bias_V
+
+    def _head(
+        self, hidden_NH: torch.Tensor, target_N: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return head_logprobs(
+            self.hf.get_output_embeddings(),
+            hidden_NH,
+            target_N,
+            bias_V=self.bias_V,
+            temperature=self.temperature,
+            entropy_grad=self.entropy_grad,
+        )
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
+
+
+def adapter_base(path: str) -> str | None:
+    """Base model of a LoRA adapter folder, or None if `path` is no adapter."""
+    file = Path(path) / "adapter_config.json"
+    if not file.is_file():
+        return None
+    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def parts(model: Any) -> dict[str, nn.Module]:
+    """The named parts of a transformers model that settings can freeze or adapt."""
+    backbone = model.base_model
+    found = {"embeddings": model.get_input_embeddings()}
+    visual = getattr(backbone, "visual", None) or getattr(backbone, "vision_tower", None)
+    found["language"] = getattr(backbone, "language_model", backbone)
+    if visual is not None:
+        found["vision"] = visual
+        merger = getattr(visual, "merger", None) or getattr(backbone, "multi_modal_projector", None)
+        if merger is not None:
+            found["merger"] = merger
+    return found
+
+
+def _load(settings: ModelSection) -> Any:
+    prepare()
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    base = adapter_base(settings.path)
+    path = base or settings.path
+    adapted = settings.lora is not None or base is not None
+    frozen_dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    options: dict[str, Any] = {
+        # What learns stays in float32: at these learning rates bfloat16 rounds updates away.
+        "dtype": frozen_dtype if adapted else torch.float32,
+        "attn_implementation": settings.attn_implementation,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+        multimodal = hasattr(config, "vision_config")
+        loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
+        model: Any = loader.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"model.path {path!r}: cannot be loaded: {error}") from error
+    known = parts(model)
+    for name in (*settings.freeze, *(settings.lora.parts if settings.lora else ())):
+        if name not in known:
+            raise ModelError(
+                f"model.path {path!r} has no part {name!r} to freeze or adapt; it has "
+                + ", ".join(sorted(known))
+            )
+    for name in settings.freeze:
+        known[name].requires_grad_(False)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if base is not None:
+        from peft import PeftModel
+
+        return PeftModel.from_pretrained(model, settings.path, is_trainable=True)
+    if settings.lora is not None:
+        return _add_lora(model, settings.lora, known)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("model.freeze leaves nothing to learn; remove one part from it")
+    return model
+
+
+def _add_lora(model: Any, lora: LoraSection, known: dict[str, nn.Module]) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    names = {id(module): name for name, module in model.named_modules()}
+    # The merger stands inside the vision tower; it gets adapters only when named itself.
+    merger = known.get("merger")
+    inside_merger = {id(module) for module in merger.modules()} if merger is not None else set()
+    targets: list[str] = []
+    for part in lora.parts:
+        for name, module in known[part].named_modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            if part != "merger" and id(module) in inside_merger:
+                continue
+            if not lora.modules or name.split(".")[-1] in lora.modules:
+                targets.append(names[id(module)])
+    if not targets:
+        raise ModelError(
+            f"model.lora: no linear layer named {', '.join(lora.modules)} in "
+            f"{', '.join(lora.parts)}"
+        )
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets,
+        ),
+    )

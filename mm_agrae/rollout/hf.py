@@ -1,0 +1,213 @@
+"""The reference engine: sampling with the trainer's own transformers model.
+
+Each prompt, its image included, is encoded once; its key-value cache is then expanded to the
+group. Rows leave the batch as they end. Every completion draws from its own stream of random
+numbers, so batch composition and the number of processes do not change what is sampled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from mm_agrae.batching import pad_sequences
+from mm_agrae.config import SamplingSection
+from mm_agrae.policy import Policy
+from mm_agrae.processing import Processing
+from mm_agrae.types import Completion, Prompt
+
+DROP_SHARE = 0.25
+"""Ended rows leave the batch once they are this share of it: dropping copies the cache."""
+
+
+class HFEngine:
+    exact = True
+
+    def __init__(self, policy: Policy, processing: Processing, *, batch_completions: int = 128):
+        self.policy = policy
+        self.processing = processing
+        self.batch_completions = batch_completions
+        self._eos = torch.tensor(processing.eos_ids, device=policy.device)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        count: int,
+        sampling: SamplingSection,
+        seeds: Sequence[int],
+        on_progress: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        """See `rollout.Engine.generate`."""
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+        groups: list[list[Completion]] = []
+        prompts_at_once = max(1, self.batch_completions // count)
+        was_training = self.policy.training
+        self.policy.eval()
+        try:
+            for start in range(0, len(prompts), prompts_at_once):
+                part = slice(start, start + prompts_at_once)
+                groups += self._generate(prompts[part], count, sampling, seeds[part], on_progress)
+        finally:
+            self.policy.train(was_training)
+        return groups
+
+    @torch.no_grad()
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        count: int,
+        sampling: SamplingSection,
+        seeds: Sequence[int],
+        on_progress: Callable[[int], None] | None,
+    ) -> list[list[Completion]]:
+        policy, device = self.policy, self.policy.device
+        limit = sampling.max_new_tokens
+        rows = len(prompts) * count
+        uniform_BT = torch.from_numpy(_uniforms(seeds, count, limit)).to(device)
+        token_BT = torch.zeros(rows, limit, dtype=torch.long, device=device)
+        logp_BT = torch.zeros(rows, limit, device=device)
+        length_B = torch.full((rows,), limit, device=device)
+        stopped_B = torch.zeros(rows, dtype=torch.bool, device=device)
+
+        with policy.autocast():
+            logits, cache, mask, position = self._prefill(prompts, count)
+            live = torch.arange(rows, device=device)  # rows of the output still in the batch
+            running = torch.ones(rows, dtype=torch.bool, device=device)
+            for step in range(limit):
+                token, logp = sample(logits, uniform_BT[live, step], sampling)
+                token = token.masked_fill(~running, policy.pad_id)
+                target = live[running]
+                token_BT[target, step] = token[running]
+                logp_BT[target, step] = logp[running]
+                ended = running & torch.isin(token, self._eos)
+                length_B[live[ended]] = step + 1
+                stopped_B[live[ended]] = True
+                running = running & ~ended
+                finished = int(ended.sum())
+                if finished and on_progress:
+                    on_progress(finished)
+                remaining = int(running.sum())
+                if remaining == 0 or step + 1 == limit:
+                    if remaining and on_progress:
+                        on_progress(remaining)
+                    break
+                if len(running) - remaining > DROP_SHARE * len(running):
+                    keep = running.nonzero().squeeze(-1)
+                    cache.batch_select_indices(keep)
+                    live, mask, position, token = (
+                        live[keep],
+                        mask[keep],
+                        position[keep],
+                        token[keep],
+                    )
+                    running = running[keep]
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                hidden = policy.backbone(
+                    input_ids=token[:, None],
+                    attention_mask=mask,
+                    position_ids=self._decode_positions(position),
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state[:, -1]
+                logits = policy.logits(hidden)
+                position = position + 1
+        return self._completions(token_BT, logp_BT, length_B, stopped_B, count)
+
+    def _prefill(
+        self, prompts: Sequence[Prompt], count: int
+    ) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+        """Encode each prompt once, then repeat logits, cache, mask and next position `count`×."""
+        policy = self.policy
+        inputs = pad_sequences(
+            prompts, None, pad_id=policy.pad_id, side="left", device=policy.device
+        )
+        positions, next_position = policy.positions(
+            inputs.input_ids, inputs.attention_mask, inputs.mm_token_type_ids, inputs.image_grid_thw
+        )
+        output = policy.backbone(
+            input_ids=inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            position_ids=positions,
+            use_cache=True,
+            **policy.vision_inputs(inputs.pixel_values, inputs.image_grid_thw),
+        )
+        cache = output.past_key_values
+        cache.batch_repeat_interleave(count)
+        return (
+            policy.logits(output.last_hidden_state[:, -1]).repeat_interleave(count, 0),
+            cache,
+            inputs.attention_mask.repeat_interleave(count, 0),
+            next_position.repeat_interleave(count, 0),
+        )
+
+    def _decode_positions(self, position_B: torch.Tensor) -> torch.Tensor:
+        if self.policy.is_multimodal:
+            return position_B.view(1, -1, 1).expand(3, -1, 1)
+        return position_B[:, None]
+
+    def _completions(
+        self,
+        token_BT: torch.Tensor,
+        logp_BT: torch.Tensor,
+        length_B: torch.Tensor,
+        stopped_B: torch.Tensor,
+        count: int,
+    ) -> list[list[Completion]]:
+        tokens, logps = token_BT.tolist(), logp_BT.tolist()
+        lengths, stopped = length_B.tolist(), stopped_B.tolist()
+        flat = [
+            Completion(
+                token_ids=tuple(tokens[row][: lengths[row]]),
+                logprobs=tuple(logps[row][: lengths[row]]),
+                text=self.processing.decode(tokens[row][: lengths[row]]),
+                finish_reason="stop" if stopped[row] else "length",
+                policy_version=self.policy.version,
+            )
+            for row in range(len(tokens))
+        ]
+        return [flat[start : start + count] for start in range(0, len(flat), count)]
+
+
+def sample(
+    logits_BV: torch.Tensor, uniform_B: torch.Tensor, sampling: SamplingSection
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw one token a row by inverting the distribution function at `uniform_B` in [0,1).
+
+    Returns token [B] and its log-probability [B] (nats) in the distribution sampled from. At
+    temperature 0 the most probable token, with its log-probability at temperature 1.
+    """
+    if sampling.temperature == 0:
+        logp_BV = torch.log_softmax(logits_BV, dim=-1)
+        logp_B, token_B = logp_BV.max(-1)
+        return token_B, logp_B
+    logits_BV = logits_BV / sampling.temperature
+    if sampling.top_k and sampling.top_k < logits_BV.shape[-1]:
+        floor_B1 = logits_BV.topk(sampling.top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < floor_B1, -torch.inf)
+    if sampling.top_p < 1:
+        sorted_BV, order_BV = logits_BV.softmax(-1).sort(-1, descending=True)
+        # A token stays if the mass before it is below top_p, so at least one always does.
+        drop_BV = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
+        logits_BV = logits_BV.masked_fill(drop_BV.scatter(-1, order_BV, drop_BV), -torch.inf)
+    logp_BV = torch.log_softmax(logits_BV, dim=-1)
+    cumulative_BV = logp_BV.exp().cumsum(-1)
+    point_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
+    token_B = torch.searchsorted(cumulative_BV, point_B1, right=True).squeeze(-1)
+    # Rounding can put the point at the very end; the last possible token is meant then.
+    token_B = torch.minimum(token_B, (cumulative_BV < cumulative_BV[:, -1:]).sum(-1))
+    return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
+
+
+def _uniforms(seeds: Sequence[int], count: int, limit: int) -> np.ndarray:
+    """[len(seeds)·count, limit] numbers in [0,1), one stream for each completion."""
+    return np.stack(
+        [
+            np.random.Generator(np.random.Philox(key=[seed, index])).random(limit, np.float32)
+            for seed in seeds
+            for index in range(count)
+        ]
+    )

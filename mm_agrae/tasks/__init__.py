@@ -1,0 +1,142 @@
+"""Where examples come from. A task is a sequence of `Example`s; here are their names.
+
+To add one, write a class with `__len__` and `__getitem__` (IndexError past the end) and put a
+line into `TASKS`, or name it as "module:Class" in the config. The keyword arguments of its
+constructor are its options in the config. Two arguments are filled in where the constructor has
+them: `limit` (stop after so many examples) and `on_bad_row` ("error" or "skip"). A task that
+leaves rows out lists the reasons in an attribute `skipped`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Protocol
+
+from mm_agrae.config import DataSource, nearest
+from mm_agrae.errors import ConfigError
+from mm_agrae.types import Example
+
+TASKS: dict[str, str] = {
+    "synthetic": "mm_agrae.tasks.synthetic:SyntheticTask",
+    "files": "mm_agrae.tasks.files:FileTask",
+}
+
+FILLED_IN = ("limit", "on_bad_row")
+
+
+class Task(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+class Concatenation:
+    """Several tasks one after the other, each cut to its limit."""
+
+    def __init__(self, tasks: Sequence[Task], limits: Sequence[int | None]):
+        self.tasks = tuple(tasks)
+        self.lengths = [
+            len(task) if limit is None else min(len(task), limit)
+            for task, limit in zip(tasks, limits, strict=True)
+        ]
+        self.skipped = [reason for task in tasks for reason in getattr(task, "skipped", ())]
+        """Rows that were left out: file, row and reason."""
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for task, length in zip(self.tasks, self.lengths, strict=True):
+            if index < length:
+                return task[index]
+            index -= length
+        raise AssertionError("unreachable")
+
+
+def load(source: DataSource, *, on_bad_row: Literal["error", "skip"] = "error") -> Concatenation:
+    """The examples of one source, cut to its `limit`.
+
+    Raises ConfigError for a wrong option, DataError for data that cannot be read.
+    """
+    return load_all([source], on_bad_row=on_bad_row)
+
+
+def load_all(
+    sources: Sequence[DataSource], *, on_bad_row: Literal["error", "skip"] = "error"
+) -> Concatenation:
+    """The examples of several sources, one source after the other. Raises as `load`."""
+    for source in sources:
+        check(source)
+    tasks = []
+    for source in sources:
+        task_class = _task_class(source)
+        filled_in = {"limit": source.limit, "on_bad_row": on_bad_row}
+        accepted = _parameters(task_class)
+        options = {name: value for name, value in filled_in.items() if name in accepted}
+        tasks.append(task_class(**source.options, **options))
+    return Concatenation(tasks, [source.limit for source in sources])
+
+
+def check(source: DataSource) -> None:
+    """Compare a source's options with its task's constructor, without reading any data.
+
+    A task class with a `check_options(options)` of its own is asked as well. Raises ConfigError
+    that names the option and the nearest valid one.
+    """
+    task_class = _task_class(source)
+    where = f"data source {source.label!r}"
+    parameters = _parameters(task_class)
+    names = [name for name in parameters if name not in FILLED_IN]
+    for name in source.options:
+        if name not in names:
+            raise ConfigError(
+                f"{where}: task {source.task!r} has no option {name!r}; {nearest(name, names)}"
+            )
+    for name in names:
+        if parameters[name].default is inspect.Parameter.empty and name not in source.options:
+            raise ConfigError(f"{where}: task {source.task!r} needs the option {name!r}")
+    _check_types(task_class, source.options, where)
+    check_options = getattr(task_class, "check_options", None)
+    if check_options is not None:
+        try:
+            check_options(source.options)
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+
+def _task_class(source: DataSource) -> Any:
+    target = TASKS.get(source.task, source.task)
+    module, colon, name = target.partition(":")
+    if not colon:
+        raise ConfigError(f"data: no task {source.task!r}; {nearest(source.task, TASKS)}")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        if source.task in TASKS:
+            raise
+        raise ConfigError(f"data: task {source.task!r} cannot be imported ({error})") from None
+
+
+def _parameters(task_class: Any) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(task_class).parameters
+
+
+def _check_types(task_class: Any, options: Mapping[str, Any], where: str) -> None:
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    hints = typing.get_type_hints(task_class.__init__)
+    for name, value in options.items():
+        if name not in hints:
+            continue
+        try:
+            TypeAdapter(hints[name], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join([name, *(str(part) for part in first["loc"] if isinstance(part, str))])
+            problem = first["msg"][:1].lower() + first["msg"][1:]
+            raise ConfigError(f"{where}: {key}: {problem} (got {first['input']!r})") from None

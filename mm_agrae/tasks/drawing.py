@@ -1,0 +1,350 @@
+"""Pictures for the synthetic task: geometry figures drawn to scale, shapes on a grid, bar charts.
+
+Everything is drawn with Pillow at twice the size and then halved, which smooths the lines. Each
+function gives the picture and a dict of what was drawn, in pixels of the finished picture, so
+that a test can measure the drawing without knowing how the problem was made.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+XY = tuple[float, float]
+Box = tuple[float, float, float, float]
+
+INK = (25, 25, 25)
+UNKNOWN = (200, 0, 0)
+MARK = (110, 110, 110)
+COLOURS = {"red": (215, 40, 40), "blue": (40, 80, 215), "green": (30, 150, 60)}
+BARS = ((60, 100, 200), (230, 140, 30), (60, 160, 90), (160, 80, 180))
+
+_ZOOM = 2
+_LABEL_PX = 11
+_ARC_PX = 8
+
+
+@dataclass
+class Diagram:
+    """A geometry figure in its own units, y upwards, before it is turned and scaled.
+
+    An angle label (vertex, p, q, text) belongs to the angle that opens counter-clockwise from
+    the ray vertex-p to the ray vertex-q, so reflex angles can be labelled too. A side label
+    (p, q, text) stands beside the segment, on the side away from the figure's middle.
+    """
+
+    points: dict[str, XY]
+    segments: list[tuple[str, str]]
+    angles: list[tuple[str, str, str, str]] = field(default_factory=list)
+    sides: list[tuple[str, str, str]] = field(default_factory=list)
+    right: list[tuple[str, str, str]] = field(default_factory=list)
+    ticks: list[tuple[str, str]] = field(default_factory=list)
+    arrows: list[tuple[str, str, float]] = field(default_factory=list)
+
+
+def draw_diagram(
+    diagram: Diagram, rng: random.Random, px: int
+) -> tuple[Image.Image, dict[str, Any]]:
+    """Turn, mirror and scale the figure at random until every label has room of its own."""
+    fewest, best = math.inf, None
+    for _ in range(30):
+        turned = _turned(diagram, rng, px)
+        labels, crowded = _place_labels(turned, px)
+        if crowded < fewest:
+            fewest, best = crowded, (turned, labels)
+        if crowded == 0:
+            break
+    assert best is not None
+    turned, labels = best
+    image, pen = _canvas(px)
+    points = turned.points
+    for p, q in turned.segments:
+        pen.line([*_zoom(points[p]), *_zoom(points[q])], fill=INK, width=3)
+    for p, q in turned.ticks:
+        _tick(pen, points[p], points[q])
+    for p, q, share in turned.arrows:
+        _arrow(pen, points[p], points[q], share)
+    for vertex, p, q in turned.right:
+        _square_corner(pen, points[vertex], points[p], points[q])
+    for vertex, p, q, text in turned.angles:
+        _arc(pen, points[vertex], points[p], points[q], UNKNOWN if text == "x" else MARK)
+    for text, box in labels:
+        _write(pen, text, box, UNKNOWN if text == "x" else INK)
+    facts = {
+        "points": points,
+        "segments": turned.segments,
+        "angles": turned.angles,
+        "sides": turned.sides,
+        "right": turned.right,
+        "ticks": turned.ticks,
+        "arrows": turned.arrows,
+        "labels": labels,
+        "crowded": fewest,
+    }
+    return image.reduce(_ZOOM), facts
+
+
+def draw_shapes(
+    kinds: list[tuple[str, str]], rng: random.Random, px: int
+) -> tuple[Image.Image, dict[str, Any]]:
+    """Scatter shapes, given as (kind, colour), over the cells of a 4 x 4 grid, one to a cell."""
+    image, pen = _canvas(px)
+    cell = px / 4
+    shapes = []
+    for index, (kind, colour) in zip(rng.sample(range(16), len(kinds)), kinds, strict=True):
+        radius = cell * rng.uniform(0.26, 0.36)
+        slack = cell / 2 - radius - 1
+        x = (index % 4 + 0.5) * cell + rng.uniform(-slack, slack)
+        y = (index // 4 + 0.5) * cell + rng.uniform(-slack, slack)
+        if kind == "circle":
+            box = [*_zoom((x - radius, y - radius)), *_zoom((x + radius, y + radius))]
+            pen.ellipse(box, fill=COLOURS[colour])
+        else:
+            corners = 4 if kind == "square" else 3
+            start = math.pi / 4 if kind == "square" else -math.pi / 2
+            ring = [
+                _zoom((x + radius * math.cos(turn), y + radius * math.sin(turn)))
+                for turn in (start + 2 * math.pi * k / corners for k in range(corners))
+            ]
+            pen.polygon(ring, fill=COLOURS[colour])
+        shapes.append({"kind": kind, "colour": colour, "x": x, "y": y, "radius": radius})
+    return image.reduce(_ZOOM), {"shapes": shapes}
+
+
+def draw_bars(values: tuple[int, ...], px: int) -> tuple[Image.Image, dict[str, Any]]:
+    """A bar chart on a scale from 0 to 10 with a line at each unit. Bars are named A, B, C, ..."""
+    image, pen = _canvas(px)
+    left, floor = 18.0, px - 16.0
+    unit = (floor - 6) / 10
+    for level in range(11):
+        y = floor - level * unit
+        shade = MARK if level == 0 else (175, 175, 175) if level % 2 == 0 else (225, 225, 225)
+        pen.line([*_zoom((left, y)), *_zoom((px - 2, y))], fill=shade, width=2)
+        if level % 2 == 0:
+            _write(pen, str(level), (2, y - 5, left - 3, y + 5), INK, 9)
+    pitch = (px - left - 4) / len(values)
+    bars = []
+    for k, value in enumerate(values):
+        x0, x1 = left + (k + 0.18) * pitch, left + (k + 0.82) * pitch
+        top = floor - value * unit
+        pen.rectangle([*_zoom((x0, top)), *_zoom((x1, floor))], fill=BARS[k])
+        name = "ABCD"[k]
+        _write(pen, name, (x0, floor + 2, x1, px - 1), INK)
+        bars.append({"name": name, "x0": x0, "x1": x1, "top": top, "colour": BARS[k]})
+    return image.reduce(_ZOOM), {"bars": bars, "floor": floor, "unit": unit}
+
+
+def _canvas(px: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
+    image = Image.new("RGB", (px * _ZOOM, px * _ZOOM), "white")
+    return image, ImageDraw.Draw(image)
+
+
+def _zoom(point: XY) -> XY:
+    return point[0] * _ZOOM, point[1] * _ZOOM
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(size * _ZOOM)
+
+
+@functools.cache
+def _extent(text: str, size: int) -> Box:
+    box = _font(size).getbbox(text)
+    return box[0] / _ZOOM, box[1] / _ZOOM, box[2] / _ZOOM, box[3] / _ZOOM
+
+
+def _write(
+    pen: ImageDraw.ImageDraw, text: str, box: Box, ink: tuple[int, int, int], size: int = _LABEL_PX
+) -> None:
+    """Write `text` centred in `box`."""
+    x0, y0, x1, y1 = _extent(text, size)
+    corner = ((box[0] + box[2] - x0 - x1) / 2, (box[1] + box[3] - y0 - y1) / 2)
+    pen.text(_zoom(corner), text, fill=ink, font=_font(size))
+
+
+def _turned(diagram: Diagram, rng: random.Random, px: int) -> Diagram:
+    """The figure in picture coordinates (y downwards), at a random turn, mirrored or not.
+
+    Angle labels keep their meaning: read counter-clockwise as seen in the picture.
+    """
+    turn = rng.uniform(0, 2 * math.pi)
+    mirror = rng.random() < 0.5
+    cos, sin = math.cos(turn), math.sin(turn)
+    points = {}
+    for name, (x, y) in diagram.points.items():
+        x = -x if mirror else x
+        points[name] = (x * cos - y * sin, -(x * sin + y * cos))
+    xs, ys = zip(*points.values(), strict=True)
+    width, height = max(xs) - min(xs), max(ys) - min(ys)
+    margin = 14 if diagram.sides else 7
+    scale = (px - 2 * margin) / max(width, height)
+    free_x, free_y = px - 2 * margin - width * scale, px - 2 * margin - height * scale
+    shift_x, shift_y = margin + rng.random() * free_x, margin + rng.random() * free_y
+    placed = {
+        name: ((x - min(xs)) * scale + shift_x, (y - min(ys)) * scale + shift_y)
+        for name, (x, y) in points.items()
+    }
+    angles = [(v, q, p, t) if mirror else (v, p, q, t) for v, p, q, t in diagram.angles]
+    return Diagram(
+        placed,
+        diagram.segments,
+        angles,
+        diagram.sides,
+        diagram.right,
+        diagram.ticks,
+        diagram.arrows,
+    )
+
+
+def opening(vertex: XY, p: XY, q: XY) -> tuple[float, float]:
+    """Direction of vertex-p and the counter-clockwise angle to vertex-q, both in radians.
+
+    Points are in picture coordinates; counter-clockwise as seen in the picture.
+    """
+    start = math.atan2(vertex[1] - p[1], p[0] - vertex[0])
+    end = math.atan2(vertex[1] - q[1], q[0] - vertex[0])
+    return start, (end - start) % (2 * math.pi)
+
+
+def _place_labels(figure: Diagram, px: int) -> tuple[list[tuple[str, Box]], int]:
+    """Each label at the nearest place of its own, and how many found none.
+
+    A place is free if it lies in the picture, clear of lines, arcs and other labels; an angle's
+    label also stays inside the angle, nearer to its corner than to any other labelled one.
+    """
+    points, crowded = figure.points, 0
+    labels: list[tuple[str, Box]] = []
+    lines = [(points[p], points[q]) for p, q in figure.segments]
+    ticks = [_tick_ends(points[p], points[q]) for p, q in figure.ticks]
+    corners = [points[vertex] for vertex, *_ in figure.angles]
+    for vertex, p, q, text in figure.angles:
+        start, sweep = opening(points[vertex], points[p], points[q])
+        middle = start + sweep / 2
+        ray = (math.cos(middle), -math.sin(middle))
+        box, free = _free_place(text, points[vertex], ray, 46, labels, lines, ticks, corners, px)
+        labels.append((text, box))
+        crowded += not free
+    xs, ys = zip(*points.values(), strict=True)
+    centre = (sum(xs) / len(xs), sum(ys) / len(ys))
+    for p, q, text in figure.sides:
+        dx, dy = _along(points[p], points[q])
+        middle_xy = ((points[p][0] + points[q][0]) / 2, (points[p][1] + points[q][1]) / 2)
+        away = dy * (middle_xy[0] - centre[0]) - dx * (middle_xy[1] - centre[1])
+        ray = (dy, -dx) if away > 0 else (-dy, dx)
+        box, free = _free_place(text, middle_xy, ray, 15, labels, lines, ticks, [], px)
+        labels.append((text, box))
+        crowded += not free
+    return labels, crowded
+
+
+def _free_place(
+    text: str,
+    origin: XY,
+    ray: XY,
+    reach: int,
+    labels: list[tuple[str, Box]],
+    lines: list[tuple[XY, XY]],
+    ticks: list[tuple[XY, XY]],
+    corners: list[XY],
+    px: int,
+) -> tuple[Box, bool]:
+    """The first place for `text` from `origin` along `ray`, and whether it is free."""
+    x0, y0, x1, y1 = _extent(text, _LABEL_PX)
+    half_w, half_h = (x1 - x0) / 2 + 1, (y1 - y0) / 2 + 1
+    start = (origin[0] + 2 * ray[0], origin[1] + 2 * ray[1])
+    for distance in range(7, reach):
+        x, y = origin[0] + ray[0] * distance, origin[1] + ray[1] * distance
+        box = (x - half_w, y - half_h, x + half_w, y + half_h)
+        if corners:
+            gap_x, gap_y = abs(x - origin[0]) - half_w, abs(y - origin[1]) - half_h
+            if math.hypot(max(gap_x, 0), max(gap_y, 0)) < _ARC_PX - 1:
+                continue
+        if any(_cut(start, (x, y), *line) for line in lines):
+            break
+        nearer = (math.dist((x, y), c) < 1.2 * distance for c in corners if c != origin)
+        if (
+            min(box) >= 0
+            and max(box) <= px
+            and not any(overlap(box, other) for _, other in labels)
+            and not any(crosses(box, *line) for line in lines + ticks)
+            and not any(nearer)
+        ):
+            return box, True
+    return box, False
+
+
+def _cut(a: XY, b: XY, p: XY, q: XY) -> bool:
+    """Whether the segments a-b and p-q cross."""
+
+    def side(o: XY, r: XY, s: XY) -> float:
+        return (r[0] - o[0]) * (s[1] - o[1]) - (r[1] - o[1]) * (s[0] - o[0])
+
+    return side(p, q, a) * side(p, q, b) < 0 and side(a, b, p) * side(a, b, q) < 0
+
+
+def overlap(a: Box, b: Box) -> bool:
+    return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
+
+
+def crosses(box: Box, p: XY, q: XY) -> bool:
+    """Whether the segment p-q enters the box (clipping by Liang and Barsky)."""
+    enter, leave = 0.0, 1.0
+    for axis in (0, 1):
+        delta = q[axis] - p[axis]
+        low, high = box[axis] - p[axis], box[axis + 2] - p[axis]
+        if abs(delta) < 1e-9:
+            if low > 0 or high < 0:
+                return False
+            continue
+        first, last = sorted((low / delta, high / delta))
+        enter, leave = max(enter, first), min(leave, last)
+        if enter > leave:
+            return False
+    return True
+
+
+def _arc(pen: ImageDraw.ImageDraw, v: XY, p: XY, q: XY, ink: tuple[int, int, int]) -> None:
+    start, sweep = opening(v, p, q)
+    radius = _ARC_PX
+    box = [*_zoom((v[0] - radius, v[1] - radius)), *_zoom((v[0] + radius, v[1] + radius))]
+    # Pillow measures clockwise from three o'clock.
+    pen.arc(box, -math.degrees(start + sweep), -math.degrees(start), fill=ink, width=3)
+
+
+def _along(p: XY, q: XY) -> XY:
+    length = math.hypot(q[0] - p[0], q[1] - p[1])
+    return (q[0] - p[0]) / length, (q[1] - p[1]) / length
+
+
+def _square_corner(pen: ImageDraw.ImageDraw, v: XY, p: XY, q: XY) -> None:
+    (ax, ay), (bx, by) = _along(v, p), _along(v, q)
+    side = 8
+    corners = [(side * ax, side * ay), (side * (ax + bx), side * (ay + by)), (side * bx, side * by)]
+    pen.line([z for dx, dy in corners for z in _zoom((v[0] + dx, v[1] + dy))], fill=INK, width=2)
+
+
+def _tick_ends(p: XY, q: XY) -> tuple[XY, XY]:
+    dx, dy = _along(p, q)
+    x, y = (p[0] + q[0]) / 2, (p[1] + q[1]) / 2
+    return (x - 4 * dy, y + 4 * dx), (x + 4 * dy, y - 4 * dx)
+
+
+def _tick(pen: ImageDraw.ImageDraw, p: XY, q: XY) -> None:
+    start, end = _tick_ends(p, q)
+    pen.line([*_zoom(start), *_zoom(end)], fill=INK, width=3)
+
+
+def _arrow(pen: ImageDraw.ImageDraw, p: XY, q: XY, share: float) -> None:
+    """The customary mark of parallel lines."""
+    dx, dy = _along(p, q)
+    x, y = p[0] + share * (q[0] - p[0]), p[1] + share * (q[1] - p[1])
+    tip = (x + 3 * dx, y + 3 * dy)
+    for side in (-1, 1):
+        tail = (x - 3 * dx - side * 4 * dy, y - 3 * dy + side * 4 * dx)
+        pen.line([*_zoom(tail), *_zoom(tip)], fill=INK, width=2)

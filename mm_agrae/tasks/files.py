@@ -1,0 +1,525 @@
+"""Any data set that is a table of questions and answers: files, folders, Hugging Face data sets.
+
+    - task: files
+      path: data/downloads/geometry3k/train.jsonl
+      columns: {answer: answer_value, choices: null}
+
+Read are JSONL, JSON (a list of objects), CSV, TSV and Parquet files, a folder that holds such
+files, a folder written by `datasets.save_to_disk`, and the id of a data set on the Hugging Face
+hub. Every row is checked when the task is made, pictures only for being there: they are decoded
+when the row is processed. Messages count lines of JSONL and CSV from 1 and rows of other formats
+from 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import inspect
+import json
+import math
+import re
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from decimal import Decimal
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
+
+from mm_agrae.config import nearest
+from mm_agrae.errors import ConfigError, DataError
+from mm_agrae.images import find_file, is_url, printable
+from mm_agrae.types import Example, ImageSource
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "question": ("problem", "question", "prompt"),
+    "answer": ("answer", "solution", "target"),
+    "images": ("images", "image"),
+    "choices": ("choices", "options"),
+    "id": ("id", "unique_id"),
+}
+"""Our fields, and the columns each is looked for in (in any case) unless `columns` names one."""
+
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MARKER = re.compile(r"<image ?([0-9]{0,3})>")
+
+Row = Mapping[str, Any]
+LazyRow = tuple[str, Path, Callable[[], Row]]
+"""Name for messages, folder that pictures are relative to, and a function that gives the row."""
+ColumnName = str | Sequence[str] | None
+
+
+class FileTask:
+    """Examples from the rows of files.
+
+    `path`: a file, a folder or a hub id; `split` and `subset` choose among the files of a folder
+    or the parts of a hub data set.
+    `columns`: which column each field of `COLUMNS` is read from, for instance
+    `{question: query}`; null turns a field off. `images` and `choices` take a list of columns as
+    well, for tables that hold each picture or choice in a column of its own.
+    `where`: keep only rows with these values, such as `{answer_type: closed, level: [4, 5]}`.
+    `grading`: arguments of `rewards.accuracy.verify` for every row. Rows with choices are graded
+    as `{"kind": "choice", "choices": [...]}` under these.
+    `show_choices`: append the choices to the question as lines "(A) …", unless it has them.
+    `answer_after`: the answer is what follows the last such text, "####" for GSM8K.
+    `image_root`: folder that all pictures must lie in; not set: the folder of the data file.
+    `meta`: columns carried into the rollout records.
+    `limit`: stop after so many examples. `on_bad_row`: raise, or leave the row out and put the
+    reason into `skipped`.
+
+    Raises ConfigError for a wrong option, DataError that names file and row for a bad row or
+    for data that cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        split: str = "",
+        subset: str = "",
+        columns: Mapping[str, ColumnName] | None = None,
+        where: Mapping[str, Any] | None = None,
+        grading: Mapping[str, Any] | None = None,
+        show_choices: bool = True,
+        answer_after: str = "",
+        image_root: str | None = None,
+        meta: Sequence[str] = (),
+        limit: int | None = None,
+        on_bad_row: Literal["error", "skip"] = "error",
+    ):
+        self.columns = dict(columns or {})
+        self.where = dict(where or {})
+        self.grading = dict(grading or {})
+        self.check_options({"columns": self.columns, "grading": self.grading})
+        self.show_choices = show_choices
+        self.answer_after = answer_after
+        self.image_root = image_root
+        self.meta = tuple(meta)
+        self.skipped: list[str] = []
+        self._rows: list[LazyRow] = []
+        # Picture files are looked up once however many rows, epochs and completions use them.
+        self._find_file = lru_cache(maxsize=None)(find_file)
+
+        seen: dict[str, None] = {}
+        for lazy in _rows(path, split, subset):
+            if len(self._rows) == limit:
+                break
+            origin, folder, read = lazy
+            try:
+                row = read()
+                seen.update(dict.fromkeys(row))
+                if self._wanted(row, origin):
+                    self._example(row, origin, folder)
+                    self._rows.append(lazy)
+            except DataError as error:
+                if on_bad_row == "error":
+                    raise DataError(f"{error}; mend it or set data.on_bad_row=skip") from None
+                self.skipped.append(str(error))
+        self._check_found(path, list(seen))
+
+    @staticmethod
+    def check_options(options: Mapping[str, Any]) -> None:
+        """Look into the nested options. Raises ConfigError naming the key."""
+        from mm_agrae.rewards.accuracy import verify
+
+        accepted = list(inspect.signature(verify).parameters)[2:]
+        for option, names in (("columns", list(COLUMNS)), ("grading", accepted)):
+            for key in options.get(option) or {}:
+                if key not in names:
+                    raise ConfigError(f"{option}.{key}: unknown; {nearest(str(key), names)}")
+        for field, column in (options.get("columns") or {}).items():
+            if column is None and field in ("question", "answer"):
+                raise ConfigError(f"columns.{field}: cannot be turned off")
+            if isinstance(column, tuple | list) and field not in ("images", "choices"):
+                raise ConfigError(f"columns.{field}: takes one column, not {len(column)}")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Example:
+        origin, folder, read = self._rows[index]
+        return self._example(read(), origin, folder)
+
+    def _check_found(self, path: str, seen: Sequence[str]) -> None:
+        for field, column in self.columns.items():
+            for name in [column] if isinstance(column, str) else column or ():
+                if seen and name not in seen:
+                    raise ConfigError(f"columns.{field}: {path} has {_no_column(name, seen)}")
+        if not self._rows:
+            if self.skipped:
+                raise DataError(
+                    f"{path}: all {len(self.skipped)} rows are bad; the first: {self.skipped[0]}"
+                )
+            chosen = f" with {self.where}" if self.where and seen else ""
+            raise DataError(f"{path}: has no rows{chosen}")
+
+    def _wanted(self, row: Row, origin: str) -> bool:
+        for name, value in self.where.items():
+            if name not in row:
+                raise DataError(f"{origin}: where.{name}: {_no_column(name, row)}")
+            if row[name] not in (value if isinstance(value, tuple | list) else (value,)):
+                return False
+        return True
+
+    def _example(self, row: Row, origin: str, folder: Path) -> Example:
+        sources = _listed(self._value(row, "images"))
+        images = [
+            self._image(source, origin, folder) for source in sources if source not in (None, "")
+        ]
+        choices = self._choices(row, origin)
+        question = self._question(row, origin, bool(images))
+        answer = self._answer(row, origin)
+        grading = self.grading
+        if choices:
+            answer = _choice_letters(answer, choices, origin)
+            texts = [text or LETTERS[i] for i, text in enumerate(choices)]
+            grading = {"kind": "choice", "choices": texts, **grading}
+        show = choices and self.show_choices and not _has_choices(question, choices)
+        lines = [f"({LETTERS[i]}) {text}".rstrip() for i, text in enumerate(choices)]
+        question, images = _place_images(question, lines if show else [], images, origin)
+        name, _, number = origin.rpartition(" ")
+        found_id = self._value(row, "id")
+        return Example(
+            id=f"{Path(name).stem}-{number}" if found_id in (None, "") else str(found_id),
+            question=question,
+            answer=answer,
+            images=tuple(images),
+            grading=grading,
+            origin=origin,
+            meta={name: row.get(name) for name in self.meta},
+        )
+
+    def _value(self, row: Row, field: str, required: str = "") -> Any:
+        """The row's value of one of our fields; None if it has none and is not `required`."""
+        if field in self.columns:
+            column = self.columns[field]
+            if column is None:
+                return None
+            if not isinstance(column, str):
+                return [row[name] for name in column if row.get(name) not in (None, "")]
+            if column not in row and required:
+                raise DataError(f"{required}: {field}: {_no_column(column, row)}")
+            return row.get(column)
+        names = {name.lower(): name for name in row}
+        for candidate in COLUMNS[field]:
+            if candidate in names:
+                return row[names[candidate]]
+        if required:
+            raise DataError(
+                f"{required}: no {field}: none of {', '.join(COLUMNS[field])} among the columns "
+                f"{_listing(row)}; name the right one by the option columns.{field}"
+            )
+        return None
+
+    def _question(self, row: Row, origin: str, has_images: bool) -> str:
+        question = self._value(row, "question", required=origin)
+        if question is None and has_images:
+            return ""
+        if not isinstance(question, str):
+            raise DataError(f"{origin}: question: expected text, got {_show(question)}")
+        if not question.strip() and not has_images:
+            raise DataError(f"{origin}: question: empty, and there is no picture")
+        return question
+
+    def _answer(self, row: Row, origin: str) -> str:
+        answer = self._value(row, "answer", required=origin)
+        if isinstance(answer, float) and answer.is_integer():
+            answer = int(answer)  # tables turn a column of integers with a gap into floats
+        is_number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)
+        if not isinstance(answer, str) and not (is_number and math.isfinite(answer)):
+            raise DataError(f"{origin}: answer: expected text or a number, got {_show(answer)}")
+        text = str(answer)
+        if self.answer_after:
+            _, found, text = text.rpartition(self.answer_after)
+            if not found:
+                raise DataError(f"{origin}: answer: no {self.answer_after!r} in {_show(answer)}")
+        if not text.strip():
+            raise DataError(f"{origin}: answer: empty")
+        return text.strip()
+
+    def _choices(self, row: Row, origin: str) -> list[str]:
+        """Texts of the choices without their letters; "" where a choice is just its letter."""
+        values = self._value(row, "choices")
+        if values is None or values == "":
+            return []
+        if not isinstance(values, list | tuple) or not all(
+            isinstance(value, str | int | float) for value in values
+        ):
+            raise DataError(f"{origin}: choices: expected a list of texts, got {_show(values)}")
+        if len(values) == 1 or len(values) > len(LETTERS):
+            raise DataError(f"{origin}: choices: {len(values)} of them; 2 to 26 can be graded")
+        texts = [str(value).strip() for value in values]
+        bare = [
+            re.sub(rf"^\(?{letter}(?:[).:]\s*|$)", "", text)
+            for letter, text in zip(LETTERS, texts, strict=False)
+        ]
+        labelled = all(a != b for a, b in zip(texts, bare, strict=True))
+        return bare if labelled else texts
+
+    def _image(self, source: Any, origin: str, folder: Path) -> ImageSource:
+        if isinstance(source, Mapping):  # how the Image feature of `datasets` is stored
+            source = source.get("bytes") or source.get("path")
+        if isinstance(source, bytes) and source:
+            return source
+        if not isinstance(source, str) or not source:
+            raise DataError(f"{origin}: image: expected a path or bytes, got {_show(source)}")
+        if is_url(source):
+            raise DataError(
+                f"{origin}: image: {_show(source)} is a URL; download the pictures first"
+            )
+        try:
+            return str(self._find_file(source, self.image_root or folder))
+        except DataError as error:
+            raise DataError(f"{origin}: {error}") from None
+
+
+def _place_images(
+    question: str, choice_lines: Sequence[str], images: list[Any], origin: str
+) -> tuple[str, list[Any]]:
+    """Question and pictures such that the i-th `<image>` marker stands for the i-th picture.
+
+    Bare markers must be as many as the pictures. Numbered ones (`<image2>`) may repeat and come
+    in any order: the first of each number stays, later ones become the words "(image 2)", and
+    the pictures are put in the order of their markers. A single picture stands for all numbered
+    markers, since MathVision draws all figures of a problem into one.
+    """
+    text = "\n".join([question.rstrip(), *choice_lines] if choice_lines else [question])
+    numbers = MARKER.findall(text)
+    if not all(numbers):
+        if len(numbers) != len(images):
+            raise DataError(f"{origin}: {len(numbers)} <image> markers for {len(images)} images")
+        return MARKER.sub("<image>", text), images
+    order = list(dict.fromkeys(map(int, numbers)))
+    if len(images) == 1 and order:
+        # A marker among the choices would make the one picture look like that choice.
+        head = len(MARKER.findall(question)) > 0
+        count = iter(range(len(numbers)))
+        return MARKER.sub(
+            lambda found: "<image>" if next(count) == 0 and head else f"(image {found[1]})", text
+        ), images
+    if order and sorted(order) != list(range(1, len(images) + 1)):
+        raise DataError(
+            f"{origin}: markers for images {', '.join(map(str, sorted(order)))}, but "
+            f"{len(images)} images"
+        )
+    left = set(order)
+
+    def place(found: re.Match[str]) -> str:
+        number = int(found[1])
+        if number not in left:
+            return f"(image {number})"
+        left.remove(number)
+        return "<image>"
+
+    return MARKER.sub(place, text), [images[n - 1] for n in order] if order else images
+
+
+def _choice_letters(answer: str, choices: Sequence[str], origin: str) -> str:
+    """The gold answer as a letter (several as "C, D"), given as letters or as a choice's text."""
+    letters = LETTERS[: len(choices)]
+    parts = [part.strip("().: ") for part in re.split(r"[\s,;]+|\band\b", answer)]
+    parts = [part for part in parts if part]
+    if parts and all(len(part) == 1 and part in letters for part in parts):
+        return ", ".join(parts)
+    same = [letter for letter, text in zip(letters, choices, strict=True) if text == answer]
+    if len(same) != 1:
+        raise DataError(
+            f"{origin}: answer: {_show(answer)} is neither a letter up to {letters[-1]} nor the "
+            "text of one choice; for a free answer set columns: {choices: null}"
+        )
+    return same[0]
+
+
+def _has_choices(question: str, choices: Sequence[str]) -> bool:
+    return all(
+        re.search(rf"\b{LETTERS[i]}[).:]\s*{re.escape(text)}", question)
+        for i, text in enumerate(choices)
+    )
+
+
+def _rows(path: str, split: str, subset: str) -> Iterator[LazyRow]:
+    local = Path(path)
+    if local.is_file():
+        yield from _file_rows(local)
+    elif (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
+        from datasets import load_from_disk
+
+        try:
+            data = load_from_disk(path)
+        except Exception as error:  # Arrow and JSON errors of many kinds
+            raise DataError(f"{path}: cannot be read as a saved data set ({error})") from None
+        yield from _dataset_rows(data, path, local, split)
+    elif local.is_dir():
+        for file in _choose_files(local, split, subset):
+            yield from _file_rows(file)
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not (
+        local.parent.exists() or local.suffix in SUFFIXES
+    ):
+        yield from _hub_rows(path, split, subset)
+    else:
+        raise DataError(
+            f"{path}: no such file or folder (looked in {Path.cwd()}); put the data there or set "
+            "the source's path, for instance data.train.0.path=/where/it/is/train.jsonl"
+        )
+
+
+def _choose_files(folder: Path, split: str, subset: str) -> list[Path]:
+    """Data files of a folder that belong to a split, by name: train.jsonl, train-00000-of-2.…"""
+    files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
+    names = {file: file.relative_to(folder) for file in files}
+    files = [f for f in files if not any(part.startswith(".") for part in names[f].parts)]
+    if subset:
+        files = [file for file in files if subset in names[file].parts[:-1]]
+    exact = [file for file in files if split in (file.stem, *names[file].parts[:-1])]
+    shards = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", file.stem)]
+    chosen = (exact or shards) if split else files
+    if not chosen or (len(chosen) > 1 and not split):
+        raise DataError(
+            f"{folder}: {'choose one file by' if chosen else 'nothing for'} split={split!r}"
+            f"{f' and subset={subset!r}' if subset else ''}; the data files "
+            f"are {_listing(names.values())}"
+        )
+    return chosen
+
+
+def _file_rows(path: Path) -> Iterator[LazyRow]:
+    try:
+        if path.suffix == ".parquet":
+            yield from _parquet_rows(path)
+        elif path.suffix in (".csv", ".tsv"):
+            yield from _csv_rows(path)
+        elif path.suffix == ".json" and _first_byte(path) == b"[":
+            yield from _json_rows(path)
+        elif path.suffix in SUFFIXES:
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        origin = f"{path}, line {number}"
+                        yield origin, path.parent, partial(_parse_line, line, origin)
+        else:
+            raise DataError(f"{path}: not a data file ({', '.join(SUFFIXES)})")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
+
+
+def _first_byte(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+
+
+def _parse_line(line: bytes, origin: str) -> Row:
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{origin}: not JSON ({error})") from None
+    return _mapping(row, origin)
+
+
+def _mapping(row: Any, origin: str) -> Row:
+    if not isinstance(row, dict):
+        raise DataError(f"{origin}: expected a JSON object, got {_show(row)}")
+    try:
+        # JSON can spell half of a surrogate pair, which no file and no tokenizer takes.
+        json.dumps(row, ensure_ascii=False).encode()
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise DataError(f"{origin}: not valid Unicode, or nested too deep ({error})") from None
+    return row
+
+
+def _json_rows(path: Path) -> Iterator[LazyRow]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: not JSON ({error})") from None
+    for number, row in enumerate(rows):
+        origin = f"{path}, row {number}"
+        yield origin, path.parent, partial(_mapping, row, origin)
+
+
+def _csv_rows(path: Path) -> Iterator[LazyRow]:
+    def checked(row: dict[Any, Any], origin: str) -> Row:
+        if None in row or None in row.values():
+            fewer = "fewer" if None in row.values() else "more"
+            raise DataError(f"{origin}: {fewer} fields than the header has names")
+        return _mapping(row, origin)
+
+    # Bytes that are not UTF-8 become surrogates, which are refused with the row they stand in.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        try:
+            for row in reader:
+                origin = f"{path}, line {reader.line_num}"
+                yield origin, path.parent, partial(checked, row, origin)
+        except csv.Error as error:
+            raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[LazyRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: cannot be read as Parquet ({error})") from None
+    yield from _arrow_rows(lambda i: table.slice(i, 1), table.num_rows, str(path), path.parent)
+
+
+def _arrow_rows(
+    table_of: Callable[[int], Any], count: int, name: str, folder: Path
+) -> Iterator[LazyRow]:
+    def read(index: int) -> Row:
+        try:
+            return table_of(index).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{name}, row {index}: not UTF-8 ({error})") from None
+
+    for index in range(count):
+        yield f"{name}, row {index}", folder, partial(read, index)
+
+
+def _dataset_rows(data: Any, name: str, folder: Path, split: str) -> Iterator[LazyRow]:
+    from datasets import Dataset
+
+    if not isinstance(data, Dataset):
+        splits = list(data)
+        if split not in splits and not (split == "" and len(splits) == 1):
+            raise DataError(f"{name}: set split to one of {', '.join(splits)} (got {split!r})")
+        name = f"{name} [{split or splits[0]}]"
+        data = data[split or splits[0]]
+    rows = data.with_format("arrow")  # as stored: pictures stay encoded
+    yield from _arrow_rows(rows.__getitem__, len(rows), name, folder)
+
+
+def _hub_rows(name: str, split: str, subset: str) -> Iterator[LazyRow]:
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, subset or None)
+    except Exception as error:  # no network, no such id, a subset to choose: all said in the text
+        reason = printable(" ".join(str(error).split()), 300)
+        raise DataError(
+            f"{name}: no such file or folder, and fetching it from the Hugging Face hub failed: "
+            f"{reason}. On a machine with a network run `hf download {name} --repo-type dataset "
+            f"--local-dir data/downloads/{name.split('/')[1]}`, copy that folder here and set "
+            f"path=data/downloads/{name.split('/')[1]}"
+        ) from None
+    yield from _dataset_rows(data, name, Path(datasets.config.HF_CACHE_HOME), split)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    if value is None:
+        return ()
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _no_column(name: object, columns: Any) -> str:
+    return f"no column {name!r}; the columns are {_listing(columns)}"
+
+
+def _listing(names: Iterable[object]) -> str:
+    return printable(", ".join(map(str, names)) or "none", 500)
+
+
+def _show(value: Any) -> str:
+    return f"{type(value).__name__} {reprlib.repr(value)}"

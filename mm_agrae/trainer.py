@@ -1,0 +1,708 @@
+"""The loop: prompts -> completions -> scores -> advantages -> update, once per step.
+
+Read `Trainer.step` first; each line of it is one stage. Prompts of a step are dealt to the
+processes in turn (position i to process i mod N). Everything that must be the same on all of
+them, the advantages, the loss denominators and the number of micro-batches, is worked out from
+the gathered rewards and lengths, so that one process and N processes take the same gradient.
+This is the only file that talks to other processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from mm_agrae import advantage, checkpoint, evaluate, metrics
+from mm_agrae import config as configs
+from mm_agrae import loss as losses
+from mm_agrae.batching import Row, micro_batches
+from mm_agrae.config import Config
+from mm_agrae.errors import DataError, UserError
+from mm_agrae.policy import Policy
+from mm_agrae.processing import Processing
+from mm_agrae.progress import Reporter
+from mm_agrae.records import RolloutRecord, RunFolder
+from mm_agrae.rewards import Rewarder
+from mm_agrae.rollout import derive_seed, make_engine
+from mm_agrae.tasks import load_all
+from mm_agrae.types import Completion, MicroBatch, Prompt, Score
+from mm_agrae.versions import versions
+
+
+@dataclass
+class Group:
+    """One prompt of the step and what became of it. `position` counts over all processes."""
+
+    position: int
+    prompt: Prompt
+    completions: list[Completion]
+    scores: list[Score]
+    draw: int = 0
+
+
+@dataclass
+class StepTable:
+    """What every process knows of every completion of the step: all [P,G], position order."""
+
+    reward_PG: torch.Tensor
+    success_PG: torch.Tensor
+    length_PG: torch.Tensor
+
+
+@dataclass
+class MiniBatch:
+    """One optimiser step's share of this process."""
+
+    denominator: losses.Denominator
+    batches: list[MicroBatch] = field(default_factory=list)
+
+
+@dataclass
+class UpdateTotals:
+    """Statistics of the update, summed over micro-batches; they add up over processes too."""
+
+    loss: float = 0.0
+    ratio_max: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
+
+    def add(self, output: losses.LossOutput) -> None:
+        self.loss += output.loss.item()
+        self.ratio_max = max(self.ratio_max, output.ratio_max.item())
+        for name, value in output.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.item()
+
+    @classmethod
+    def merge(cls, parts: Iterable[UpdateTotals]) -> UpdateTotals:
+        merged = cls()
+        for part in parts:
+            merged.loss += part.loss
+            merged.ratio_max = max(merged.ratio_max, part.ratio_max)
+            for name, value in part.sums.items():
+                merged.sums[name] = merged.sums.get(name, 0.0) + value
+        return merged
+
+    def means(self, optimiser_steps: int) -> dict[str, float]:
+        tokens = max(1.0, self.sums.get("tokens", 0.0))
+        mean = {name: value / tokens for name, value in self.sums.items()}
+        values = {
+            "update/loss": self.loss / optimiser_steps,
+            "update/entropy": mean["entropy"],
+            "policy/clip_low": mean["clip_low"],
+            "policy/clip_high": mean["clip_high"],
+            "policy/ratio_max": self.ratio_max,
+            "policy/approx_kl": mean["approx_kl"],
+        }
+        if "ref_kl" in mean:
+            values["policy/kl_reference"] = mean["ref_kl"]
+        return values
+
+
+class DataOrder:
+    """Indices into the training data, shuffled anew each epoch. Its whole state is `position`."""
+
+    def __init__(self, rows: int, seed: int, shuffle: bool):
+        self.rows, self.seed, self.shuffle = rows, seed, shuffle
+        self.position = 0
+        self._epoch = -1
+        self._order: Sequence[int] = ()
+
+    def next(self) -> int:
+        epoch, offset = divmod(self.position, self.rows)
+        if epoch != self._epoch:
+            order = np.arange(self.rows)
+            if self.shuffle:
+                np.random.default_rng([self.seed, epoch]).shuffle(order)
+            self._epoch, self._order = epoch, order.tolist()
+        self.position += 1
+        return self._order[offset]
+
+
+class Trainer:
+    """A run of one config. Raises UserError for what the user can mend; see `train`."""
+
+    def __init__(self, config: Config, reporter: Reporter | None = None):
+        self.config = config
+        self.accelerator = Accelerator(cpu=config.model.device == "cpu")
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.reporter = reporter or Reporter(enabled=self.is_main)
+        torch.manual_seed(derive_seed(config.train.seed, "torch") % 2**32)
+
+        self.task = load_all(config.data.train, on_bad_row=config.data.on_bad_row)
+        self.evaluation_tasks = {
+            source.label: load_all([source], on_bad_row=config.data.on_bad_row)
+            for source in config.data.evaluate
+        }
+        if len(self.task) == 0:
+            raise DataError("data.train holds no usable rows")
+        self.total_steps = configs.total_steps(config, len(self.task))
+        self.reporter.table(
+            f"Plan of {config.run_dir}",
+            ["what", "how much"],
+            [list(line) for line in configs.plan(config, len(self.task), self.world)],
+        )
+        for message in self.task.skipped[:5]:
+            self.reporter.say(f"skipped {message}")
+
+        self.order = DataOrder(len(self.task), config.train.seed, config.data.shuffle)
+        self.processing = Processing(
+            config.model.path, config.prompt, trust_remote_code=config.model.trust_remote_code
+        )
+        self.policy = Policy(
+            config.model,
+            forbidden_ids=self.processing.forbidden_ids,
+            pad_id=self.processing.pad_id,
+            temperature=config.rollout.temperature,
+            entropy_grad=config.update.entropy_coef > 0,
+            device=self.accelerator.device,
+        )
+        if config.update.kl_coef > 0:
+            self.policy.keep_reference()
+        self.engine = make_engine(
+            config.rollout.engine,
+            self.policy,
+            self.processing,
+            batch_completions=config.rollout.batch_completions,
+        )
+        self.optimizer, self.scheduler = self._optimizer()
+        self.module, self.optimizer = self.accelerator.prepare(self.policy, self.optimizer)
+
+        self.steps_done = 0
+        self.tokens_seen = 0
+        self.rows_skipped = len(self.task.skipped)
+        self.stopwatch = metrics.Stopwatch()
+        self.run: RunFolder | None = None
+
+    # ------------------------------------------------------------------ the run
+
+    def train(self) -> dict[str, Any]:
+        """Evaluate, take every step, evaluate again. Returns the run's summary.
+
+        A UserError that strikes midway (a bad row, a full disk) leaves the records of all steps
+        done and, if the disk allows, a checkpoint.
+        """
+        config = self.config
+        if self.is_main:
+            self.run = RunFolder(config.run_dir)
+            self.run.create(configs.dump(config), versions())
+        started = time.perf_counter()
+        logger = (
+            metrics.MetricLogger(
+                self.run,
+                config.log.sinks,
+                config.log.project,
+                Path(config.run_dir).name,
+                config.model_dump(mode="json"),
+            )
+            if self.run
+            else None
+        )
+        with contextlib.ExitStack() as stack:
+            self.rewarder = stack.enter_context(
+                Rewarder(config.reward, config.rollout.max_new_tokens)
+            )
+            stack.enter_context(self.reporter.bars())
+            if logger:
+                stack.callback(logger.close)
+            if config.evaluate.before:
+                self.evaluate("before")
+            advance = stack.enter_context(
+                self.reporter.bar("training", self.total_steps, keep=True)
+            )
+            try:
+                while self.steps_done < self.total_steps:
+                    values = self.step()
+                    if logger:
+                        logger.log(self.steps_done, values)
+                    self._show(values)
+                    advance(1)
+                    if self._due(config.checkpoint.every):
+                        self.save()
+                    if self._due(config.evaluate.every) and self.steps_done < self.total_steps:
+                        self.evaluate(f"step_{self.steps_done:06d}")
+            except UserError:
+                if self.steps_done and not self._saved():
+                    with contextlib.suppress(UserError):
+                        self.save()
+                raise
+            if not self._saved():
+                self.save()
+            if config.evaluate.after:
+                self.evaluate("after")
+        return self._summary(time.perf_counter() - started)
+
+    def step(self) -> dict[str, float]:
+        """One rollout and its optimiser steps. Returns the metrics of the step."""
+        config, group_size = self.config, self.config.rollout.completions_per_prompt
+        watch = self.stopwatch
+        groups = self._rollout()
+        with watch("advantage"):
+            table = self._gather(groups)
+            levels = advantage.levels(
+                config.advantage.rule,
+                table.reward_PG,
+                table.success_PG,
+                table.length_PG,
+                **config.advantage.settings,
+            )
+        with watch("update"):
+            plan = self._plan_update(groups, levels.advantage_PG, table.length_PG)
+            update = self._update(plan)
+        self.steps_done += 1
+        self.tokens_seen += int(table.length_PG.sum())
+        with watch("log"):
+            if config.log.rollouts:
+                self._record(groups, levels)
+            values = self._metrics(groups, table, levels, update)
+        skipped = (levels.advantage_PG == 0).all(-1).float().mean().item()
+        values["groups/skipped"] = 0.0 if self._needs_every_row else skipped
+        values["completions/count"] = float(len(table.reward_PG) * group_size)
+        for stage, seconds in watch.lap().items():
+            values[stage] = seconds
+        values["memory/peak_mb"] = metrics.peak_memory_mb()
+        return values
+
+    # ------------------------------------------------------------------ rollout
+
+    def _rollout(self) -> list[Group]:
+        """This process's groups of the step, groups without signal drawn again if asked."""
+        rollout = self.config.rollout
+        positions: list[int] = list(range(rollout.prompts_per_step))
+        draws = 1 + (rollout.dynamic_sampling.max_draws if rollout.dynamic_sampling else 0)
+        groups: dict[int, Group] = {}
+        for draw in range(draws):
+            fresh = self._sample(positions, draw)
+            groups.update({group.position: group for group in fresh})
+            if draw + 1 == draws:
+                break
+            flat = [g.position for g in fresh if len({s.reward for s in g.scores}) == 1]
+            positions = sorted(self._gather_list(flat))
+            if not positions:
+                break
+        return [groups[position] for position in sorted(groups)]
+
+    def _sample(self, positions: Sequence[int], draw: int) -> list[Group]:
+        rollout, count = self.config.rollout, self.config.rollout.completions_per_prompt
+        with self.stopwatch("prompts"):
+            prompts = self._draw_prompts(positions)
+        seeds = [
+            derive_seed(self.config.train.seed, "rollout", self.steps_done, draw, position)
+            for position in prompts
+        ]
+        with (
+            self.stopwatch("rollout"),
+            self.reporter.bar("  rollout", len(prompts) * count) as advance,
+        ):
+            completions = self.engine.generate(
+                list(prompts.values()), count, rollout, seeds, advance
+            )
+        with self.stopwatch("reward"):
+            scores = self.rewarder.score(
+                [prompt.example for prompt in prompts.values() for _ in range(count)],
+                list(itertools.chain(*completions)),
+            )
+        return [
+            Group(position, prompt, completions[row], scores[row * count : (row + 1) * count], draw)
+            for row, (position, prompt) in enumerate(prompts.items())
+        ]
+
+    def _draw_prompts(self, positions: Iterable[int]) -> dict[int, Prompt]:
+        """This process's prompts by position; a bad row is skipped on all processes alike."""
+        drawn: dict[int, Prompt] = {}
+        missing = list(positions)
+        in_a_row = 0
+        while missing:
+            bad = []
+            for position, index in [(position, self.order.next()) for position in missing]:
+                if position % self.world != self.rank:
+                    continue
+                try:
+                    drawn[position] = self.processing.prompt(self.task[index])
+                except DataError as error:
+                    if self.config.data.on_bad_row == "error":
+                        raise
+                    bad.append((position, str(error)))
+            missing = []
+            for position, message in sorted(self._gather_list(bad)):
+                self.reporter.say(f"skipped {message}")
+                missing.append(position)
+            self.rows_skipped += len(missing)
+            in_a_row = in_a_row + len(missing) if missing else 0
+            if in_a_row > len(self.task):
+                raise DataError("data.train: no usable row was found in a whole pass over the data")
+        return dict(sorted(drawn.items()))
+
+    # ------------------------------------------------------------------ advantages
+
+    def _gather(self, groups: Sequence[Group]) -> StepTable:
+        rows = [
+            (
+                group.position,
+                [score.reward for score in group.scores],
+                [score.success for score in group.scores],
+                [len(completion.token_ids) for completion in group.completions],
+            )
+            for group in groups
+        ]
+        rows = sorted(self._gather_list(rows))
+        return StepTable(
+            reward_PG=torch.tensor([row[1] for row in rows], dtype=torch.float64),
+            success_PG=torch.tensor([row[2] for row in rows], dtype=torch.float64),
+            length_PG=torch.tensor([row[3] for row in rows], dtype=torch.float64),
+        )
+
+    # ------------------------------------------------------------------ update
+
+    @property
+    def _needs_every_row(self) -> bool:
+        """Whether completions without advantage still have a gradient."""
+        return self.config.update.kl_coef > 0 or self.config.update.entropy_coef > 0
+
+    def _plan_update(
+        self, groups: Sequence[Group], advantage_PG: torch.Tensor, length_PG: torch.Tensor
+    ) -> list[MiniBatch]:
+        """Mini-batches with their denominators, equal in number and length on every process.
+
+        A completion whose advantage is 0 is left out when nothing else gives it a gradient; it
+        still counts in the denominator (same gradient, less work).
+        """
+        update, group_size = self.config.update, self.config.rollout.completions_per_prompt
+        for group in groups:
+            for completion in group.completions:
+                if completion.policy_version != self.policy.version:
+                    raise RuntimeError(
+                        f"a completion of policy version {completion.policy_version} reached the "
+                        f"update of version {self.policy.version}"
+                    )
+        prompts = [group.prompt for group in groups]
+        local = {group.position: index for index, group in enumerate(groups)}
+        wanted_PG = (advantage_PG != 0) | self._needs_every_row
+        size = update.mini_batch_prompts or len(advantage_PG)
+        plan = []
+        for start in range(0, len(advantage_PG), size):
+            block = range(start, min(start + size, len(advantage_PG)))
+            rows = [
+                Row(local[p], groups[local[p]].completions[g], float(advantage_PG[p, g]))
+                for p in block
+                if p in local
+                for g in range(group_size)
+                if wanted_PG[p, g]
+            ]
+            rows_per_rank = [0] * self.world
+            for p in block:
+                rows_per_rank[p % self.world] += int(wanted_PG[p].sum())
+            wanted_batches = max(1, -(-max(rows_per_rank) // update.micro_batch_completions))
+            batches = micro_batches(
+                prompts, rows, update.micro_batch_completions, self.accelerator.device
+            )
+            while len(batches) < wanted_batches:
+                # A process with less to do takes part with a completion that weighs nothing.
+                idle = min(
+                    (Row(p, c, 0.0) for p, g in enumerate(groups) for c in g.completions),
+                    key=lambda row: len(row.completion.token_ids),
+                )
+                batches += micro_batches(prompts, [idle], 1, self.accelerator.device)
+            plan.append(
+                MiniBatch(
+                    losses.Denominator(
+                        completions=len(block) * group_size,
+                        tokens=int(length_PG[block.start : block.stop].sum()),
+                        max_new_tokens=self.config.rollout.max_new_tokens,
+                    ),
+                    batches,
+                )
+            )
+        return plan
+
+    def _update(self, plan: Sequence[MiniBatch]) -> dict[str, float]:
+        """Take the optimiser steps of a rollout. Returns loss, gradient norm and statistics."""
+        update = self.config.update
+        self.module.train()
+        off_policy = len(plan) * update.epochs > 1
+        with torch.no_grad():
+            for batch in itertools.chain.from_iterable(mini.batches for mini in plan):
+                if off_policy:
+                    batch.old_logp_BT = self.module(batch)[0]
+                if update.kl_coef > 0:
+                    batch.ref_logp_BT = self.policy.reference_logprobs(batch)
+        totals = UpdateTotals()
+        norms = []
+        work = sum(len(mini.batches) for mini in plan) * update.epochs
+        with self.reporter.bar("  update", work) as advance:
+            for mini in itertools.chain.from_iterable([plan] * update.epochs):
+                self._backward(mini, totals, advance)
+                norms.append(self._optimiser_step())
+        return {
+            **UpdateTotals.merge(self._gather_list([totals])).means(len(norms)),
+            "update/grad_norm": float(np.mean(norms)),
+            "update/learning_rate": self.scheduler.get_last_lr()[0],
+        }
+
+    def _backward(
+        self, mini: MiniBatch, totals: UpdateTotals, advance: Callable[[int], None]
+    ) -> None:
+        update = self.config.update
+        for index, batch in enumerate(mini.batches):
+            last = index + 1 == len(mini.batches)
+            sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.module)
+            with sync:
+                logp_BT, entropy_BT = self.module(batch)
+                output = losses.policy_loss(
+                    update.loss,
+                    logp_BT=logp_BT,
+                    old_logp_BT=batch.old_logp_BT,
+                    advantage_B=batch.advantage_B,
+                    mask_BT=batch.mask_BT,
+                    denominator=mini.denominator,
+                    clip_low=update.clip_low,
+                    clip_high=update.clip_high,
+                    ref_logp_BT=batch.ref_logp_BT,
+                    kl_coef=update.kl_coef,
+                    entropy_BT=entropy_BT,
+                    entropy_coef=update.entropy_coef,
+                )
+                # The denominator counts all processes; DDP and FSDP take the mean over them.
+                self.accelerator.backward(output.loss * self.world)
+            totals.add(output)
+            advance(1)
+
+    def _optimiser_step(self) -> float:
+        norm = self.accelerator.clip_grad_norm_(
+            list(self.policy.trainable_parameters()), self.config.update.max_grad_norm
+        )
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        self.policy.version += 1
+        return float(norm)
+
+    def _optimizer(self) -> tuple[Any, Any]:
+        from transformers import get_scheduler
+
+        update, prompts = self.config.update, self.config.rollout.prompts_per_step
+        optimizer = torch.optim.AdamW(
+            self.policy.trainable_parameters(),
+            lr=update.learning_rate,
+            betas=update.betas,
+            weight_decay=update.weight_decay,
+        )
+        per_rollout = prompts // (update.mini_batch_prompts or prompts) * update.epochs
+        name = "constant_with_warmup" if update.schedule == "constant" else update.schedule
+        scheduler = get_scheduler(
+            name, optimizer, update.warmup_steps, self.total_steps * per_rollout
+        )
+        return optimizer, scheduler
+
+    # ------------------------------------------------------------------ evaluation, records
+
+    def evaluate(self, name: str) -> None:
+        """Sample and grade every evaluation set; results go into the run folder."""
+        section = self.config.evaluate
+        for label, task in self.evaluation_tasks.items():
+            started = time.perf_counter()
+            mine = range(self.rank, len(task), self.world)
+            with (
+                self.stopwatch("evaluate"),
+                self.reporter.bar(f"evaluate {label} ({name})", len(mine) * section.samples) as bar,
+            ):
+                problems = evaluate.run(
+                    self.engine,
+                    self.processing,
+                    self.rewarder,
+                    task,
+                    mine,
+                    section,
+                    on_bad_row=self.config.data.on_bad_row,
+                    on_progress=bar,
+                )
+            problems = sorted(self._gather_list(problems), key=lambda problem: problem.index)
+            if self.run is None:
+                continue
+            result = evaluate.write(
+                self.run, name, label, problems, section, time.perf_counter() - started
+            )
+            self.reporter.say(evaluate.one_line(result))
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step."""
+        self.accelerator.wait_for_everyone()
+        if not self.is_main:
+            return
+        with self.stopwatch("checkpoint"):
+            folder = self._checkpoints / f"step_{self.steps_done:06d}"
+            checkpoint.save(
+                folder,
+                self.policy,
+                self.processing,
+                config_yaml=configs.dump(self.config),
+                state={
+                    "step": self.steps_done,
+                    "data_position": self.order.position,
+                    "tokens_seen": self.tokens_seen,
+                    "versions": versions(),
+                },
+            )
+            checkpoint.prune(self._checkpoints, self.config.checkpoint.keep)
+
+    @property
+    def _checkpoints(self) -> Path:
+        return Path(self.config.run_dir) / "checkpoints"
+
+    def newest_checkpoint(self) -> Path | None:
+        return checkpoint.newest(self._checkpoints)
+
+    def _saved(self) -> bool:
+        return (self._checkpoints / f"step_{self.steps_done:06d}").is_dir()
+
+    def _due(self, every: int) -> bool:
+        return every > 0 and self.steps_done % every == 0
+
+    def _record(self, groups: Sequence[Group], levels: advantage.AdvantageLevels) -> None:
+        records: list[RolloutRecord] = []
+        for group in groups:
+            example = group.prompt.example
+            images = tuple(self.run.store_image(image) for image in group.prompt.images if self.run)
+            for index, (completion, score) in enumerate(
+                zip(group.completions, group.scores, strict=True)
+            ):
+                place = (group.position, index)
+                records.append(
+                    RolloutRecord(
+                        step=self.steps_done,
+                        draw=group.draw,
+                        prompt_index=group.position,
+                        completion_index=index,
+                        example_id=example.id,
+                        question=example.question,
+                        prompt_text=group.prompt.text,
+                        answer=example.answer,
+                        images=images,
+                        completion=completion.text,
+                        tokens=len(completion.token_ids),
+                        finish_reason=completion.finish_reason,
+                        reward=score.reward,
+                        success=score.success,
+                        parts=dict(score.parts),
+                        error=score.error,
+                        advantage_before=float(levels.base_PG[place]),
+                        advantage_sample_level=float(levels.sample_PG[place]),
+                        advantage=float(levels.advantage_PG[place]),
+                        entropy=_sampled_entropy([completion]),
+                        meta=dict(example.meta),
+                    )
+                )
+        records = sorted(
+            self._gather_list(records), key=lambda r: (r.prompt_index, r.completion_index)
+        )
+        if self.run:
+            self.run.write_rollouts(self.steps_done, records)
+
+    def _metrics(
+        self,
+        groups: Sequence[Group],
+        table: StepTable,
+        levels: advantage.AdvantageLevels,
+        update: dict[str, float],
+    ) -> dict[str, float]:
+        local = [
+            (
+                dict(score.parts),
+                bool(score.error),
+                completion.finish_reason == "length",
+                sum(completion.logprobs),
+                len(group.prompt),
+            )
+            for group in groups
+            for completion, score in zip(group.completions, group.scores, strict=True)
+        ]
+        rows = self._gather_list(local)
+        rate_P = table.success_PG.mean(-1)
+        lengths = table.length_PG
+        values = {
+            "reward/mean": table.reward_PG.mean().item(),
+            "reward/std": table.reward_PG.std(correction=0).item(),
+            "reward/errors": float(sum(row[1] for row in rows)),
+            "success/mean": rate_P.mean().item(),
+            "advantage/omega": levels.omega,
+            "advantage/mean_abs": levels.advantage_PG.abs().mean().item(),
+            "advantage/sum": levels.advantage_PG.sum().item(),
+            "groups/all_right": (rate_P == 1).float().mean().item(),
+            "groups/all_wrong": (rate_P == 0).float().mean().item(),
+            "groups/mixed": ((rate_P > 0) & (rate_P < 1)).float().mean().item(),
+            "completions/right": table.success_PG.sum().item(),
+            "completions/mean_tokens": lengths.mean().item(),
+            "completions/max_tokens": lengths.max().item(),
+            "completions/truncated": float(np.mean([row[2] for row in rows])),
+            "policy/entropy": -sum(row[3] for row in rows) / max(1.0, lengths.sum().item()),
+            "tokens/completion": lengths.sum().item(),
+            "tokens/prompt": float(sum(row[4] for row in rows)),
+            "tokens/seen": float(self.tokens_seen),
+            "data/rows_skipped": float(self.rows_skipped),
+            "data/epoch": self.order.position / self.order.rows,
+            **update,
+        }
+        for part in {name for row in rows for name in row[0]}:
+            values[f"reward/{part}"] = float(np.mean([row[0].get(part, 0.0) for row in rows]))
+        return values
+
+    def _show(self, values: dict[str, float]) -> None:
+        width = len(str(self.total_steps))
+        self.reporter.say(
+            f"step {self.steps_done:{width}}/{self.total_steps}  "
+            f"reward {values['reward/mean']:.3f}  right {values['success/mean']:6.1%}  "
+            f"ω {values['advantage/omega']:.2f}  mixed {values['groups/mixed']:4.0%}  "
+            f"entropy {values['policy/entropy']:.3f}  "
+            f"tokens {values['completions/mean_tokens']:.0f}  "
+            f"|g| {values['update/grad_norm']:.2f}  {values['seconds/total']:.1f} s"
+        )
+
+    def _summary(self, seconds: float) -> dict[str, Any]:
+        if self.run is None:
+            return {}
+        first = next(iter(self.evaluation_tasks), None)
+        found = {r.name: r for r in self.run.read_evaluations() if r.label == first}
+        prefix = "seconds/"
+        stages = {
+            name.removeprefix(prefix): value
+            for name, value in self.stopwatch.totals.items()
+            if name.startswith(prefix)
+        }
+        summary = {
+            "steps": self.steps_done,
+            "pass_at_k": {
+                name: {k: asdict(interval) for k, interval in result.pass_at_k.items()}
+                for name, result in found.items()
+            },
+            "greedy": {
+                name: asdict(result.greedy) for name, result in found.items() if result.greedy
+            },
+            "seconds": {**stages, "total": seconds},
+            "tokens": self.tokens_seen,
+            "rows_skipped": self.rows_skipped,
+            "peak_memory_mb": metrics.peak_memory_mb(),
+            "versions": versions(),
+        }
+        self.run.write_summary(summary)
+        return summary
+
+    # ------------------------------------------------------------------ other processes
+
+    def _gather_list(self, items: list[Any]) -> list[Any]:
+        """Items of all processes, in the order of processes."""
+        return items if self.world == 1 else gather_object(items)
+
+
+def _sampled_entropy(completions: Iterable[Completion]) -> float | None:
+    """Mean of −log p over sampled tokens: an unbiased estimate of the entropy in nats."""
+    logprobs = [value for completion in completions for value in completion.logprobs]
+    return -float(np.mean(logprobs)) if logprobs else None

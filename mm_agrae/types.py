@@ -1,0 +1,121 @@
+"""The nouns that travel down the pipeline, one dataclass per stage.
+
+    task -> Example -> Prompt -> Completion -> Score -> (advantages) -> MicroBatch -> update
+
+Shapes are written as suffixes of tensor names, with one legend for the whole package:
+
+    P   prompts (= groups) of one optimisation step, over all ranks
+    G   completions per prompt
+    B   rows of a micro-batch (one row per completion)
+    T   completion tokens, right-padded to the longest of the batch
+    S   tokens of a whole sequence, prompt and completion
+    V   vocabulary
+    N   images
+
+so `reward_PG` holds one reward per completion and `logp_BT` one log-probability (nats) per
+completion token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from PIL.Image import Image
+
+    ImageSource = str | bytes | Image  # a path or URL, the encoded bytes, or a decoded picture
+else:
+    ImageSource = object
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of a task: a question, its gold answer, and how to grade it.
+
+    `question` may hold `<image>` markers that say where the pictures stand; without markers the
+    pictures come first. `grading` are keyword arguments of `rewards.accuracy.verify`
+    (for instance `{"kind": "choice", "choices": ["12", "15"]}`). `origin` names the file and
+    row for error messages. `meta` is carried into the rollout records untouched.
+    """
+
+    id: str
+    question: str
+    answer: str
+    images: tuple[ImageSource, ...] = ()
+    grading: Mapping[str, Any] = field(default_factory=dict)
+    origin: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An Example made ready for the model, processed exactly once.
+
+    `token_ids` [S] are unpadded, with every image placeholder expanded to the number of tokens
+    the vision tower yields for it. `pixel_values` and `image_grid_thw` are as the processor
+    returns them (None for a text prompt); the same tensors serve rollout and update.
+    `images` are the decoded RGB pictures after resizing, kept for the rollout record.
+    """
+
+    example: Example
+    text: str
+    token_ids: torch.Tensor
+    mm_token_type_ids: torch.Tensor | None = None
+    pixel_values: torch.Tensor | None = None
+    image_grid_thw: torch.Tensor | None = None
+    images: tuple[Image, ...] = ()
+
+    def __len__(self) -> int:
+        return int(self.token_ids.numel())
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the policy wrote for one prompt.
+
+    `token_ids` include the end-of-sequence token when there is one. `logprobs` are the
+    sampling log-probabilities in nats, one per token, of the distribution sampled from
+    (temperature applied). `finish_reason` is "stop" or "length".
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
+    finish_reason: str
+    policy_version: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """The verdict on one completion.
+
+    `reward` is the weighted sum of `parts`; `success` says whether the final answer was right.
+    `error` names the part that failed or timed out ("" if none); such a completion counts as
+    unsolved.
+    """
+
+    reward: float
+    success: bool
+    parts: Mapping[str, float]
+    error: str = ""
+
+
+@dataclass
+class MicroBatch:
+    """The completions of one forward and backward pass. Row b answers `prompts[prompt_index_B[b]]`.
+
+    Rows of one prompt are adjacent. `mask_BT` is 1 on completion tokens (the end token
+    included), 0 on padding.
+    """
+
+    prompts: Sequence[Prompt]
+    prompt_index_B: torch.Tensor
+    token_BT: torch.Tensor
+    mask_BT: torch.Tensor
+    advantage_B: torch.Tensor
+    sampling_logp_BT: torch.Tensor
+    old_logp_BT: torch.Tensor | None = None
+    ref_logp_BT: torch.Tensor | None = None

@@ -1,0 +1,479 @@
+"""Make the two small warm-start checkpoints from nothing: data/warm_start/vl and .../text.
+
+    python scripts/make_warm_start.py --out data/warm_start
+
+Both are real transformers classes with random weights at first: Qwen2_5_VLForConditionalGeneration
+and Qwen2ForCausalLM, one byte-level tokenizer for the two. They are taught, by plain supervised
+learning on the training split of the synthetic task, to write
+
+    <think>Given 70, 40. Exterior angle: 70+40=110.</think> \\boxed{110}
+
+The teacher reads and calculates rightly but is deliberately unsure of the rule: it uses the right
+one with a probability that differs by figure (`SKILL`) and otherwise one of a few wrong ones. So
+the checkpoint can do every step and mostly chooses badly, which is what reinforcement learning
+is then to mend. At the end the script measures pass@1 and pass@16 on the test split, and pass@1
+with the picture blanked or swapped for another's: what is left is guessing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import random
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mm_agrae.compat import prepare
+from mm_agrae.tasks.synthetic import FIGURES, Problem, SyntheticTask, derive
+
+prepare()
+
+VOCABULARY = 768
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+]
+# Qwen2.5's own pattern: each digit is a token, words keep their leading space.
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Qwen2.5-VL's, without its default system message and with one only if there is one.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# White is 0: with the usual statistics a line drawing is mostly a large constant, and the small
+# vision tower stays at chance.
+MEAN, STD = 1.0, 0.4
+PATCH, MERGE = 14, 2
+
+SKILL = {1: (0.35, 0.75), 2: (0.2, 0.6), 3: (0.06, 0.35), 4: (0.06, 0.5)}
+"""Level -> range of the probability that the teacher uses the right rule, spread over figures."""
+NAME_IT, READ_IT = "Name the figure.", "Read the numbers."
+
+
+def skill(figure: str, level: int) -> float:
+    """A fixed number for each figure and level, spread evenly over the level's range."""
+    low, high = SKILL[level]
+    digest = hashlib.sha256(f"{figure}/{level}".encode()).digest()
+    return low + (high - low) * int.from_bytes(digest[:4], "big") / 2**32
+
+
+def mistakes(problem: Problem) -> list[tuple[str, str]]:
+    """Derivations and answers by the rules of other figures, a favourite of this figure first."""
+    figure = FIGURES[problem.figure]
+    given = ", ".join(map(str, problem.numbers))
+    wrong = {}
+    for other in FIGURES.values():
+        if (other.asks, other.arity) != (figure.asks, figure.arity):
+            continue
+        derived = derive(other.ways[0], problem.numbers)
+        if derived and str(derived[1]) != problem.answer and derived[1] < 360:
+            taste = hashlib.sha256(f"{figure.name}/{other.ways[0]}".encode()).hexdigest()
+            wrong[taste] = (f"Given {given}. {derived[0]}", str(derived[1]))
+    return [wrong[taste] for taste in sorted(wrong)]
+
+
+def teach(problem: Problem, rng: random.Random) -> str:
+    """A reply with reasoning by the unsure teacher."""
+    way, answer = rng.choice(problem.ways), problem.answer
+    if problem.family == "geometry" and rng.random() > skill(problem.figure, problem.level):
+        wrong = mistakes(problem)
+        if wrong:
+            way, answer = rng.choices(wrong, [0.6**k for k in range(len(wrong))])[0]
+    return f"<think>{way}</think> \\boxed{{{answer}}}"
+
+
+def lesson(
+    tasks: dict[str, SyntheticTask], index: int, rng: random.Random, pictures: float
+) -> tuple[str, str, Any]:
+    """Question, reply and picture (or None) of one training sample."""
+    draw = rng.random()
+    if rng.random() > pictures:
+        problem, _ = tasks["all"].problem(index)
+        return problem.described, teach(problem, rng), None
+    if draw < 0.35:  # Drills in seeing, which the teacher is sure of.
+        problem, state = tasks["geometry"].problem(index)
+        image, _ = problem.draw(state, 112)
+        if draw < 0.2:
+            return NAME_IT, problem.figure.replace("_", " "), image
+        shown = problem.numbers[FIGURES[problem.figure].asks == "side" :]
+        return READ_IT, ", ".join(map(str, shown)), image
+    problem, state = tasks["all"].problem(index)
+    image, _ = problem.draw(state, 112)
+    return problem.question, teach(problem, rng), image
+
+
+def make_tokenizer(seed: int) -> Any:
+    """Byte-level BPE: any text in any language is encoded without loss."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    rng = random.Random(seed)
+    corpus = [NAME_IT, READ_IT] * 200
+    for modality in ("image", "text"):
+        task = SyntheticTask(modality=modality, size=4000, seed=seed)
+        for index in range(len(task)):
+            problem, _ = task.problem(index)
+            corpus += [problem.question, problem.described, teach(problem, rng)]
+    corpus += [figure.replace("_", " ") for figure in FIGURES] * 20
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    thinking = ["<think>", "</think>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL) - len(thinking),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    stripped = (text.replace("<think>", "").replace("</think>", "") for text in corpus)
+    tokenizer.train_from_iterator(["system user assistant"] * 50 + list(stripped), trainer)
+    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in SPECIAL])
+    tokenizer.add_tokens([AddedToken(text, special=False) for text in thinking])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=SPECIAL[3:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=2048,
+        padding_side="left",
+    )
+
+
+def make_processor(tokenizer: Any) -> Any:
+    from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
+
+    common = {
+        "patch_size": PATCH,
+        "merge_size": MERGE,
+        "temporal_patch_size": 2,
+        "image_mean": [MEAN] * 3,
+        "image_std": [STD] * 3,
+    }
+    edges = {"shortest_edge": (PATCH * MERGE) ** 2, "longest_edge": 336**2}
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=edges, **common),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(size=edges, **common),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def make_model(kind: str, tokenizer: Any, args: argparse.Namespace) -> Any:
+    """A fresh model; heads are 32 wide, the least that vLLM takes."""
+    from transformers import (
+        GenerationConfig,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+    )
+
+    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": args.width,
+        "intermediate_size": 3 * args.width,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.width // 32,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+        "use_sliding_window": False,
+    }
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    torch.manual_seed(args.seed)
+    if kind == "text":
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**text, rope_parameters=rope))
+    else:
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(
+                text_config={**text, "rope_parameters": {**rope, "mrope_section": [4, 6, 6]}},
+                vision_config={
+                    "depth": args.vision_layers,
+                    "hidden_size": args.vision_width,
+                    "intermediate_size": 3 * args.vision_width,
+                    "num_heads": args.vision_width // 32,
+                    "out_hidden_size": args.width,
+                    "patch_size": PATCH,
+                    "spatial_merge_size": MERGE,
+                    "temporal_patch_size": 2,
+                    "window_size": 8 * PATCH,
+                    "fullatt_block_indexes": list(range(args.vision_layers)),
+                    "tokens_per_second": 2,
+                },
+                image_token_id=ids["<|image_pad|>"],
+                video_token_id=ids["<|video_pad|>"],
+                vision_start_token_id=ids["<|vision_start|>"],
+                vision_end_token_id=ids["<|vision_end|>"],
+                vision_token_id=ids["<|vision_pad|>"],
+                tie_word_embeddings=True,
+                eos_token_id=text["eos_token_id"],
+                pad_token_id=text["pad_token_id"],
+                bos_token_id=None,
+            )
+        )
+    model.generation_config = GenerationConfig(
+        eos_token_id=text["eos_token_id"], pad_token_id=text["pad_token_id"], do_sample=True
+    )
+    return model
+
+
+def pixels(images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the image processor yields for pictures of one size, many times faster."""
+    array = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+    count, height, width, _ = array.shape
+    rows, columns, block = height // PATCH, width // PATCH, MERGE
+    array = (array / 255 - MEAN) / STD
+    array = array.transpose(0, 3, 1, 2).reshape(
+        count, 3, rows // block, block, PATCH, columns // block, block, PATCH
+    )
+    array = array.transpose(0, 2, 5, 3, 6, 1, 4, 7)[..., None, :, :].repeat(2, axis=-3)
+    patches = torch.from_numpy(array.reshape(count * rows * columns, -1))
+    return patches, torch.tensor([[1, rows, columns]] * count)
+
+
+def batch(
+    rows: Sequence[tuple[str, str, Any]], tokenizer: Any, left: bool = False
+) -> dict[str, torch.Tensor]:
+    """Model inputs of (question, reply, picture) rows; labels on the replies alone.
+
+    Replies may be empty; then the rows are padded on the left, to be continued.
+    """
+    image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    prompts, replies = [], []
+    for question, reply, image in rows:
+        seen = ""
+        if image is not None:
+            tokens = (image.width // PATCH // MERGE) * (image.height // PATCH // MERGE)
+            seen = f"<|vision_start|>{'<|image_pad|>' * tokens}<|vision_end|>"
+        prompts.append(f"<|im_start|>user\n{seen}{question}<|im_end|>\n<|im_start|>assistant\n")
+        replies.append(f"{reply}<|im_end|>" if reply else "")
+    ids = [
+        tokenizer(prompt).input_ids + tokenizer(reply).input_ids
+        for prompt, reply in zip(prompts, replies, strict=True)
+    ]
+    heads = [len(tokenizer(prompt).input_ids) for prompt in prompts]
+    longest = max(map(len, ids))
+    tokens_BS = torch.full((len(ids), longest), tokenizer.pad_token_id)
+    mask_BS, labels_BS = torch.zeros_like(tokens_BS), torch.full_like(tokens_BS, -100)
+    for row, (line, head) in enumerate(zip(ids, heads, strict=True)):
+        at = slice(longest - len(line), longest) if left else slice(0, len(line))
+        tokens_BS[row, at] = torch.tensor(line)
+        mask_BS[row, at] = 1
+        if not left:
+            labels_BS[row, head : len(line)] = torch.tensor(line[head:])
+    inputs = {"input_ids": tokens_BS, "attention_mask": mask_BS}
+    images = [image for *_, image in rows if image is not None]
+    if images:
+        inputs["pixel_values"], inputs["image_grid_thw"] = pixels(images)
+        inputs["mm_token_type_ids"] = (tokens_BS == image_id).int()
+    if not left:
+        inputs["labels"] = labels_BS
+    return inputs
+
+
+def train(model: Any, tokenizer: Any, args: argparse.Namespace, pictures: float) -> None:
+    tasks = {
+        "all": SyntheticTask(size=10**9, seed=args.seed + 1),
+        "geometry": SyntheticTask(size=10**9, seed=args.seed + 2, families=["geometry"]),
+    }
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    rest = [p for p in model.parameters() if p.dim() <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
+        lr=args.lr,
+        betas=(0.9, 0.98),
+    )
+    steps = args.steps
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps))),
+    )
+    model.train()
+    rng = random.Random(args.seed)
+    started, index, running = time.time(), 0, 0.0
+    waiting: list[Any] = []
+    for step in range(steps):
+        if not waiting:  # Rows of like length share a batch: less padding.
+            rows = [lesson(tasks, index + k, rng, pictures) for k in range(16 * args.batch)]
+            index += len(rows)
+            rows.sort(key=lambda row: len(row[0]) + len(row[1]))
+            waiting = [rows[k : k + args.batch] for k in range(0, len(rows), args.batch)]
+            rng.shuffle(waiting)
+        loss = model(**batch(waiting.pop(), tokenizer)).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
+        if step % 10 == 9 or step + 1 == steps:
+            progress(step + 1, steps, started, f"loss {running:.3f}")
+
+
+def progress(done: int, total: int, started: float, note: str) -> None:
+    filled = int(30 * done / total)
+    spent = time.time() - started
+    left = spent / done * (total - done)
+    end = "\n" if done == total else ""
+    sys.stderr.write(
+        f"\r[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} {note}, "
+        f"{spent:.0f} s, {left:.0f} s left  {end}"
+    )
+    sys.stderr.flush()
+
+
+@torch.no_grad()
+def sample(
+    model: Any, tokenizer: Any, rows: Sequence[tuple[str, Any]], samples: int, temperature: float
+) -> list[list[str]]:
+    """`samples` replies to each (question, picture)."""
+    model.eval()
+    replies: list[list[str]] = []
+    for at in range(0, len(rows), 8):
+        part = [(question, "", image) for question, image in rows[at : at + 8]]
+        repeated = [row for row in part for _ in range(samples)]
+        inputs = batch(repeated, tokenizer, left=True)
+        out = model.generate(
+            **inputs, do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=64
+        )
+        texts = tokenizer.batch_decode(
+            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
+        replies += [texts[k * samples : (k + 1) * samples] for k in range(len(part))]
+    return replies
+
+
+def final_answer(reply: str) -> str:
+    """What stands in the last box after the thinking, "" if the form is not kept."""
+    thinking, _, rest = reply.partition("</think>")
+    if not thinking.startswith("<think>") or "\\boxed{" not in rest:
+        return ""
+    return rest.rpartition("\\boxed{")[2].partition("}")[0].strip()
+
+
+def measure(model: Any, tokenizer: Any, modality: str, problems: int, samples: int) -> dict:
+    """Print and return pass@1 and pass@k by family and level, and with the picture taken away."""
+    from PIL import Image
+
+    task = SyntheticTask("test", modality=modality, size=problems)
+    examples = [task[index] for index in range(problems)]
+    rows = [(e.question, e.images[0] if e.images else None) for e in examples]
+    started = time.time()
+    replies = sample(model, tokenizer, rows, samples, 1.0)
+    solved, formed, length = defaultdict(list), [], []
+    for example, texts in zip(examples, replies, strict=True):
+        right = [final_answer(text) == example.answer for text in texts]
+        meta = example.meta
+        for group in ("all", f"{meta['family']} {meta['level']}", f"~{meta['figure']}"):
+            solved[group].append(right)
+        formed += [bool(final_answer(text)) for text in texts]
+        length += [len(tokenizer(text).input_ids) + 1 for text in texts]
+    print(f"{modality}: {problems} test problems x {samples} samples, {time.time() - started:.0f} s")
+    print(f"  form kept {np.mean(formed):.3f}, tokens {np.mean(length):.1f} (most {max(length)})")
+    result: dict[str, Any] = {}
+    for group in sorted(solved):
+        right = np.array(solved[group])
+        result[group] = {"n": len(right), "pass@1": right.mean(), f"pass@{samples}": right.any(1).mean()}
+        print(f"  {group:28s} n {len(right):4d}  pass@1 {right.mean():.3f}  pass@{samples} {right.any(1).mean():.3f}")
+    mixed = np.array(solved["all"])[:, :8].mean(1)
+    print(f"  groups of 8: none right {np.mean(mixed == 0):.2f}, all right {np.mean(mixed == 1):.2f}")
+    if modality == "image":
+        blank = Image.new("RGB", examples[0].images[0].size, "white")
+        taken = {"blank": [blank] * problems, "swapped": [rows[k - 1][1] for k in range(problems)]}
+        for name, pictures in taken.items():
+            others = [(question, picture) for (question, _), picture in zip(rows, pictures, strict=True)]
+            part = sample(model, tokenizer, others, 4, 1.0)
+            right = [
+                final_answer(text) == example.answer
+                for example, texts in zip(examples, part, strict=True)
+                for text in texts
+            ]
+            result[name] = np.mean(right)
+            print(f"  picture {name}: pass@1 {np.mean(right):.3f}")
+    return result
+
+
+def save(model: Any, processor: Any, folder: Path) -> None:
+    """In half precision to keep it small; the config says float32, as which it is loaded."""
+    from safetensors.torch import load_file, save_file
+
+    fresh = folder.with_name(folder.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    model.save_pretrained(fresh)
+    processor.save_pretrained(fresh)
+    weights = fresh / "model.safetensors"
+    halved = {name: tensor.half() for name, tensor in load_file(weights).items()}
+    save_file(halved, weights, metadata={"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("data/warm_start"))
+    parser.add_argument("--only", choices=("vl", "text"))
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--text-steps", type=int, default=1500)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--vision-width", type=int, default=96)
+    parser.add_argument("--vision-layers", type=int, default=3)
+    parser.add_argument("--problems", type=int, default=300, help="test problems at the end")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(args.seed)
+    processor = make_processor(tokenizer)
+    for kind in ("vl", "text"):
+        if args.only in (None, kind):
+            model = make_model(kind, tokenizer, args)
+            print(f"{kind}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+            if kind == "text":
+                args.steps = args.text_steps
+            train(model, tokenizer, args, 0.0 if kind == "text" else 0.85)
+            save(model, processor if kind == "vl" else tokenizer, args.out / kind)
+            results = {"text": measure(model, tokenizer, "text", args.problems, args.samples)}
+            if kind == "vl":
+                results["image"] = measure(model, tokenizer, "image", args.problems, args.samples)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# From a fresh clone to a trained vision-language checkpoint on a CPU: installs, trains the
+# embedded default by A-GRAE, shows pass@k before and after. Arguments are config overrides:
+#   ./scripts/quickstart.sh train.steps=20 advantage.rule=grpo
+source "$(dirname "$0")/environment.sh"
+prepare_environment
+export HF_HUB_OFFLINE=1
+exec mm-agrae train configs/quickstart.yaml --overwrite "$@"

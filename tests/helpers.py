@@ -1,0 +1,75 @@
+"""What several tests need: the embedded checkpoints and small configs on them."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from mm_agrae import config as configs
+from mm_agrae.config import ModelSection, PromptSection, SamplingSection
+from mm_agrae.policy import Policy
+from mm_agrae.processing import Processing
+from mm_agrae.rollout.hf import HFEngine
+from mm_agrae.tasks.synthetic import SyntheticTask
+
+ROOT = Path(__file__).parent.parent
+WARM_START = Path(os.environ.get("MM_AGRAE_WARM_START", ROOT / "data" / "warm_start"))
+VL, TEXT = str(WARM_START / "vl"), str(WARM_START / "text")
+REAL_DATA = Path(os.environ.get("MM_AGRAE_DATA", ROOT.parent / "shared" / "data"))
+
+MODALITY = {VL: "image", TEXT: "text"}
+
+
+def sampling(**settings) -> SamplingSection:
+    return SamplingSection(**({"max_new_tokens": 24} | settings))
+
+
+@lru_cache
+def processing(path: str, **settings) -> Processing:
+    return Processing(path, PromptSection(**settings))
+
+
+def policy(path: str, **settings) -> Policy:
+    torch.manual_seed(0)
+    options = {name: settings.pop(name) for name in ("temperature",) if name in settings}
+    made = processing(path)
+    return Policy(
+        ModelSection(path=path, **settings),
+        forbidden_ids=made.forbidden_ids,
+        pad_id=made.pad_id,
+        **options,
+    )
+
+
+def engine(made: Policy, **settings) -> HFEngine:
+    return HFEngine(made, processing(made.settings.path), **settings)
+
+
+def examples(path: str, count: int, split: str = "train") -> list:
+    task = SyntheticTask(split=split, modality=MODALITY[path])
+    return [task[index] for index in range(count)]
+
+
+def prompts(path: str, count: int) -> list:
+    return [processing(path).prompt(example) for example in examples(path, count)]
+
+
+def run_config(run_dir, path: str = VL, **sections):
+    """A run of two small steps, changed by `sections`."""
+    source = {"task": "synthetic", "modality": MODALITY[path]}
+    values = {
+        "run_dir": str(run_dir),
+        "model": {"path": path, "device": "cpu"},
+        "data": {
+            "train": [source | {"split": "train"}],
+            "evaluate": [source | {"split": "test", "name": "test", "limit": 4}],
+        },
+        "train": {"steps": 2, "seed": 0},
+        "rollout": {"prompts_per_step": 4, "completions_per_prompt": 4, "max_new_tokens": 24},
+        "update": {"learning_rate": 1e-3},
+        "evaluate": {"samples": 2, "max_new_tokens": 24, "bootstrap": 50},
+    }
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return configs.parse(values)

@@ -1,0 +1,156 @@
+"""The reference engine against transformers' own generate and the policy's own forward."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import TEXT, VL, engine, policy, processing, prompts, sampling
+
+from mm_agrae.batching import Row, micro_batches
+from mm_agrae.errors import ConfigError
+from mm_agrae.rollout import derive_seed, make_engine
+from mm_agrae.rollout.hf import sample
+from mm_agrae.types import Example
+
+BOTH = pytest.mark.parametrize("path", [VL, TEXT], ids=["vl", "text"])
+
+
+def mixed_prompts():
+    """Pictures of several sizes, two in one row, none in another: all in one batch."""
+    from PIL import Image
+
+    made = processing(VL)
+    wide, small = Image.new("RGB", (196, 56), "red"), Image.new("RGB", (56, 56), "blue")
+    rows = [("What?", (wide,)), ("And <image> or <image>, which?", (small, wide)), ("1+1?", ())]
+    drawn = [made.prompt(Example(str(i), q, "1", images)) for i, (q, images) in enumerate(rows)]
+    return prompts(VL, 3) + drawn
+
+
+@BOTH
+def test_greedy_equals_transformers_generate(path):
+    made = policy(path).eval()
+    for prompt in prompts(path, 4):
+        inputs = {"input_ids": prompt.token_ids[None]}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if prompt.pixel_values is not None:
+            inputs |= {
+                "pixel_values": prompt.pixel_values,
+                "image_grid_thw": prompt.image_grid_thw,
+                "mm_token_type_ids": prompt.mm_token_type_ids[None],
+            }
+        expected = made.hf.generate(
+            **inputs, do_sample=False, max_new_tokens=24, eos_token_id=list(processing(path).eos_ids),
+            suppress_tokens=list(processing(path).forbidden_ids), pad_token_id=made.pad_id,
+        )[0, len(prompt):].tolist()
+        greedy = engine(made).generate([prompt], 1, sampling(temperature=0.0), [0])[0][0]
+        assert list(greedy.token_ids) == expected
+
+
+@pytest.mark.parametrize("case", ["vl", "text", "mixed"])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampling_logprobs_equal_the_policy_forward(case, temperature):
+    path = TEXT if case == "text" else VL
+    batch = mixed_prompts() if case == "mixed" else prompts(path, 5)
+    made = policy(path, temperature=temperature)
+    groups = engine(made).generate(batch, 3, sampling(temperature=temperature), range(len(batch)))
+    rows = [Row(p, c, 0.0) for p, group in enumerate(groups) for c in group]
+    for micro in micro_batches(batch, rows, 8, made.device):
+        logp_BT, entropy_BT = made(micro)
+        difference = ((logp_BT - micro.sampling_logp_BT) * micro.mask_BT).abs().max()
+        assert difference < 2e-4, difference
+        assert (entropy_BT[micro.mask_BT.bool()] >= -1e-6).all()
+        assert (logp_BT[~micro.mask_BT.bool()] == 0).all()
+
+
+@BOTH
+def test_a_sample_depends_on_its_seed_alone(path):
+    made, batch = policy(path), prompts(path, 5)
+    together = engine(made).generate(batch, 4, sampling(), [10, 11, 12, 13, 14])
+    small = engine(made, batch_completions=4).generate(batch, 4, sampling(), [10, 11, 12, 13, 14])
+    alone = engine(made).generate(batch[3:4], 2, sampling(), [13])
+    texts = [[c.token_ids for c in group] for group in together]
+    assert [[c.token_ids for c in group] for group in small] == texts
+    assert [c.token_ids for c in alone[0]] == texts[3][:2]
+    other = engine(made).generate(batch, 4, sampling(), [20, 21, 22, 23, 24])
+    assert [[c.token_ids for c in group] for group in other] != texts
+
+
+@BOTH
+def test_placeholder_ids_are_never_sampled(path):
+    made = policy(path)
+    forbidden = list(processing(path).forbidden_ids)
+    with torch.no_grad():  # make them by far the most probable ones
+        made.hf.get_output_embeddings().weight[forbidden] *= 50
+    for temperature in (0.0, 1.0):
+        groups = engine(made).generate(
+            prompts(path, 3), 4, sampling(temperature=temperature), [1, 2, 3]
+        )
+        for completion in (c for group in groups for c in group):
+            assert not set(completion.token_ids) & set(forbidden)
+            assert all(value > -1000 for value in completion.logprobs)
+
+
+def test_finish_reason_and_progress():
+    made, batch = policy(VL), prompts(VL, 3)
+    finished = []
+    groups = engine(made).generate(batch, 4, sampling(max_new_tokens=64), [1, 2, 3], finished.append)
+    assert sum(finished) == 12
+    eos = processing(VL).eos_ids
+    for completion in (c for group in groups for c in group):
+        ended = completion.token_ids[-1] in eos
+        assert completion.finish_reason == ("stop" if ended else "length")
+        assert ended or len(completion.token_ids) == 64
+        assert not set(completion.token_ids[:-1]) & set(eos)
+        assert completion.policy_version == 0
+    short = engine(made).generate(batch, 2, sampling(max_new_tokens=2), [1, 2, 3])
+    assert {c.finish_reason for group in short for c in group} == {"length"}
+
+
+def test_generation_leaves_the_mode_as_it_was():
+    made = policy(TEXT).train()
+    engine(made).generate(prompts(TEXT, 1), 2, sampling(max_new_tokens=2), [1])
+    assert made.training
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 3}, {"top_p": 0.7}, {"temperature": 0.5}, {"top_k": 4, "top_p": 0.6}]
+)
+def test_sample_follows_the_distribution(settings):
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(8, generator=generator) * 2
+    count = 20000
+    drawn, logp = sample(
+        logits.expand(count, -1), torch.rand(count, generator=generator), sampling(**settings)
+    )
+    # The distribution worked out another way: sort, cut, renormalise.
+    p = torch.softmax(logits.double() / settings.get("temperature", 1.0), -1)
+    order = p.argsort(descending=True)
+    keep = order[: settings.get("top_k", 8)]
+    p = torch.zeros(8, dtype=torch.float64).index_put((keep,), p[keep])
+    p /= p.sum()
+    nucleus, mass = [], 0.0
+    for index in order.tolist():
+        if mass < settings.get("top_p", 1.0) and p[index] > 0:
+            nucleus.append(index)
+            mass += p[index].item()
+    p = torch.zeros(8, dtype=torch.float64).index_put((torch.tensor(nucleus),), p[nucleus])
+    p /= p.sum()
+    share = np.bincount(drawn.numpy(), minlength=8) / count
+    assert (share[p.numpy() == 0] == 0).all()
+    assert np.abs(share - p.numpy()).max() < 0.02
+    assert torch.allclose(logp.double(), p[drawn].log(), atol=1e-5)
+
+
+def test_sample_at_the_ends_of_the_interval():
+    logits = torch.tensor([[-1e4, 0.0, -1e4, 0.0, -1e4]]).repeat(2, 1)
+    token, logp = sample(logits, torch.tensor([0.0, 1 - 2**-24]), sampling())
+    assert token.tolist() == [1, 3]
+    assert torch.allclose(logp, torch.tensor(0.5).log())
+
+
+def test_seeds():
+    assert derive_seed(1, "a", 2) == derive_seed(1, "a", 2) != derive_seed(1, "a", 3)
+    assert 0 <= derive_seed("x") < 2**63
+    with pytest.raises(ValueError, match="2 seeds for 1 prompts"):
+        engine(policy(TEXT)).generate(prompts(TEXT, 1), 1, sampling(), [1, 2])
+    with pytest.raises(ConfigError, match="did you mean 'hf'"):
+        make_engine("hff")

@@ -74,19 +74,8 @@ class Row:
     advantage: float
 
 
-def micro_batches(
-    prompts: Sequence[Prompt], rows: Sequence[Row], size: int, device: torch.device
-) -> list[MicroBatch]:
-    """Cut rows, which are ordered by prompt, into micro-batches of at most `size` completions."""
-    return [
-        _micro_batch(prompts, rows[start : start + size], device)
-        for start in range(0, len(rows), size)
-    ]
-
-
-def _micro_batch(
-    prompts: Sequence[Prompt], rows: Sequence[Row], device: torch.device
-) -> MicroBatch:
+def micro_batch(prompts: Sequence[Prompt], rows: Sequence[Row], device: torch.device) -> MicroBatch:
+    """Rows, those of a prompt adjacent, as padded tensors."""
     used = sorted({row.prompt for row in rows})
     longest = max(1, *(len(row.completion.token_ids) for row in rows))
     token_BT = torch.zeros(len(rows), longest, dtype=torch.long)

@@ -211,6 +211,11 @@ class UpdateSection(Section):
     """Passes over each rollout."""
     micro_batch_completions: PositiveInt = 16
     """Completions in one forward and backward pass on one device: bounds memory, not results."""
+    micro_batch_tokens: PositiveInt | None = None
+    """The same bound in tokens of prompts and completions; if set, it is used instead."""
+    shared_prompt: Literal["auto", "on", "off"] = "auto"
+    """Send each prompt and its images through the model once a group instead of once a
+    completion. auto: where the model can."""
     clip_low: NonNegative | None = None
     clip_high: NonNegative | None = None
     """Distance of the clip from 1. Not set: the loss's own."""
@@ -357,6 +362,13 @@ def plan(config: Config, train_rows: int, processes: int = 1) -> list[tuple[str,
     optimiser_steps = prompts // mini * update.epochs
     rows = -(-mini * group // processes)
     micro = -(-rows // update.micro_batch_completions)
+    if update.micro_batch_tokens:
+        micro_batches = f"of up to {update.micro_batch_tokens:,} tokens"
+    else:
+        micro_batches = (
+            f"{micro} an optimiser step and process, up to "
+            f"{min(rows, update.micro_batch_completions)} completions each"
+        )
     tokens = completions * rollout.max_new_tokens
     policy = "on-policy" if optimiser_steps == 1 else "off-policy after the first"
     epochs = steps * prompts / train_rows
@@ -372,11 +384,7 @@ def plan(config: Config, train_rows: int, processes: int = 1) -> list[tuple[str,
             "optimiser steps",
             f"{optimiser_steps} a rollout ({policy}), {steps * optimiser_steps:,} in all",
         ),
-        (
-            "micro-batches",
-            f"{micro} an optimiser step and process, up to "
-            f"{min(rows, update.micro_batch_completions)} completions each",
-        ),
+        ("micro-batches", micro_batches),
         ("tokens", f"up to {tokens:,} sampled a step, {steps * tokens:,} in all"),
         ("rule and loss", f"{config.advantage.rule} / {update.loss}"),
     ]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mm_agrae import shared_prompt as sharing
 from mm_agrae.batching import pad_sequences
 from mm_agrae.compat import prepare
 from mm_agrae.config import LoraSection, ModelSection
@@ -46,6 +47,7 @@ class Policy(nn.Module):
         pad_id: int,
         temperature: float = 1.0,
         entropy_grad: bool = False,
+        shared_prompt: str = "off",
         device: torch.device | str = "cpu",
     ):
         super().__init__()
@@ -66,6 +68,8 @@ class Policy(nn.Module):
                 f"model.path {settings.path!r}: {type(self.hf).__name__} has no plain linear "
                 "vocabulary head, which the log-probabilities are computed from"
             )
+        self.repeats_because = self._share_prompts(shared_prompt)
+        """Why prompts are repeated in the update, in one line; empty if they are shared."""
         bias_V = torch.zeros(head.weight.shape[0])
         bias_V[[index for index in forbidden_ids if index < len(bias_V)]] = EXCLUDED
         self.register_buffer("bias_V", bias_V.to(device), persistent=False)
@@ -113,16 +117,33 @@ class Policy(nn.Module):
         Zeros stand on padding. The entropy carries a gradient only if the policy was made with
         `entropy_grad`.
         """
+        repeated = bool(self.repeats_because)
         with self.autocast():
-            hidden_NH, row_N, column_N = self._hidden(batch)
+            hidden_NH, row_N, column_N = (self._repeated if repeated else self._shared)(batch)
             logp_N, entropy_N = self._head(hidden_NH, batch.token_BT[row_N, column_N])
         shape = batch.token_BT.shape
         logp_BT = logp_N.new_zeros(shape).index_put((row_N, column_N), logp_N)
         entropy_BT = entropy_N.new_zeros(shape).index_put((row_N, column_N), entropy_N)
         return logp_BT, entropy_BT
 
-    def _hidden(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Last hidden states from which each real completion token is predicted."""
+    def _share_prompts(self, wanted: str) -> str:
+        if wanted == "off":
+            return "update.shared_prompt is off"
+        reason = sharing.unsupported_reason(self.hf)
+        if reason is None:
+            sharing.install(self.hf)
+        elif wanted == "on":
+            raise ModelError(f"update.shared_prompt is on, but {reason}")
+        return reason or ""
+
+    def _shared(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Hidden states that predict each completion token, its row and column; prompts once."""
+        packed = sharing.pack(self.backbone, batch)
+        hidden_NH = sharing.hidden_states(self.backbone, packed)
+        return hidden_NH, packed.row_N, packed.column_N
+
+    def _repeated(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As `_shared`, with the prompt repeated in each row."""
         lengths_B = batch.mask_BT.sum(-1).long().tolist()
         prompts = [batch.prompts[index] for index in batch.prompt_index_B.tolist()]
         completions = [

@@ -25,7 +25,7 @@ from accelerate.utils import gather_object
 from mm_agrae import advantage, checkpoint, evaluate, metrics
 from mm_agrae import config as configs
 from mm_agrae import loss as losses
-from mm_agrae.batching import Row, micro_batches
+from mm_agrae.batching import Row, micro_batch
 from mm_agrae.config import Config
 from mm_agrae.errors import DataError, UserError
 from mm_agrae.policy import Policy
@@ -34,6 +34,7 @@ from mm_agrae.progress import Reporter
 from mm_agrae.records import RolloutRecord, RunFolder
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout import derive_seed, make_engine
+from mm_agrae.shared_prompt import split_by_tokens
 from mm_agrae.tasks import load_all
 from mm_agrae.types import Completion, MicroBatch, Prompt, Score
 from mm_agrae.versions import versions
@@ -52,11 +53,12 @@ class Group:
 
 @dataclass
 class StepTable:
-    """What every process knows of every completion of the step: all [P,G], position order."""
+    """What every process knows of every completion of the step, in the order of positions."""
 
     reward_PG: torch.Tensor
     success_PG: torch.Tensor
     length_PG: torch.Tensor
+    prompt_length_P: list[int]
 
 
 @dataclass
@@ -164,8 +166,11 @@ class Trainer:
             pad_id=self.processing.pad_id,
             temperature=config.rollout.temperature,
             entropy_grad=config.update.entropy_coef > 0,
+            shared_prompt=config.update.shared_prompt,
             device=self.accelerator.device,
         )
+        if self.policy.repeats_because:
+            self.reporter.say(f"prompts are repeated in the update: {self.policy.repeats_because}")
         if config.update.kl_coef > 0:
             self.policy.keep_reference()
         self.engine = make_engine(
@@ -256,7 +261,7 @@ class Trainer:
                 **config.advantage.settings,
             )
         with watch("update"):
-            plan = self._plan_update(groups, levels.advantage_PG, table.length_PG)
+            plan = self._plan_update(groups, levels.advantage_PG, table)
             update = self._update(plan)
         self.steps_done += 1
         self.tokens_seen += int(table.length_PG.sum())
@@ -351,6 +356,7 @@ class Trainer:
                 [score.reward for score in group.scores],
                 [score.success for score in group.scores],
                 [len(completion.token_ids) for completion in group.completions],
+                len(group.prompt),
             )
             for group in groups
         ]
@@ -359,6 +365,7 @@ class Trainer:
             reward_PG=torch.tensor([row[1] for row in rows], dtype=torch.float64),
             success_PG=torch.tensor([row[2] for row in rows], dtype=torch.float64),
             length_PG=torch.tensor([row[3] for row in rows], dtype=torch.float64),
+            prompt_length_P=[row[4] for row in rows],
         )
 
     # ------------------------------------------------------------------ update
@@ -369,60 +376,75 @@ class Trainer:
         return self.config.update.kl_coef > 0 or self.config.update.entropy_coef > 0
 
     def _plan_update(
-        self, groups: Sequence[Group], advantage_PG: torch.Tensor, length_PG: torch.Tensor
+        self, groups: Sequence[Group], advantage_PG: torch.Tensor, table: StepTable
     ) -> list[MiniBatch]:
         """Mini-batches with their denominators, equal in number and length on every process.
 
         A completion whose advantage is 0 is left out when nothing else gives it a gradient; it
         still counts in the denominator (same gradient, less work).
         """
-        update, group_size = self.config.update, self.config.rollout.completions_per_prompt
-        for group in groups:
-            for completion in group.completions:
-                if completion.policy_version != self.policy.version:
-                    raise RuntimeError(
-                        f"a completion of policy version {completion.policy_version} reached the "
-                        f"update of version {self.policy.version}"
-                    )
+        self._check_versions(groups)
+        group_size = self.config.rollout.completions_per_prompt
         prompts = [group.prompt for group in groups]
         local = {group.position: index for index, group in enumerate(groups)}
         wanted_PG = (advantage_PG != 0) | self._needs_every_row
-        size = update.mini_batch_prompts or len(advantage_PG)
+        size = self.config.update.mini_batch_prompts or len(advantage_PG)
+        device = self.accelerator.device
         plan = []
         for start in range(0, len(advantage_PG), size):
-            block = range(start, min(start + size, len(advantage_PG)))
+            block = range(start, start + size)
+            cells_by_rank = [
+                [
+                    (p, g)
+                    for p in block
+                    if p % self.world == rank
+                    for g in range(group_size)
+                    if wanted_PG[p, g]
+                ]
+                for rank in range(self.world)
+            ]
+            cuts = [self._cut(cells, table) for cells in cells_by_rank]
             rows = [
                 Row(local[p], groups[local[p]].completions[g], float(advantage_PG[p, g]))
-                for p in block
-                if p in local
-                for g in range(group_size)
-                if wanted_PG[p, g]
+                for p, g in cells_by_rank[self.rank]
             ]
-            rows_per_rank = [0] * self.world
-            for p in block:
-                rows_per_rank[p % self.world] += int(wanted_PG[p].sum())
-            wanted_batches = max(1, -(-max(rows_per_rank) // update.micro_batch_completions))
-            batches = micro_batches(
-                prompts, rows, update.micro_batch_completions, self.accelerator.device
-            )
-            while len(batches) < wanted_batches:
+            batches = [
+                micro_batch(prompts, [rows[index] for index in cut], device)
+                for cut in cuts[self.rank]
+            ]
+            for _ in range(max(1, *map(len, cuts)) - len(batches)):
                 # A process with less to do takes part with a completion that weighs nothing.
-                idle = min(
-                    (Row(p, c, 0.0) for p, g in enumerate(groups) for c in g.completions),
-                    key=lambda row: len(row.completion.token_ids),
-                )
-                batches += micro_batches(prompts, [idle], 1, self.accelerator.device)
-            plan.append(
-                MiniBatch(
-                    losses.Denominator(
-                        completions=len(block) * group_size,
-                        tokens=int(length_PG[block.start : block.stop].sum()),
-                        max_new_tokens=self.config.rollout.max_new_tokens,
-                    ),
-                    batches,
-                )
+                candidates = [Row(p, c, 0.0) for p, g in enumerate(groups) for c in g.completions]
+                idle = min(candidates, key=lambda row: len(row.completion.token_ids))
+                batches.append(micro_batch(prompts, [idle], device))
+            denominator = losses.Denominator(
+                completions=size * group_size,
+                tokens=int(table.length_PG[start : start + size].sum()),
+                max_new_tokens=self.config.rollout.max_new_tokens,
             )
+            plan.append(MiniBatch(denominator, batches))
         return plan
+
+    def _cut(self, cells: Sequence[tuple[int, int]], table: StepTable) -> list[list[int]]:
+        """Completions of each micro-batch; a group is cut only if it does not fit in one."""
+        if not cells:
+            return []
+        update, group_of = self.config.update, [p for p, _ in cells]
+        if update.micro_batch_tokens is None:
+            nothing = [0] * len(table.prompt_length_P)
+            return split_by_tokens(
+                nothing, group_of, [1] * len(cells), update.micro_batch_completions
+            )
+        lengths = [int(table.length_PG[cell]) for cell in cells]
+        return split_by_tokens(table.prompt_length_P, group_of, lengths, update.micro_batch_tokens)
+
+    def _check_versions(self, groups: Sequence[Group]) -> None:
+        for completion in itertools.chain.from_iterable(group.completions for group in groups):
+            if completion.policy_version != self.policy.version:
+                raise RuntimeError(
+                    f"a completion of policy version {completion.policy_version} reached the "
+                    f"update of version {self.policy.version}"
+                )
 
     def _update(self, plan: Sequence[MiniBatch]) -> dict[str, float]:
         """Take the optimiser steps of a rollout. Returns loss, gradient norm and statistics."""

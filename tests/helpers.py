@@ -32,7 +32,9 @@ def processing(path: str, **settings) -> Processing:
 
 def policy(path: str, **settings) -> Policy:
     torch.manual_seed(0)
-    options = {name: settings.pop(name) for name in ("temperature",) if name in settings}
+    options = {
+        name: settings.pop(name) for name in ("temperature", "shared_prompt") if name in settings
+    }
     made = processing(path)
     return Policy(
         ModelSection(path=path, **settings),

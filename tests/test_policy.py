@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers import TEXT, VL, engine, policy, processing, prompts, sampling
 
-from mm_agrae.batching import Row, micro_batches
+from mm_agrae.batching import Row, micro_batch
 from mm_agrae.config import LoraSection
 from mm_agrae.errors import ModelError
 from mm_agrae.policy import Policy
@@ -16,13 +16,14 @@ def batch_of(path, made, count=3, group=2):
     batch = prompts(path, count)
     groups = engine(made).generate(batch, group, sampling(), range(count))
     rows = [Row(p, c, 1.0) for p, completions in enumerate(groups) for c in completions]
-    return micro_batches(batch, rows, 100, made.device)[0]
+    return micro_batch(batch, rows, made.device)
 
 
 @BOTH
-def test_logprobs_equal_transformers_own_forward(path):
+@pytest.mark.parametrize("sharing", ["off", "on"])
+def test_logprobs_equal_transformers_own_forward(path, sharing):
     """One row at a time, no padding, the model's own positions and logits."""
-    made = policy(path)
+    made = policy(path, shared_prompt=sharing)
     micro = batch_of(path, made)
     logp_BT, entropy_BT = made(micro)
     for b, index in enumerate(micro.prompt_index_B.tolist()):
@@ -52,7 +53,7 @@ def trainable(made):
 def test_freezing_parts():
     everything = trainable(policy(VL))
     frozen = trainable(policy(VL, freeze=("vision",)))
-    assert {name for name in everything - frozen} == {n for n in everything if ".visual." in n}
+    assert everything - frozen == {n for n in everything if ".visual." in n}
     assert frozen
     assert "lm_head.weight" in frozen or any("embed_tokens" in name for name in frozen)
 

@@ -30,8 +30,13 @@ def test_pictures_stand_where_the_markers_are():
     made = processing(VL)
     example = Example("a", "first <image> second <image> third", "1", (picture(), picture(56, 56)))
     text = made.prompt(example).text
-    order = [text.index("first"), text.index("<|image_pad|>"), text.index("second"),
-             text.rindex("<|image_pad|>"), text.index("third")]
+    order = [
+        text.index("first"),
+        text.index("<|image_pad|>"),
+        text.index("second"),
+        text.rindex("<|image_pad|>"),
+        text.index("third"),
+    ]
     assert order == sorted(order)
     assert "<image>" not in text
     assert len(made.prompt(example).image_grid_thw) == 2
@@ -68,8 +73,11 @@ def test_special_ids():
 @pytest.mark.parametrize(
     ("path", "example", "expected"),
     [
-        (TEXT, Example("a", "?", "1", (picture(),), origin="d.jsonl row 3"), "d.jsonl row 3: has an"
-         " image, but the model"),
+        (
+            TEXT,
+            Example("a", "?", "1", (picture(),), origin="d.jsonl row 3"),
+            "d.jsonl row 3: has an image, but the model",
+        ),
         (VL, Example("a", "<image> <image>", "1", (picture(),), origin="r7"), "r7: 2 <image> mark"),
         (VL, Example("a", "x <|image_pad|>", "1", (picture(),), origin="r8"), "control token"),
         (TEXT, Example("a", "x" * 5000, "1", origin="r9"), "more than prompt.max_tokens = 1024"),

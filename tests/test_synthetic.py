@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import operator
 import re
 from collections import Counter, defaultdict
 
@@ -24,19 +25,16 @@ from mm_agrae.tasks.synthetic import (
 )
 
 
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
 def equations_hold(way: str) -> None:
     """Every a+b=c in a derivation, worked out again."""
     for left, right in re.findall(r"([\d+*/-]+)=(\d+)", way):
-        terms = re.split(r"([+*/-])", left)
-        value = float(terms[0])
-        for operator, term in zip(terms[1::2], terms[2::2], strict=True):
-            number = float(term)
-            value = {
-                "+": value + number,
-                "-": value - number,
-                "*": value * number,
-                "/": value / number,
-            }[operator]
+        first, *rest = re.split(r"([+*/-])", left)
+        value = float(first)
+        for sign, term in zip(rest[::2], map(float, rest[1::2]), strict=True):
+            value = OPERATORS[sign](value, term)
         assert value == float(right), way
 
 
@@ -63,7 +61,8 @@ def geometry_answer(example) -> float:
         else:
             assert degrees == pytest.approx(int(text), abs=1e-6), example
     for vertex, p, q in drawn["right"]:
-        assert measured_angle(points, vertex, p, q) == pytest.approx(90)
+        turn = measured_angle(points, vertex, p, q)
+        assert min(turn, 360 - turn) == pytest.approx(90)
     assert len({round(length(points, p, q), 6) for p, q in drawn["ticks"]}) <= 1
     for (p, q, _), (r, s, _) in itertools.pairwise(drawn["arrows"]):
         one = complex(*points[q]) - complex(*points[p])

@@ -44,8 +44,15 @@ def test_a_run_leaves_everything_behind(tmp_path, path):
         assert row["completions/right"] == row["success/mean"] * 16
         assert row["policy/entropy"] > 0
         assert row["advantage/omega"] == pytest.approx(row["reward/mean"])
-        assert {"reward/accuracy", "policy/clip_low", "update/grad_norm", "seconds/rollout",
-                "seconds/update", "tokens/completion", "completions/truncated"} <= row.keys()
+        assert {
+            "reward/accuracy",
+            "policy/clip_low",
+            "update/grad_norm",
+            "seconds/rollout",
+            "seconds/update",
+            "tokens/completion",
+            "completions/truncated",
+        } <= row.keys()
     assert run.rollout_steps() == [1, 2]
     records = run.read_rollouts(1)
     assert len(records) == 16
@@ -67,7 +74,9 @@ def test_a_run_leaves_everything_behind(tmp_path, path):
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_transformers_loads_the_checkpoint_by_itself(tmp_path, path, lora):
     trainer, _ = train(
-        tmp_path / "run", path, model=LORA if lora else {},
+        tmp_path / "run",
+        path,
+        model=LORA if lora else {},
         evaluate={"before": False, "after": False},
     )
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
@@ -80,15 +89,20 @@ def test_transformers_loads_the_checkpoint_by_itself(tmp_path, path, lora):
     prompt = prompts(path, 1)[0]
     inputs = {"input_ids": prompt.token_ids[None]}
     if path == VL:
-        inputs |= {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid_thw,
-                   "mm_token_type_ids": prompt.mm_token_type_ids[None]}
+        inputs |= {
+            "pixel_values": prompt.pixel_values,
+            "image_grid_thw": prompt.image_grid_thw,
+            "mm_token_type_ids": prompt.mm_token_type_ids[None],
+        }
     generated = model.generate(
-        **inputs, do_sample=False, max_new_tokens=16,
+        **inputs,
+        do_sample=False,
+        max_new_tokens=16,
         suppress_tokens=list(processing(path).forbidden_ids),
     )
     greedy = sampling(temperature=0.0, max_new_tokens=16)
     ours = trainer.engine.generate([prompt], 1, greedy, [0])[0][0]
-    assert generated[0, len(prompt):].tolist() == list(ours.token_ids)
+    assert generated[0, len(prompt) :].tolist() == list(ours.token_ids)
     assert "run_dir" in (trainer.newest_checkpoint() / "mm_agrae.yaml").read_text()
     assert json.loads((trainer.newest_checkpoint() / "mm_agrae.json").read_text())["step"] == 2
 
@@ -124,8 +138,11 @@ def step_gradients(trainer):
 
     def capture():
         captured.update(
-            {n: p.grad.clone() for n, p in trainer.policy.model.named_parameters()
-             if p.grad is not None}
+            {
+                n: p.grad.clone()
+                for n, p in trainer.policy.model.named_parameters()
+                if p.grad is not None
+            }
         )
         return 0.0
 
@@ -173,13 +190,22 @@ def test_a_step_without_any_signal(tmp_path):
         {"advantage": {"rule": "agrae", "base": "dr_grpo"}, "update": {"loss": "dr_grpo"}},
         {"log": {"sinks": ["tensorboard"]}},
     ],
-    ids=["mini-batches", "kl", "kl-lora", "entropy", "bf16", "lora-bf16", "frozen-vision",
-         "dynamic-sampling", "format-overlong", "dr_grpo", "tensorboard"],
+    ids=[
+        "mini-batches",
+        "kl",
+        "kl-lora",
+        "entropy",
+        "bf16",
+        "lora-bf16",
+        "frozen-vision",
+        "dynamic-sampling",
+        "format-overlong",
+        "dr_grpo",
+        "tensorboard",
+    ],
 )
 def test_settings_run(tmp_path, sections):
-    trainer, _ = train(
-        tmp_path / "run", evaluate={"before": False, "after": False}, **sections
-    )
+    trainer, _ = train(tmp_path / "run", evaluate={"before": False, "after": False}, **sections)
     rows = RunFolder(tmp_path / "run").read_metrics()
     assert len(rows) == 2
     assert all(value is not None for row in rows for value in row.values())

@@ -114,10 +114,6 @@ def _train(arguments: argparse.Namespace) -> int:
     run_dir = Path(config.run_dir)
     if arguments.overwrite:
         _delete_run(run_dir)
-    elif (run_dir / "config.yaml").exists():
-        raise ConfigError(
-            f"run_dir {run_dir} already holds a run; choose another (run_dir=…) or add --overwrite"
-        )
     trainer = Trainer(config)
     summary = trainer.train()
     if trainer.is_main:

@@ -196,9 +196,10 @@ class AdvantageSection(Section):
         accepted = advantage.accepted_settings(self.rule)
         for key in self.settings:
             if key not in accepted:
+                takes = ", ".join(accepted) or "no settings"
                 raise ValueError(
-                    f"advantage.{key} has no effect under rule {self.rule!r}, which takes "
-                    f"{', '.join(accepted)}; remove it or choose another rule"
+                    f"advantage.{key} has no effect under rule {self.rule!r}, which takes {takes}; "
+                    "remove it or choose another rule"
                 )
         return self
 
@@ -277,6 +278,9 @@ class Config(Section):
     """A whole run. See `configs/` for examples of each kind."""
 
     run_dir: str
+    resume: str = "auto"
+    """auto: go on with the run in run_dir if there is one. never: refuse a folder that holds a
+    run. Or the path of a checkpoint to go on from."""
     model: ModelSection
     data: DataSection
     train: TrainSection
@@ -388,6 +392,37 @@ def plan(config: Config, train_rows: int, processes: int = 1) -> list[tuple[str,
         ("tokens", f"up to {tokens:,} sampled a step, {steps * tokens:,} in all"),
         ("rule and loss", f"{config.advantage.rule} / {update.loss}"),
     ]
+
+
+RESUMABLE = ("run_dir", "resume", "evaluate", "checkpoint", "log", "data.evaluate")
+"""What a resumed run may change: nothing here has a say in the weights."""
+
+
+def contradictions(config: Config, earlier: Config) -> list[str]:
+    """Settings that would make a resumed run another run: "key: earlier value -> new value"."""
+    new, old = _flat(config.model_dump(mode="json")), _flat(earlier.model_dump(mode="json"))
+    found = []
+    for key in sorted(new.keys() | old.keys()):
+        same = new.get(key) == old.get(key)
+        if same or any(key == free or key.startswith(f"{free}.") for free in RESUMABLE):
+            continue
+        if key in ("train.steps", "train.epochs") and config.update.schedule == "constant":
+            continue  # a longer or shorter run with a constant rate is the same run
+        found.append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
+    return found
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, dict):
+        items = values.items()
+    elif isinstance(values, list):
+        items = {str(index): value for index, value in enumerate(values)}.items()
+    else:
+        return {prefix.removesuffix("."): values}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat.update(_flat(value, f"{prefix}{key}."))
+    return flat
 
 
 def total_steps(config: Config, train_rows: int) -> int:

@@ -2,10 +2,10 @@
 
 Pure functions of tensors, without state. Per token, with the ratio ρ of new to old policy,
 
-    loss_t = surrogate(ρ_t, A) · sampler weight + kl_coef · k3_t − entropy bonus
+    loss_t = surrogate(ρ_t, A) · sampler weight + kl_coef · k3_t
 
-and the loss of an optimiser step is a weighted sum of loss_t over all its tokens. What tells
-the losses apart is one line each in `LOSSES`:
+and the loss of an optimiser step is the weighted sum of loss_t over all its tokens, less the
+entropy bonus. What tells the losses apart is one line each in `LOSSES`:
 
 | name    | ratio          | surrogate                   | weight of a token         | clip      |
 |---------|----------------|-----------------------------|---------------------------|-----------|
@@ -21,8 +21,19 @@ N is the number of completions of the step; clip(ρ) bounds ρ to [1 − low, 1 
     T   completion tokens, right-padded
 
 The denominators count the whole optimiser step, over all ranks and micro-batches (`Denominator`),
-so the losses of the micro-batches ADD UP to that of the step, however it is cut: sum, do not
-average, over micro-batches and ranks.
+so the losses of the micro-batches ADD UP to that of the step, however it is cut. Sum over
+micro-batches and ranks; where gradients are averaged over ranks (DDP, FSDP), multiply by their
+number.
+
+Equal to TRL 1.16 (`tests/test_loss_trl.py`), where these stand for the same thing:
+
+* TRL's `cispo` takes the upper bound itself (epsilon_high = 1 + clip_high) and never a lower one;
+  its gspo is loss_type="grpo" with importance_sampling_level="sequence".
+* With several optimiser steps per rollout TRL divides `dapo` and `cispo` by the mean number of
+  tokens of these steps; the denominator here is that of the step itself.
+* TRL averages `grpo` and the entropy bonus per micro-batch, then over micro-batches: the same only
+  if all hold as many completions, or for the bonus tokens.
+* TRL multiplies k3 by ρ unless use_bias_correction_kl=False: `unbiased_kl` here.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def percent(*values: float) -> str:
 
 
 def span(interval: Interval) -> str:
-    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
+    return f"{100 * interval.low:.1f}–{100 * interval.high:.1f}"
 
 
 def with_interval(interval: Interval | None) -> str:
@@ -324,15 +324,15 @@ section { scroll-margin-top: 48px; }
 .chips { display: flex; flex-wrap: wrap; gap: 6px; }
 .chip { padding: 2px 10px; border: 1px solid var(--edge); border-radius: 99px;
   background: var(--card); overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 10px;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 10px;
   margin-bottom: 12px; }
 .tile, .card, figure, .scroll, section > details { border: 1px solid var(--edge);
   border-radius: 10px; background: var(--card); }
 .tile { padding: 10px 14px; }
-.big { font-size: 21px; font-weight: 600; font-variant-numeric: tabular-nums; }
+.big { font-size: 20px; font-weight: 600; font-variant-numeric: tabular-nums; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(340px, 100%), 1fr));
   gap: 12px; margin-bottom: 12px; }
-.plots.wide { grid-template-columns: minmax(0, 760px); }
+.plots.wide { grid-template-columns: minmax(0, 560px); }
 figure { margin: 0; padding: 10px 12px; min-width: 0; }
 figcaption span { margin-left: 8px; }
 svg { display: block; width: 100%; height: auto; margin-top: 4px; }

@@ -217,6 +217,19 @@ class Policy(nn.Module):
             entropy_grad=self.entropy_grad,
         )
 
+    def load_weights(self, folder: Path) -> None:
+        """Take over the weights of a checkpoint of the same architecture, bit for bit."""
+        if hasattr(self.model, "peft_config"):
+            from peft import set_peft_model_state_dict
+            from peft.utils import load_peft_weights
+
+            set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"))
+            return
+        # transformers may store parameters under other names than it uses, so it reads them too.
+        dtype = next(self.model.parameters()).dtype
+        saved = type(self.model).from_pretrained(folder, dtype=dtype)
+        self.model.load_state_dict(saved.state_dict())
+
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
 

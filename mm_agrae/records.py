@@ -161,6 +161,10 @@ def _intervals(values: Mapping[str, Mapping[str, float]]) -> dict[int, Interval]
     return {int(k): Interval(**interval) for k, interval in values.items()}
 
 
+def _key(result: EvaluationResult) -> tuple[str, str]:
+    return clean_text(result.name), clean_text(result.label)
+
+
 class RunFolder:
     """Reads and writes one run folder. Making the object touches no file; see the module."""
 
@@ -364,12 +368,17 @@ class RunFolder:
     ) -> Path:
         """Write a result with its samples, replacing an earlier one of the same name and label.
 
-        A second task evaluated under the same name goes to `evaluations/<name>@<label>`.
+        The folder is called after the name; where that is taken, as by a second task evaluated
+        under the same name, `<name>@<label>`.
         """
-        folder = self.path / "evaluations" / _slug(result.name)
-        held = self._read_result(folder)
-        if held is not None and held.label != result.label:
-            folder = folder.with_name(f"{folder.name}@{_slug(result.label)}")
+        name, label = _slug(result.name), _slug(result.label)
+        digest = hashlib.sha256(clean_text(f"{result.name}\n{result.label}").encode()).hexdigest()
+        places = (name, f"{name}@{label}", f"{name}@{label}-{digest[:8]}")
+        folders = [self.path / "evaluations" / place for place in places]
+        holders = {folder: self._read_result(folder) for folder in folders}
+        own = [f for f, held in holders.items() if held and _key(held) == _key(result)]
+        free = [f for f, held in holders.items() if held is None]
+        folder = (own + free)[0]
         with _explained(self.path, f"writing the evaluation {result.name!r}"):
             # Without result.json the folder does not count: never new samples by an old result.
             (folder / "result.json").unlink(missing_ok=True)
@@ -388,7 +397,7 @@ class RunFolder:
         """The samples of an evaluation one by one, as dicts with the names of SampleRecord."""
         for folder in self._evaluation_folders():
             held = self._read_result(folder)
-            if held is None or (held.name, held.label) != (result.name, result.label):
+            if held is None or _key(held) != _key(result):
                 continue
             path = folder / "samples.jsonl"
             with _explained(self.path, f"reading {path.name}"), path.open("rb") as file:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from mm_agrae.records import EvaluationResult, RunFolder, clean_text, write_atom
 GROUPS_SHOWN = 6
 COMPLETIONS_SHOWN = 16
 TEXT_LIMIT = 2400  # characters of one completion
-PICTURE_BUDGET = 1_000_000  # bytes of all pictures of a page
+PICTURE_BUDGET = 1_200_000  # characters of all pictures of a page
 
 Row = Mapping[str, Any]
 
@@ -61,16 +61,26 @@ def write_report(run_dir: str | Path) -> Path:
     summary = folder.read_summary()
     pictures = Pictures(folder)
     step = int(_last(metrics, "step") or 0)
+    trained = bool(metrics) or not evaluations or bool(_ends(evaluations))
     sections = [
         ("Results", _results(folder, evaluations, step)),
-        ("Curves", _curves(metrics)),
+        ("Curves", _curves(metrics) if trained else None),
         ("Before and after", _traces(folder, evaluations, pictures)),
-        ("Last step", _last_groups(folder, pictures)),
+        ("Last step", _last_groups(folder, pictures) if trained else None),
         ("Time", _time(metrics, summary)),
         ("Setup", _setup(folder)),
     ]
     name = folder.path.resolve().name
-    header = _header(name, folder, config, step, finished=bool(summary))
+    planned = _section(config, "train").get("steps")
+    if not trained:
+        state = "Checkpoints evaluated by themselves."
+    elif summary:
+        state = f"Finished after {step:,} steps."
+    elif step:
+        state = f"Not finished: {step:,}{f' of {planned}' if planned else ''} steps so far."
+    else:
+        state = "No step has been logged yet."
+    header = _header(name, folder, config, state)
     path = folder.path / "report.html"
     write_atomic(path, page(name, header, sections))
     return path
@@ -98,7 +108,7 @@ def compare_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
 # -- what was learnt
 
 
-def _header(name: str, folder: RunFolder, config: Row, step: int, finished: bool) -> Html:
+def _header(name: str, folder: RunFolder, config: Row, state: str) -> Html:
     advantage, rollout = _section(config, "advantage"), _section(config, "rollout")
     settings = [f"{k}={v}" for k, v in advantage.items() if k != "rule" and v is not None]
     sizes = [rollout.get("prompts_per_step"), rollout.get("completions_per_prompt")]
@@ -114,13 +124,6 @@ def _header(name: str, folder: RunFolder, config: Row, step: int, finished: bool
         for key, value in facts.items()
         if value
     ]
-    planned = _section(config, "train").get("steps")
-    if finished:
-        state = f"Finished after {step:,} steps."
-    elif step:
-        state = f"Not finished: {step:,}{f' of {planned}' if planned else ''} steps so far."
-    else:
-        state = "No step has been logged yet."
     return el("header", el("h1", name), el("p", *chips, class_="chips"), el("p", state))
 
 
@@ -132,27 +135,40 @@ def _results(folder: RunFolder, evaluations: Sequence[EvaluationResult], last_st
     for label in labels:
         results = [result for result in evaluations if result.label == label]
         ends = _ends(results)
-        plots = [_pass_at_k_plot([(r.name, r, 7 if r.name == "before" else 0) for r in ends])]
-        if len(results) > 2:
+        shown = ends or results
+        colors = {"before": 7} if ends else {r.name: i % 7 for i, r in enumerate(results)}
+        plots = [_pass_at_k_plot([(r.name, r, colors.get(r.name, 0)) for r in shown])]
+        if ends and len(results) > 2:
             plots.append(_progress_plot(results, last_step))
+        about = (
+            f"{shown[-1].problems:,} problems of {label}, {shown[-1].samples} samples each. "
+            "Ranges are 95 % bootstrap intervals over problems."
+        )
         parts += [
             el("h3", label) if len(labels) > 1 else Html(""),
-            el("div", *_key_numbers(folder, ends), class_="tiles"),
-            note(
-                f"{ends[-1].problems:,} problems of {label}, {ends[-1].samples} samples each. "
-                "Ranges are 95 % bootstrap intervals over problems."
-            ),
+            el("div", *_key_numbers(folder, ends), class_="tiles") if ends else Html(""),
+            note(about),
             el("div", *plots, class_="plots"),
             _pass_at_k_table([(result.name, result) for result in results]),
-            *_group_tables(ends),
+            *_group_tables(shown),
         ]
     return join(parts)
 
 
 def _ends(results: Sequence[EvaluationResult]) -> list[EvaluationResult]:
-    """The evaluation before training and the latest one; the latest alone if there is no other."""
-    first, last = results[0], results[-1]
-    return [first, last] if first.name == "before" and len(results) > 1 else [last]
+    """The evaluation before training and the latest one; the latest alone if there is no other.
+
+    None at all where checkpoints were evaluated by themselves, without a training run.
+    """
+    training = [r for r in results if r.name in ("before", "after") or _step_of(r) is not None]
+    if len(training) > 1 and training[0].name == "before":
+        return [training[0], training[-1]]
+    return training[-1:]
+
+
+def _step_of(result: EvaluationResult) -> int | None:
+    digits = result.name.removeprefix("step_")
+    return int(digits) if digits != result.name and digits.isdecimal() else None
 
 
 def _first_and_last_k(result: EvaluationResult) -> list[int]:
@@ -164,12 +180,13 @@ def _key_numbers(folder: RunFolder, ends: Sequence[EvaluationResult]) -> list[Ht
         return " → ".join(show(read(result)) for result in ends)
 
     when = "" if len(ends) > 1 else f", {ends[-1].name}"
+    verdicts = [_verdicts(folder, result) for result in ends]
     tiles = []
     for k in _first_and_last_k(ends[-1]):
         found = [result.pass_at_k[k] for result in ends if k in result.pass_at_k]
         ranges = " → ".join(map(span, found))
         values = percent(*(interval.mean for interval in found))
-        tiles.append(tile(f"pass@{k}{when}", values, ranges, _gain(folder, ends, k)))
+        tiles.append(tile(f"pass@{k}{when}", values, ranges, _gain(verdicts, k)))
     greedy = [result.greedy for result in ends if result.greedy is not None]
     if greedy:
         values = percent(*(interval.mean for interval in greedy))
@@ -183,18 +200,17 @@ def _key_numbers(folder: RunFolder, ends: Sequence[EvaluationResult]) -> list[Ht
     return tiles
 
 
-def _gain(folder: RunFolder, ends: Sequence[EvaluationResult], k: int) -> str:
+def _gain(verdicts: Sequence[dict[str, list[bool]]], k: int) -> str:
     """The paired difference, where both evaluations sampled the same problems equally often."""
-    if len(ends) < 2:
+    if len(verdicts) < 2:
         return ""
-    old, new = (_verdicts(folder, result) for result in ends)
-    shared = [key for key in old if key in new]
-    for verdicts in (old, new):
-        sizes = {len(verdicts[key]) for key in shared}
+    shared = [key for key in verdicts[0] if key in verdicts[1]]
+    for found in verdicts:
+        sizes = {len(found[key]) for key in shared}
         if len(sizes) != 1 or min(sizes) < k:
             return ""
-    a_PN, b_PN = (np.array([verdicts[key] for key in shared]) for verdicts in (old, new))
-    gain = paired_difference(a_PN, b_PN, k)
+    before_PN, after_PN = (np.array([found[key] for key in shared]) for found in verdicts)
+    gain = paired_difference(before_PN, after_PN, k)
     return f"{100 * gain.mean:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
 
 
@@ -229,17 +245,13 @@ def _pass_at_k_plot(results: Sequence[tuple[str, EvaluationResult, int]]) -> Htm
 
 def _progress_plot(results: Sequence[EvaluationResult], last_step: int) -> Html:
     """pass@1 and pass@n of every evaluation, by the step it was made at."""
-    steps = {"before": 0, "after": last_step}
-    for result in results:
-        digits = result.name.removeprefix("step_")
-        if digits.isdecimal():
-            steps[result.name] = int(digits)
-    dated = sorted((steps[r.name], i) for i, r in enumerate(results) if r.name in steps)
+    ends = {"before": 0, "after": last_step}
+    dated = [(_step_of(r) if r.name not in ends else ends[r.name], r.pass_at_k) for r in results]
     lines = []
     for color, k in enumerate(_first_and_last_k(results[-1])):
-        found = [(step, results[i].pass_at_k.get(k)) for step, i in dated]
-        means = [(step, interval.mean) for step, interval in found if interval]
-        band = [(step, interval.low, interval.high) for step, interval in found if interval]
+        found = [(s, tables[k]) for s, tables in dated if s is not None and k in tables]
+        means = [(step, interval.mean) for step, interval in found]
+        band = [(step, interval.low, interval.high) for step, interval in found]
         lines.append(Line(f"pass@{k}", means, band, color))
     return plot("pass@k during training", lines, shares=True)
 
@@ -260,9 +272,11 @@ def _group_tables(ends: Sequence[EvaluationResult]) -> list[Html]:
     for key, groups in ends[-1].groups.items():
         rows = []
         for value, group in groups.items():
-            cells = [r.groups.get(key, {}).get(value, {}) for _, r in columns]
-            found = [cell.get("pass_at_k", {}).get(k) for cell, (k, _) in zip(cells, columns)]
-            rows.append([value, group["problems"], *map(with_interval, found)])
+            cells = []
+            for k, result in columns:
+                found = result.groups.get(key, {}).get(value, {}).get("pass_at_k", {})
+                cells.append(with_interval(found.get(k)))
+            rows.append([value, group["problems"], *cells])
         header = [key, "problems", *(f"pass@{k} {result.name}" for k, result in columns)]
         tables.append(fold(f"By {key} ({len(groups)})", table(header, rows)))
     return tables
@@ -290,6 +304,8 @@ _CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
      {"completions/right": "right"}, ("smooth",)),
     ("Mean |A|", "how strongly the step pushes",
      {"advantage/mean_abs": "|A|"}, ("smooth", "zero")),
+    ("ΣA", "negative: paths that were not sampled gain (Theorem 1)",
+     {"advantage/sum": "ΣA"}, ("smooth",)),
     ("Skipped groups", "without signal, left out of the update",
      {"groups/skipped": "skipped"}, ("smooth", "zero")),
     ("Gradient norm", "before clipping",
@@ -309,7 +325,10 @@ _CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
 ]
 # fmt: on
 _COLORS = {"none": 3, "some": 1, "all": 2}
-_STAGES = ("rollout", "reward", "advantage", "update", "log", "evaluate", "checkpoint")
+_STAGES = (
+    *("rollout", "reward", "advantage", "update", "log", "prompts"),
+    *("evaluate", "checkpoint"),
+)
 
 
 def _curves(metrics: Sequence[Row]) -> Html:
@@ -345,7 +364,7 @@ def _speed(metrics: Sequence[Row]) -> list[Html]:
     if any(line.points for line in stages):
         caption = "without evaluation and checkpoints"
         figures.append(plot("Seconds a step", stages, note=caption, stacked=True))
-    rates = []
+    rates: list[Line] = []
     for stage, label in (("rollout", "while sampling"), ("total", "whole step")):
         rows = []
         for row in metrics:
@@ -396,7 +415,7 @@ def _traces(
     folder: RunFolder, evaluations: Sequence[EvaluationResult], pictures: Pictures
 ) -> Html | None:
     """Problems that training solved, one it lost and one it left, with what was written."""
-    ends = _ends([r for r in evaluations if r.label == evaluations[-1].label] or [])
+    ends = _ends([r for r in evaluations if r.label == evaluations[-1].label])
     if len(ends) < 2:
         return None
     verdicts = [_verdicts(folder, result) for result in ends]
@@ -416,14 +435,14 @@ def _traces(
     cards = []
     for key, wanted in chosen.items():
         columns = []
-        for result, verdict, text, want in zip(ends, verdicts, texts, wanted):
+        for result, verdict, text, want in zip(ends, verdicts, texts, wanted, strict=True):
             row = text[key].get(want) or next(iter(text[key].values()))
             count = f"{result.name}: {sum(verdict[key])} of {len(verdict[key])} right "
             title = el("h4", count, _verdict(bool(row.get("success"))))
             columns.append(el("div", title, _completion(row.get("completion"), 2 * TEXT_LIMIT)))
         cards.append(el("article", _problem(row, pictures), *columns, class_="card traces"))
-    text = "Problems that training solved, one it lost and one it left, as far as there are any."
-    return join([note(text), *cards])
+    about = "Problems that training solved, one it lost and one it left, as far as there are any."
+    return join([note(about), *cards])
 
 
 def _representatives(
@@ -445,17 +464,18 @@ def _last_groups(folder: RunFolder, pictures: Pictures) -> Html:
     groups: dict[tuple[int, int], list[Row]] = {}
     for row in folder.read_rollouts(steps[-1]):
         groups.setdefault((row["draw"], row["prompt_index"]), []).append(row)
-    mixed, wrong, right = [], [], []
+    kinds: dict[str, list[list[Row]]] = {"mixed": [], "all wrong": [], "all right": []}
     for group in groups.values():
-        count = sum(row["success"] for row in group)
-        (wrong if not count else right if count == len(group) else mixed).append(group)
+        right = sum(row["success"] for row in group)
+        kind = "all wrong" if not right else "all right" if right == len(group) else "mixed"
+        kinds[kind].append(group)
     # Mixed groups teach; one of each other kind shows what they look like.
-    others = wrong[:1] + right[:1]
-    shown = mixed[: GROUPS_SHOWN - len(others)] + others
+    others = kinds["all wrong"][:1] + kinds["all right"][:1]
+    shown = kinds["mixed"][: GROUPS_SHOWN - len(others)] + others
+    counts = ", ".join(f"{len(found):,} {kind}" for kind, found in kinds.items())
     text = (
-        f"Step {steps[-1]:,}: {len(groups):,} groups ({len(mixed)} mixed, {len(wrong)} all wrong, "
-        f"{len(right)} all right), {len(shown)} shown. A is the advantage before rescaling → "
-        "after the sample level → final."
+        f"Step {steps[-1]:,}: {len(groups):,} groups ({counts}), {len(shown)} shown. A is the "
+        "advantage before rescaling → after the sample level → final."
     )
     return join([note(text), *(_group_card(group, pictures) for group in shown)])
 
@@ -475,9 +495,10 @@ def _completion_row(row: Row) -> Html:
     """One line that opens to the whole completion."""
     levels = [row["advantage_before"], row["advantage_sample_level"], row["advantage"]]
     advantages = " → ".join("–" if level is None else f"{level:+.2f}" for level in levels)
-    ending = clean_text(row["completion"])[-60:].replace("\n", " ")
-    details = [f"{part} {number(value)}" for part, value in row["parts"].items()]
-    details.append(f"finish: {row['finish_reason']}")
+    answer = clean_text(row["completion"]).rpartition("</think>")[2]
+    ending = answer.strip()[-50:].replace("\n", " ")
+    details = [f"{shorten(part, 100)} {number(value)}" for part, value in row["parts"].items()]
+    details.append(f"finish: {shorten(row['finish_reason'], 300)}")
     if row["entropy"] is not None:
         details.append(f"entropy {number(row['entropy'])} nats")
     if row["error"]:
@@ -533,26 +554,19 @@ class Pictures:
 
     folder: RunFolder
     spent: int = 0
-    known: dict[str, Html] = field(default_factory=dict)
 
     def show(self, relative: object) -> Html:
-        name = str(relative)
-        if name not in self.known:
-            self.known[name] = self._load(name)
-        return self.known[name]
-
-    def _load(self, name: str) -> Html:
-        path = self.folder.image_path(name)
+        path = self.folder.image_path(str(relative))
         if path is None:
             return empty("picture missing")
         try:
             kind, data = _small_picture(path)
         except Exception:  # Pillow raises many kinds for a damaged file
             return empty("picture damaged")
-        if self.spent + len(data) > PICTURE_BUDGET:
-            return empty("picture left out, to keep the page small")
-        self.spent += len(data)
         source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+        if self.spent + len(source) > PICTURE_BUDGET:
+            return empty("picture left out, to keep the page small")
+        self.spent += len(source)
         return el("img", src=source, alt="picture of the problem")
 
 
@@ -569,7 +583,7 @@ def _small_picture(path: Path) -> tuple[str, bytes]:
     flat = Image.new("RGB", rgba.size, "white")
     flat.paste(rgba, mask=rgba)
     buffer = io.BytesIO()
-    flat.save(buffer, "JPEG", quality=80)
+    flat.save(buffer, "JPEG", quality=75)
     return "jpeg", buffer.getvalue()
 
 
@@ -624,9 +638,9 @@ def _compared_results(
     for label in labels:
         rows: list[tuple[str, EvaluationResult, int]] = []
         starts: list[Any] = []
-        for color, (name, found) in enumerate(zip(names, evaluations)):
+        for color, (name, found) in enumerate(zip(names, evaluations, strict=True)):
             results = [result for result in found if result.label == label]
-            for result in _ends(results) if results else []:
+            for result in _ends(results) or results:
                 if result.name == "after":
                     rows.append((name, result, color % 7))
                 elif result.name != "before":
@@ -653,7 +667,7 @@ def _compared_curves(names: Sequence[str], metrics: Sequence[Sequence[Row]]) -> 
     figures = []
     for key, title in titles.items():
         series = [_series(rows, key) for rows in metrics]
-        lines = [Line(n, points, color=i % 7) for i, (n, points) in enumerate(zip(names, series))]
+        lines = [Line(name, series[i], color=i % 7) for i, name in enumerate(names)]
         if len({y for points in series for _, y in points}) > 1:
             figures.append(plot(title, lines, note=notes.get(key, ""), smooth=True))
     if not figures:

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import base64
-import html
 import importlib.util
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from mm_agrae.config import Config
+from mm_agrae.errors import ConfigError
 from mm_agrae.images import encode_png, open_image
+from mm_agrae.page import Html, el, join, page
+from mm_agrae.records import SampleRecord
+from mm_agrae.tasks import Task, load_all
 from mm_agrae.types import Example
+
+if TYPE_CHECKING:
+    from mm_agrae.evaluate import Problem
 
 CELL_PX = 320
 PICTURE_PX = 240
@@ -47,40 +55,96 @@ def contact_sheet(examples: Sequence[Example], columns: int = 4) -> Image.Image:
     return sheet
 
 
-def sample_html(examples: Sequence[Example]) -> str:
+def sample_html(
+    examples: Sequence[Example], completions: Sequence[Sequence[SampleRecord]] = ()
+) -> str:
     """A page that stands by itself: pictures inside it, all text escaped.
 
-    Raises DataError for a picture that cannot be used.
+    `completions` holds the graded samples of each example, in the order of `examples`. Raises
+    DataError for a picture that cannot be used.
     """
-    cards = "\n".join(_card(example) for example in examples)
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>Examples</title>
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem; color: #1a1a1a; background: #fff }}
-main {{ display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)) }}
-article {{ border: 1px solid #ccc; border-radius: 6px; padding: 1rem; overflow-wrap: anywhere }}
-img {{ max-width: 100%; max-height: 20rem; display: block; margin: 0 auto .6rem }}
-.question {{ white-space: pre-wrap }}
-.id {{ color: #666; font-size: .85em }}
-</style></head><body><main>
-{cards}
-</main></body></html>
-"""
+    samples = list(completions) or [()] * len(examples)
+    cards = [_card(example, rows) for example, rows in zip(examples, samples, strict=True)]
+    return page("Examples", el("header", el("h1", "Examples")), [("Examples", join(cards))])
 
 
-def _card(example: Example) -> str:
-    pictures = "".join(
-        f'<img alt="picture {number}" src="data:image/png;base64,{_base64(image)}">'
+def write_samples(config: Config, *, split: str, count: int, completions: int, out: Path) -> Path:
+    """Write `count` examples, spread evenly over the split ("train" or "evaluate"), to `out`.
+
+    An `out` that ends in .png becomes a contact sheet, any other a page, which also shows
+    `completions` graded samples an example from the model of the config. Raises ConfigError for
+    a split without data, DataError for data that cannot be used.
+    """
+    if out.suffix == ".png" and completions:
+        raise ConfigError(f"sample: completions are shown on a page, not on {out}; use .html")
+    sources = config.data.train if split == "train" else config.data.evaluate
+    if not sources:
+        raise ConfigError(f"sample: data.{split} names no data")
+    task = load_all(sources, on_bad_row=config.data.on_bad_row)
+    count = min(count, len(task))
+    indices = [number * len(task) // count for number in range(count)]
+    if completions:
+        problems = _solve(config, task, indices, completions)
+        content: str | bytes = sample_html(
+            [problem.example for problem in problems], [problem.records for problem in problems]
+        )
+    elif out.suffix == ".png":
+        content = encode_png(contact_sheet([task[index] for index in indices]))
+    else:
+        content = sample_html([task[index] for index in indices])
+    try:
+        out.write_bytes(content if isinstance(content, bytes) else content.encode())
+    except OSError as error:
+        raise ConfigError(f"sample: cannot write {out} ({error.strerror})") from None
+    return out
+
+
+def _solve(config: Config, task: Task, indices: Sequence[int], completions: int) -> list[Problem]:
+    from mm_agrae import evaluate
+    from mm_agrae.compare import build
+    from mm_agrae.rewards import Rewarder
+
+    processing, _, engine = build(config, config.model.path)
+    section = config.evaluate.model_copy(update={"samples": completions, "greedy": False})
+    with Rewarder(config.reward, section.max_new_tokens) as rewarder:
+        return evaluate.run(
+            engine,
+            processing,
+            rewarder,
+            task,
+            indices,
+            section,
+            on_bad_row=config.data.on_bad_row,
+        )
+
+
+def _card(example: Example, records: Sequence[SampleRecord]) -> Html:
+    pictures = [
+        el("img", src=f"data:image/png;base64,{_base64(image)}", alt=f"picture {number}")
         for number, image in enumerate(_pictures(example), 1)
+    ]
+    problem = el(
+        "div",
+        *pictures,
+        el("div", example.question, class_="question"),
+        el("p", "Answer: ", el("b", example.answer)),
+        el("p", example.id, class_="muted small"),
+        class_="problem",
     )
-    return (
-        f"<article>{pictures}"
-        f'<div class="question">{html.escape(example.question)}</div>'
-        f"<div><b>Answer:</b> {html.escape(example.answer)}</div>"
-        f'<div class="id">{html.escape(example.id)}</div></article>'
-    )
+    if not records:
+        return el("article", problem, class_="card")
+    graded = [
+        el(
+            "details",
+            el("summary", el("span", verdict, class_=f"verdict {verdict}")),
+            el("pre", record.completion or "(empty)"),
+            class_="completion",
+            open="",
+        )
+        for record in records
+        for verdict in ["right" if record.success else "wrong"]
+    ]
+    return el("article", problem, el("div", *graded), class_="card group")
 
 
 def _base64(image: Image.Image) -> str:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import signal
+import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from mm_agrae import config as configs
 from mm_agrae import loss as losses
 from mm_agrae.batching import Row, micro_batch
 from mm_agrae.config import Config
-from mm_agrae.errors import DataError, UserError
+from mm_agrae.errors import ConfigError, DataError, UserError
 from mm_agrae.policy import Policy
 from mm_agrae.processing import Processing
 from mm_agrae.progress import Reporter
@@ -138,7 +140,7 @@ class Trainer:
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.reporter = reporter or Reporter(enabled=self.is_main)
-        torch.manual_seed(derive_seed(config.train.seed, "torch") % 2**32)
+        torch.manual_seed(derive_seed(config.train.seed, "start"))
 
         self.task = load_all(config.data.train, on_bad_row=config.data.on_bad_row)
         self.evaluation_tasks = {
@@ -187,45 +189,35 @@ class Trainer:
         self.rows_skipped = len(self.task.skipped)
         self.stopwatch = metrics.Stopwatch()
         self.run: RunFolder | None = None
+        self.stop_requested = False
+        self._resume()
 
     # ------------------------------------------------------------------ the run
 
     def train(self) -> dict[str, Any]:
-        """Evaluate, take every step, evaluate again. Returns the run's summary.
+        """Evaluate, take every step that is left, evaluate again. Returns the run's summary.
 
-        A UserError that strikes midway (a bad row, a full disk) leaves the records of all steps
-        done and, if the disk allows, a checkpoint.
+        SIGINT and SIGTERM end the run after the present step, with a checkpoint; a second one
+        ends it at once. A UserError that strikes midway (a bad row, a full disk) leaves the
+        records of all steps done and, if the disk allows, a checkpoint.
         """
         config = self.config
-        if self.is_main:
-            self.run = RunFolder(config.run_dir)
-            self.run.create(configs.dump(config), versions())
-        started = time.perf_counter()
-        logger = (
-            metrics.MetricLogger(
-                self.run,
-                config.log.sinks,
-                config.log.project,
-                Path(config.run_dir).name,
-                config.model_dump(mode="json"),
-            )
-            if self.run
-            else None
-        )
+        started_at_the_end = self.steps_done == self.total_steps
         with contextlib.ExitStack() as stack:
+            logger = self._open_run_folder(stack)
             self.rewarder = stack.enter_context(
                 Rewarder(config.reward, config.rollout.max_new_tokens)
             )
+            stack.enter_context(self._signals())
             stack.enter_context(self.reporter.bars())
-            if logger:
-                stack.callback(logger.close)
-            if config.evaluate.before:
+            if config.evaluate.before and self.steps_done == 0:
                 self.evaluate("before")
             advance = stack.enter_context(
                 self.reporter.bar("training", self.total_steps, keep=True)
             )
+            advance(self.steps_done)
             try:
-                while self.steps_done < self.total_steps:
+                while self.steps_done < self.total_steps and not self._stop_everywhere():
                     values = self.step()
                     if logger:
                         logger.log(self.steps_done, values)
@@ -242,14 +234,20 @@ class Trainer:
                 raise
             if not self._saved():
                 self.save()
-            if config.evaluate.after:
+            if self.stop_requested:
+                self.reporter.say(
+                    f"stopped after step {self.steps_done}; the same command goes on from there"
+                )
+            elif config.evaluate.after and not (started_at_the_end and self._evaluated("after")):
                 self.evaluate("after")
-        return self._summary(time.perf_counter() - started)
+        return self._summary()
 
     def step(self) -> dict[str, float]:
         """One rollout and its optimiser steps. Returns the metrics of the step."""
         config, group_size = self.config, self.config.rollout.completions_per_prompt
         watch = self.stopwatch
+        # Dropout is all that draws from torch's own state; a resumed run finds it as it was.
+        torch.manual_seed(derive_seed(config.train.seed, "torch", self.steps_done))
         groups = self._rollout()
         with watch("advantage"):
             table = self._gather(groups)
@@ -413,10 +411,10 @@ class Trainer:
                 for cut in cuts[self.rank]
             ]
             for _ in range(max(1, *map(len, cuts)) - len(batches)):
-                # A process with less to do takes part with a completion that weighs nothing.
-                candidates = [Row(p, c, 0.0) for p, g in enumerate(groups) for c in g.completions]
-                idle = min(candidates, key=lambda row: len(row.completion.token_ids))
-                batches.append(micro_batch(prompts, [idle], device))
+                # A process with less to do takes part with a row that counts for nothing.
+                idle = micro_batch(prompts, [Row(0, groups[0].completions[0], 0.0)], device)
+                idle.mask_BT.zero_()
+                batches.append(idle)
             denominator = losses.Denominator(
                 completions=size * group_size,
                 tokens=int(table.length_PG[start : start + size].sum()),
@@ -561,9 +559,8 @@ class Trainer:
         if not self.is_main:
             return
         with self.stopwatch("checkpoint"):
-            folder = self._checkpoints / f"step_{self.steps_done:06d}"
             checkpoint.save(
-                folder,
+                self._checkpoints / f"step_{self.steps_done:06d}",
                 self.policy,
                 self.processing,
                 config_yaml=configs.dump(self.config),
@@ -571,10 +568,47 @@ class Trainer:
                     "step": self.steps_done,
                     "data_position": self.order.position,
                     "tokens_seen": self.tokens_seen,
+                    "rows_skipped": self.rows_skipped,
+                    "policy_version": self.policy.version,
+                    "seconds": self.stopwatch.totals,
                     "versions": versions(),
+                },
+                training={
+                    "optimizer": self.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
                 },
             )
             checkpoint.prune(self._checkpoints, self.config.checkpoint.keep)
+
+    def _resume(self) -> None:
+        """Take up the newest whole checkpoint of the run folder, or the one that is named."""
+        resume = self.config.resume
+        if resume == "never":
+            return
+        found = checkpoint.candidates(self._checkpoints) if resume == "auto" else [Path(resume)]
+        for folder in found:
+            bad = checkpoint.damaged(folder)
+            if bad and len(found) > 1:
+                self.reporter.say(f"{folder} is damaged ({', '.join(bad)}); trying an older one")
+                continue
+            earlier = configs.load(folder / checkpoint.CONFIG_FILE)
+            differences = configs.contradictions(self.config, earlier)
+            if differences:
+                raise ConfigError(
+                    f"the run in {folder} was made with other settings; give it those, another "
+                    "run_dir, or --overwrite:\n  " + "\n  ".join(differences)
+                )
+            state, training = checkpoint.restore(folder, self.policy)
+            self.optimizer.load_state_dict(training["optimizer"])
+            self.scheduler.load_state_dict(training["scheduler"])
+            self.steps_done = state["step"]
+            self.order.position = state["data_position"]
+            self.tokens_seen = state["tokens_seen"]
+            self.rows_skipped = state["rows_skipped"]
+            self.policy.version = state["policy_version"]
+            self.stopwatch.totals.update(state["seconds"])
+            self.reporter.say(f"resumed from {folder} after step {self.steps_done}")
+            return
 
     @property
     def _checkpoints(self) -> Path:
@@ -688,9 +722,60 @@ class Trainer:
             f"|g| {values['update/grad_norm']:.2f}  {values['seconds/total']:.1f} s"
         )
 
-    def _summary(self, seconds: float) -> dict[str, Any]:
+    def _open_run_folder(self, stack: contextlib.ExitStack) -> metrics.MetricLogger | None:
+        """The main process's folder and metric log; a resumed run forgets later steps."""
+        if not self.is_main:
+            return None
+        config = self.config
+        self.run = RunFolder(config.run_dir)
+        fresh = config.resume == "never"
+        self.run.create(configs.dump(config), versions(), resume=not fresh)
+        self.run.rewind(self.steps_done)
+        logger = metrics.MetricLogger(
+            self.run,
+            config.log.sinks,
+            config.log.project,
+            Path(config.run_dir).name,
+            config.model_dump(mode="json"),
+        )
+        stack.callback(logger.close)
+        return logger
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """While active, the first SIGINT or SIGTERM asks for a stop; the second one strikes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+            self.reporter.say("stopping after this step; once more to stop at once")
+
+        earlier = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)
+
+    def _stop_everywhere(self) -> bool:
+        self.stop_requested = any(self._gather_list([self.stop_requested]))
+        return self.stop_requested
+
+    def _evaluated(self, name: str) -> bool:
+        results = self.run.read_evaluations() if self.run else []
+        return all(
+            any(r.name == name and r.label == label for r in results)
+            for label in self.evaluation_tasks
+        )
+
+    def _summary(self) -> dict[str, Any]:
         if self.run is None:
             return {}
+        self.stopwatch.lap()
         first = next(iter(self.evaluation_tasks), None)
         found = {r.name: r for r in self.run.read_evaluations() if r.label == first}
         prefix = "seconds/"
@@ -708,7 +793,7 @@ class Trainer:
             "greedy": {
                 name: asdict(result.greedy) for name, result in found.items() if result.greedy
             },
-            "seconds": {**stages, "total": seconds},
+            "seconds": stages,
             "tokens": self.tokens_seen,
             "rows_skipped": self.rows_skipped,
             "peak_memory_mb": metrics.peak_memory_mb(),

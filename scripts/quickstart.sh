@@ -2,7 +2,8 @@
 # From a fresh clone to a trained vision-language checkpoint on a CPU: installs, trains the
 # embedded default by A-GRAE, shows pass@k before and after. Arguments are config overrides:
 #   ./scripts/quickstart.sh train.steps=20 advantage.rule=grpo
+# A finished quickstart is shown again, an interrupted one goes on; with arguments it starts anew.
 source "$(dirname "$0")/environment.sh"
 prepare_environment
 export HF_HUB_OFFLINE=1
-exec mm-agrae train configs/quickstart.yaml --overwrite "$@"
+exec mm-agrae train configs/quickstart.yaml ${1:+--overwrite "$@"}

@@ -4,13 +4,15 @@ import random
 import threading
 
 import pytest
+from helpers import VL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mm_agrae.errors import DataError
+from mm_agrae.config import parse
+from mm_agrae.errors import ConfigError, DataError
 from mm_agrae.images import content_hash, encode_png, find_file, open_image, printable
-from mm_agrae.sample import contact_sheet, sample_html
+from mm_agrae.sample import contact_sheet, sample_html, write_samples
 from mm_agrae.types import Example
 
 ROW = "train.jsonl, line 7"
@@ -395,3 +397,33 @@ def test_sample_names_the_row_of_a_bad_picture():
     for show in (lambda: contact_sheet([bad]), lambda: sample_html([bad])):
         with pytest.raises(DataError, match=r"line 7: image gone\.png"):
             show()
+
+
+def sample_config(**sections):
+    source = {"task": "synthetic", "split": "train"}
+    values = {"run_dir": "unused", "model": {"path": VL}, "train": {"steps": 1}}
+    return parse({**values, "data": {"train": [source]}, **sections})
+
+
+def test_write_samples_as_page_and_sheet(tmp_path):
+    options = {"split": "train", "count": 3, "completions": 0}
+    out = write_samples(sample_config(), out=tmp_path / "x.html", **options)
+    page = out.read_text(encoding="utf-8")
+    assert page.count("<article") == page.count("data:image/png;base64,") == 3
+    sheet = Image.open(write_samples(sample_config(), out=tmp_path / "x.png", **options))
+    assert sheet.width == 3 * 320
+    for name, change, words in (
+        ("x.png", {"completions": 1}, "use .html"),
+        ("x.html", {"split": "evaluate"}, "data.evaluate names no data"),
+        ("gone/x.html", {}, "cannot write"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            write_samples(sample_config(), out=tmp_path / name, **(options | change))
+
+
+def test_write_samples_with_graded_completions(tmp_path):
+    config = sample_config(evaluate={"max_new_tokens": 8})
+    out = write_samples(config, split="train", count=2, completions=3, out=tmp_path / "x.html")
+    page = out.read_text(encoding="utf-8")
+    assert page.count("<article") == 2
+    assert page.count('class="verdict') == page.count("<pre>") == 6

@@ -363,6 +363,17 @@ def test_evaluations_come_back_in_order_with_their_samples(folder):
     }
 
 
+def test_names_that_make_the_same_folder_are_kept_apart(folder):
+    names = [(name, label) for name in ("a/b", "a-b") for label in ("x/y", "x-y", "\ud800")]
+    for count, key in enumerate(names * 2):
+        folder.write_evaluation(evaluation(*key), samples(count + 1))
+    found = {
+        (r.name, r.label): len(list(folder.read_samples(r))) for r in folder.read_evaluations()
+    }
+    stored = [(name, label.replace("\ud800", "\ufffd")) for name, label in names]
+    assert found == dict(zip(stored, range(7, 13), strict=True))
+
+
 def test_an_evaluation_cannot_leave_the_folder(folder):
     for name in ("../../escape", "..", ".", "", "/etc/x", "a\0b"):
         path = folder.write_evaluation(evaluation(name), samples(1))

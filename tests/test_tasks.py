@@ -187,7 +187,9 @@ def test_image_root_is_another_folder_and_still_a_limit(folder, tmp_path_factory
 
 def test_all_rows_bad_is_an_error_even_when_skipping(folder):
     path = write(folder / "data.jsonl", [b"x", b"y"])
-    with pytest.raises(DataError, match=r"all 2 rows are bad; the first: .*line 1: not JSON"):
+    with pytest.raises(
+        DataError, match=r"no usable row; all 2 are bad, the first: .*line 1: not JSON"
+    ):
         FileTask(path, on_bad_row="skip")
 
 
@@ -344,7 +346,7 @@ def test_text_and_picture_rows_may_be_mixed(folder):
             "columns.images: .* no column 'pics'; the columns are problem, answer",
         ),
         ({"choices": ["a", "b"]}, "columns.choices: .* no column 'a'"),
-        ({"anser": "answer"}, "columns.anser: unknown; did you mean 'answer'"),
+        ({"anser": "answer"}, "columns: no field 'anser'; did you mean 'answer'"),
         ({"answer": None}, "columns.answer: cannot be turned off"),
         ({"answer": ["a", "b"]}, "columns.answer: takes one column"),
     ],
@@ -524,11 +526,14 @@ def test_hub_data_set_without_a_network_says_what_to_fetch(tmp_path, monkeypatch
         ({"path": "x.jsonl", "on_bad_row": "skip"}, "no option 'on_bad_row'"),
         ({}, "needs the option 'path'"),
         ({"path": 3}, r"path: .*valid string \(got 3\)"),
+        ({"path": "x.jsonl", "meta": "level"}, "meta: "),
+        ({"path": "x.jsonl", "meta": [1]}, r"meta: .*string \(got 1\)"),
         ({"path": "x.jsonl", "show_choices": "no"}, "show_choices: .*boolean"),
         ({"path": "x.jsonl", "columns": "answer"}, "columns: .*valid dictionary"),
         ({"path": "x.jsonl", "columns": {"answer": 3}}, "columns.answer.*got 3"),
-        ({"path": "x.jsonl", "columns": {"anwser": "a"}}, "columns.anwser: .*'answer'"),
-        ({"path": "x.jsonl", "grading": {"knid": "math"}}, "grading.knid: .*'kind'"),
+        ({"path": "x.jsonl", "columns": {"anwser": "a"}}, "columns: no field 'anwser'; .*'answer'"),
+        ({"path": "x.jsonl", "grading": {"knid": "math"}}, "grading: no option 'knid'; .*'kind'"),
+        ({"path": "x.jsonl", "grading": {"kind": "maths"}}, "grading: kind: .*'math'"),
     ],
 )
 def test_wrong_options_are_named_before_any_data_is_read(options, words):

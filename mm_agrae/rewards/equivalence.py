@@ -11,6 +11,7 @@ take any time and memory, so it belongs into a process with limits (`mm_agrae.re
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +21,15 @@ from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 
+Units = Literal["auto", "ignore", "required"]
+
+
 @dataclass(frozen=True)
 class Rules:
     """What counts as the same. See `mm_agrae.rewards.accuracy.verify`."""
 
     tolerance: float | None = None
-    units: Literal["auto", "ignore", "required"] = "auto"
+    units: Units = "auto"
 
 
 Symbolic = Callable[[str, str, float | None], bool]
@@ -81,6 +85,7 @@ _REWRITES = [
         (rf"\\langle{_NOT_LETTER}", "("),
         (rf"\\rangle{_NOT_LETTER}", ")"),
         (rf"\\[lr]vert{_NOT_LETTER}", "|"),
+        (r"(?i)(?<=\d)\s*(?:\\text\{\s*)?([ap])(?:\.\s?)?m\b\.?(?:\s*\})?", r" \1m"),
         (r"\*\*", "^"),
         (r"\*", r"\\cdot "),
         (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
@@ -172,11 +177,11 @@ def as_text(text: str) -> str:
 
 def _wordy(text: str) -> bool:
     """Whether this is words and not a formula. Short lower-case runs like xy are products."""
-    if re.search(r"\\text\{[^{}]*[^\W\d_]{2}", text):
+    if re.search(r"\\text\{[^{}]*[^\W\d_]{2}|\d [APap]m$", text):
         return True
     formula = re.search(r"[\d+=^{}/\\|<>]", text) is not None
     for word in re.findall(r"[^\W\d_]+", _FUNCTIONS.sub(" ", text)):
-        if len(word) > 3 or not word.isascii():
+        if len(word) > 3 or not word.isascii() or word.lower() in _NUMBER_WORDS:
             return True
         if len(word) > 1 and not word.islower() and not formula:
             return True
@@ -381,7 +386,7 @@ def quantity(text: str) -> Quantity:
     r"""Take the unit off: 5\text{ cm}^2, 12 cm, 120^\circ, 50%, 24 apples. Variables stay."""
     if text.endswith("%"):
         return Quantity(text[:-1].strip(), percent=True)
-    if match := _DEGREES.fullmatch(text):
+    if (match := _DEGREES.fullmatch(text)) and not re.search("sin|cos|tan|cot|sec|csc", text):
         scale = {"C": "celsius", "F": "fahrenheit"}.get(match[2], "degree")
         return Quantity(match[1], unit(scale))
     match = _TEXT_UNIT.fullmatch(text)
@@ -703,10 +708,10 @@ def _parse(text: str, real: bool) -> Any:
     # Decimals as fractions, so that 0.1 x is exactly x/10.
     text = re.sub(
         r"(\d*)\.(\d+)",
-        lambda m: rf"{{\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}}}}",
+        lambda m: rf"(\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}})",
         text,
     )
-    text = re.sub(r"(\d+|\{[^{}]*\})\s*\^\\circ", r"{\\frac{\1 \\pi}{180}}", text)
+    text = re.sub(r"(\d+|\{[^{}]*\})\s*\^\\circ", r"(\\frac{\1 \\pi}{180})", text)
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
     cleaning = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
     try:
@@ -801,9 +806,13 @@ def _same_values(
 
 def warm_up() -> None:
     """Import math-verify and fill its parser's tables, so that the first answer is not slow."""
-    for gold, answer in pairwise(
-        [r"\frac{x+1}{2}", r"\sqrt{2}\pi - x^{3}", r"\sin^2 x + \log_2 8", "(1,2]", r"x \le 2y"]
-    ):
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it says that it has no time limit
+    formulas = [
+        *(r"\frac{x+1}{2}", r"\sqrt{2}\pi - x^{3}", r"\sin^2 x + \log_2 8", r"\sin^2 x + 3"),
+        *(r"\sqrt[3]{2} + 6i", r"2^{1/3} + 6i", r"(1,2] \cup \{5\}", r"\{5\} \cup (1,2]"),
+        *(r"x \le 2y", r"2y \ge x", r"x^2 + y^2 = 1", r"1 - y^2 = x^2", r"|x| - \tan 1"),
+    ]
+    for gold, answer in pairwise(formulas):
         symbolic(gold, answer, None)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from mm_agrae.config import DataSource, nearest
@@ -25,6 +25,7 @@ TASKS: dict[str, str] = {
 }
 
 FILLED_IN = ("limit", "on_bad_row")
+_REQUIRED = inspect.Parameter.empty
 
 
 class Task(Protocol):
@@ -90,23 +91,59 @@ def check(source: DataSource) -> None:
     """
     task_class = _task_class(source)
     where = f"data source {source.label!r}"
-    parameters = _parameters(task_class)
-    names = [name for name in parameters if name not in FILLED_IN]
-    for name in source.options:
+    try:
+        check_arguments(task_class, source.options, filled_in=FILLED_IN)
+        if hasattr(task_class, "check_options"):
+            task_class.check_options(source.options)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def describe(name: str) -> str:
+    """A task's options with their defaults and what they mean, as text."""
+    task_class = _task_class(DataSource(task=name))
+    options = [
+        f"  {parameter.name}: {parameter.annotation}"
+        + ("" if parameter.default is _REQUIRED else f" = {parameter.default!r}")
+        for parameter in _parameters(task_class).values()
+        if parameter.name not in FILLED_IN
+    ]
+    text = inspect.getdoc(task_class) or ""
+    return "\n".join([name, *options, "", *(f"  {line}".rstrip() for line in text.splitlines())])
+
+
+def check_arguments(
+    function: Callable[..., Any], arguments: Mapping[str, Any], filled_in: Sequence[str] = ()
+) -> None:
+    """Compare keyword arguments with a function's (or a class's constructor's) signature.
+
+    `filled_in` are parameters that others set. Raises ConfigError for an unknown name, a missing
+    one, and a value of the wrong type.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    parameters = _parameters(function)
+    names = [name for name in parameters if name not in filled_in]
+    for name in arguments:
         if name not in names:
-            raise ConfigError(
-                f"{where}: task {source.task!r} has no option {name!r}; {nearest(name, names)}"
-            )
+            raise ConfigError(f"no option {name!r}; {nearest(name, names)}")
     for name in names:
-        if parameters[name].default is inspect.Parameter.empty and name not in source.options:
-            raise ConfigError(f"{where}: task {source.task!r} needs the option {name!r}")
-    _check_types(task_class, source.options, where)
-    check_options = getattr(task_class, "check_options", None)
-    if check_options is not None:
+        if parameters[name].default is _REQUIRED and name not in arguments:
+            raise ConfigError(f"needs the option {name!r}")
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    for name, value in arguments.items():
+        if name not in hints:
+            continue
         try:
-            check_options(source.options)
-        except ConfigError as error:
-            raise ConfigError(f"{where}: {error}") from None
+            TypeAdapter(hints[name], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            inside = [
+                str(part) for part in first["loc"] if isinstance(value, dict) and part in value
+            ]
+            key = ".".join([name, *inside])
+            problem = first["msg"][:1].lower() + first["msg"][1:]
+            raise ConfigError(f"{key}: {problem} (got {first['input']!r})") from None
 
 
 def _task_class(source: DataSource) -> Any:
@@ -122,21 +159,5 @@ def _task_class(source: DataSource) -> Any:
         raise ConfigError(f"data: task {source.task!r} cannot be imported ({error})") from None
 
 
-def _parameters(task_class: Any) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(task_class).parameters
-
-
-def _check_types(task_class: Any, options: Mapping[str, Any], where: str) -> None:
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
-    hints = typing.get_type_hints(task_class.__init__)
-    for name, value in options.items():
-        if name not in hints:
-            continue
-        try:
-            TypeAdapter(hints[name], config=ConfigDict(strict=True)).validate_python(value)
-        except ValidationError as error:
-            first = error.errors()[0]
-            key = ".".join([name, *(str(part) for part in first["loc"] if isinstance(part, str))])
-            problem = first["msg"][:1].lower() + first["msg"][1:]
-            raise ConfigError(f"{where}: {key}: {problem} (got {first['input']!r})") from None
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters

@@ -20,6 +20,10 @@ Box = tuple[float, float, float, float]
 
 INK = (25, 25, 25)
 UNKNOWN = (200, 0, 0)
+GIVEN = (40, 80, 215)
+EQUAL = (20, 150, 60)
+PARALLEL = (235, 120, 20)
+RIGHT = (150, 40, 180)
 MARK = (110, 110, 110)
 COLOURS = {"red": (215, 40, 40), "blue": (40, 80, 215), "green": (30, 150, 60)}
 BARS = ((60, 100, 200), (230, 140, 30), (60, 160, 90), (160, 80, 180))
@@ -48,12 +52,15 @@ class Diagram:
 
 
 def draw_diagram(
-    diagram: Diagram, rng: random.Random, px: int
+    diagram: Diagram, rng: random.Random, px: int, most_turn: float = 180.0
 ) -> tuple[Image.Image, dict[str, Any]]:
-    """Turn, mirror and scale the figure at random until every label has room of its own."""
+    """Turn (by up to `most_turn` degrees either way) and mirror the figure at random.
+
+    Tries anew, with more turn in the end, until every label has room of its own.
+    """
     fewest, best = math.inf, None
-    for _ in range(30):
-        turned = _turned(diagram, rng, px)
+    for attempt in range(60):
+        turned = _turned(diagram, rng, px, most_turn * max(1, attempt / 10))
         labels, crowded = _place_labels(turned, px)
         if crowded < fewest:
             fewest, best = crowded, (turned, labels)
@@ -72,7 +79,7 @@ def draw_diagram(
     for vertex, p, q in turned.right:
         _square_corner(pen, points[vertex], points[p], points[q])
     for vertex, p, q, text in turned.angles:
-        _arc(pen, points[vertex], points[p], points[q], UNKNOWN if text == "x" else MARK)
+        _arc(pen, points[vertex], points[p], points[q], UNKNOWN if text == "x" else GIVEN)
     for text, box in labels:
         _write(pen, text, box, UNKNOWN if text == "x" else INK)
     facts = {
@@ -168,12 +175,12 @@ def _write(
     pen.text(_zoom(corner), text, fill=ink, font=_font(size))
 
 
-def _turned(diagram: Diagram, rng: random.Random, px: int) -> Diagram:
+def _turned(diagram: Diagram, rng: random.Random, px: int, most_turn: float) -> Diagram:
     """The figure in picture coordinates (y downwards), at a random turn, mirrored or not.
 
     Angle labels keep their meaning: read counter-clockwise as seen in the picture.
     """
-    turn = rng.uniform(0, 2 * math.pi)
+    turn = math.radians(rng.uniform(-most_turn, most_turn))
     mirror = rng.random() < 0.5
     cos, sin = math.cos(turn), math.sin(turn)
     points = {}
@@ -314,7 +321,7 @@ def _arc(pen: ImageDraw.ImageDraw, v: XY, p: XY, q: XY, ink: tuple[int, int, int
     radius = _ARC_PX
     box = [*_zoom((v[0] - radius, v[1] - radius)), *_zoom((v[0] + radius, v[1] + radius))]
     # Pillow measures clockwise from three o'clock.
-    pen.arc(box, -math.degrees(start + sweep), -math.degrees(start), fill=ink, width=3)
+    pen.arc(box, -math.degrees(start + sweep), -math.degrees(start), fill=ink, width=5)
 
 
 def _along(p: XY, q: XY) -> XY:
@@ -326,7 +333,7 @@ def _square_corner(pen: ImageDraw.ImageDraw, v: XY, p: XY, q: XY) -> None:
     (ax, ay), (bx, by) = _along(v, p), _along(v, q)
     side = 8
     corners = [(side * ax, side * ay), (side * (ax + bx), side * (ay + by)), (side * bx, side * by)]
-    pen.line([z for dx, dy in corners for z in _zoom((v[0] + dx, v[1] + dy))], fill=INK, width=2)
+    pen.line([z for dx, dy in corners for z in _zoom((v[0] + dx, v[1] + dy))], fill=RIGHT, width=4)
 
 
 def _tick_ends(p: XY, q: XY) -> tuple[XY, XY]:
@@ -337,7 +344,7 @@ def _tick_ends(p: XY, q: XY) -> tuple[XY, XY]:
 
 def _tick(pen: ImageDraw.ImageDraw, p: XY, q: XY) -> None:
     start, end = _tick_ends(p, q)
-    pen.line([*_zoom(start), *_zoom(end)], fill=INK, width=3)
+    pen.line([*_zoom(start), *_zoom(end)], fill=EQUAL, width=5)
 
 
 def _arrow(pen: ImageDraw.ImageDraw, p: XY, q: XY, share: float) -> None:
@@ -347,4 +354,4 @@ def _arrow(pen: ImageDraw.ImageDraw, p: XY, q: XY, share: float) -> None:
     tip = (x + 3 * dx, y + 3 * dy)
     for side in (-1, 1):
         tail = (x - 3 * dx - side * 4 * dy, y - 3 * dy + side * 4 * dx)
-        pen.line([*_zoom(tail), *_zoom(tip)], fill=INK, width=2)
+        pen.line([*_zoom(tail), *_zoom(tip)], fill=PARALLEL, width=4)

@@ -14,7 +14,6 @@ from 0.
 from __future__ import annotations
 
 import csv
-import inspect
 import json
 import math
 import re
@@ -28,6 +27,7 @@ from typing import Any, Literal
 from mm_agrae.config import nearest
 from mm_agrae.errors import ConfigError, DataError
 from mm_agrae.images import find_file, is_url, printable
+from mm_agrae.tasks import check_arguments
 from mm_agrae.types import Example, ImageSource
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -37,7 +37,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "choices": ("choices", "options"),
     "id": ("id", "unique_id"),
 }
-"""Our fields, and the columns each is looked for in (in any case) unless `columns` names one."""
+"""Our fields, and where each is looked for unless `columns` says it (Problem and PROBLEM too)."""
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -122,11 +122,13 @@ class FileTask:
         """Look into the nested options. Raises ConfigError naming the key."""
         from mm_agrae.rewards.accuracy import verify
 
-        accepted = list(inspect.signature(verify).parameters)[2:]
-        for option, names in (("columns", list(COLUMNS)), ("grading", accepted)):
-            for key in options.get(option) or {}:
-                if key not in names:
-                    raise ConfigError(f"{option}.{key}: unknown; {nearest(str(key), names)}")
+        try:
+            check_arguments(verify, options.get("grading") or {}, ("gold", "completion"))
+        except ConfigError as error:
+            raise ConfigError(f"grading: {error}") from None
+        for key in options.get("columns") or {}:
+            if key not in COLUMNS:
+                raise ConfigError(f"columns: no field {key!r}; {nearest(str(key), COLUMNS)}")
         for field, column in (options.get("columns") or {}).items():
             if column is None and field in ("question", "answer"):
                 raise ConfigError(f"columns.{field}: cannot be turned off")
@@ -148,7 +150,8 @@ class FileTask:
         if not self._rows:
             if self.skipped:
                 raise DataError(
-                    f"{path}: all {len(self.skipped)} rows are bad; the first: {self.skipped[0]}"
+                    f"{path}: no usable row; all {len(self.skipped)} are bad, the first: "
+                    f"{self.skipped[0]}"
                 )
             chosen = f" with {self.where}" if self.where and seen else ""
             raise DataError(f"{path}: has no rows{chosen}")
@@ -200,10 +203,10 @@ class FileTask:
             if column not in row and required:
                 raise DataError(f"{required}: {field}: {_no_column(column, row)}")
             return row.get(column)
-        names = {name.lower(): name for name in row}
         for candidate in COLUMNS[field]:
-            if candidate in names:
-                return row[names[candidate]]
+            for name in (candidate, candidate.capitalize(), candidate.upper()):
+                if name in row:
+                    return row[name]
         if required:
             raise DataError(
                 f"{required}: no {field}: none of {', '.join(COLUMNS[field])} among the columns "

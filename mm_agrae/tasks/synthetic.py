@@ -220,7 +220,9 @@ def _geometry(level: int, split: str, rng: random.Random) -> Problem:
     answer = next(value for _, value in filter(None, derived))
 
     def draw(rng: random.Random, px: int) -> tuple[Image.Image, dict[str, Any]]:
-        return drawing.draw_diagram(figure.build(rng, *numbers), rng, px)
+        # Upright at first: a turn makes a figure harder to recognise.
+        turn = 180 if level == 4 else 20
+        return drawing.draw_diagram(figure.build(rng, *numbers), rng, px, turn)
 
     return Problem(
         "geometry",
@@ -621,7 +623,7 @@ _FIGURES = [
     ),
     Figure(
         "exterior", (1, 2, 4), ("Exterior angle: a+b",),
-        _multiples(2, lambda a, b: _ok(180 - a - b) and a <= 100 and a + b >= 75), _exterior,
+        _multiples(2, lambda a, b: _ok(180 - a - b) and a <= 100 and 75 <= a + b <= 150), _exterior,
         "Two angles of a triangle are {a} and {b}. x is the exterior angle at the third corner. "
         "Find x.",
     ),
@@ -675,18 +677,18 @@ _FIGURES = [
     ),
     Figure(
         "parallel_same", (1, 2, 4), ("Parallel lines: a",),
-        _multiples(1, lambda a: _ok(a - 20, 160 - a)), lambda _, a: _parallel(a, "same"),
+        _multiples(1, lambda a: _ok(a - 25, 155 - a)), lambda _, a: _parallel(a, "same"),
         "A line cuts two parallel lines. One angle is {a}, x is the same corner at the other "
         "line. Find x.",
     ),
     Figure(
         "parallel_alternate", (1, 2, 4), ("Alternate angles: a",),
-        _multiples(1, lambda a: _ok(a - 20, 160 - a)), lambda _, a: _parallel(a, "alternate"),
+        _multiples(1, lambda a: _ok(a - 25, 155 - a)), lambda _, a: _parallel(a, "alternate"),
         "A line cuts two parallel lines. One angle is {a}, x is the alternate angle. Find x.",
     ),
     Figure(
         "parallel_between", (2, 4), ("Between parallels: 180-a",),
-        _multiples(1, lambda a: _ok(a - 20, 160 - a)), lambda _, a: _parallel(a, "between"),
+        _multiples(1, lambda a: _ok(a - 25, 155 - a)), lambda _, a: _parallel(a, "between"),
         "A line cuts two parallel lines. One angle is {a}, x lies on the same side between the "
         "parallels. Find x.",
     ),
@@ -775,7 +777,7 @@ _FIGURES = [
             "Straight line: c=180-a. Exterior angle: b-c",
             "Straight lines: c=180-a, d=180-b. Triangle: s=c+d, 180-s",
         ),
-        _multiples(2, lambda e, f: _ok(180 - e, 180 - f, e + f - 180)), _two_exteriors,
+        _multiples(2, lambda e, f: _ok(180 - e, 180 - f, e + f - 180) and e <= 145), _two_exteriors,
         "Two exterior angles of a triangle are {a} and {b}. x is the inner angle at the third "
         "corner. Find x.",
     ),

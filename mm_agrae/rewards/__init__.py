@@ -1,0 +1,311 @@
+"""From completions to rewards: weighted parts, computed in worker processes under limits.
+
+    with Rewarder(config.reward, config.rollout.max_new_tokens) as rewarder:
+        scores = rewarder.score(examples, completions)
+
+A part is a function `(example, completion) -> float`. `PARTS` holds those of the package; any
+other name in `reward.parts` is one's own, as "package.module:function" or
+"path/to/file.py:function". Its example comes without pictures.
+
+A part that fails, on one completion, costs that completion alone: the part counts 0 there, the
+completion as unsolved, and `Score.error` and `Rewarder.error_counts` say what happened.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import math
+import numbers
+import re
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from mm_agrae.errors import ConfigError
+from mm_agrae.rewards import accuracy, format
+from mm_agrae.types import Completion, Example, Score
+
+if TYPE_CHECKING:
+    from mm_agrae.config import RewardSection
+    from mm_agrae.rewards.pool import WorkerPool
+
+logger = logging.getLogger(__name__)
+
+Part = Callable[[Example, Completion], float]
+
+
+def _accuracy(example: Example, completion: Completion) -> float:
+    settings = {"after_thinking": _answer_after_thinking, **example.grading}
+    return float(accuracy.verify(example.answer, completion.text, **settings))
+
+
+def _format(example: Example, completion: Completion) -> float:
+    return float(format.follows(completion.text))
+
+
+PARTS: dict[str, Part] = {"accuracy": _accuracy, "format": _format}
+
+_CHUNK = 32
+_IMPORT_LIMIT_S = 120.0
+
+
+class Rewarder:
+    """Scores completions by the weighted parts of `config`. A context manager.
+
+    The worker processes start with the first use and end with the context. May be used from any
+    thread. Raises ConfigError if a function of one's own cannot be imported.
+    """
+
+    def __init__(self, config: RewardSection, max_new_tokens: int):
+        from mm_agrae.rewards.pool import WorkerPool
+
+        self.config = config
+        self.max_new_tokens = max_new_tokens
+        self.error_counts: Counter[str] = Counter()
+        """How often each kind of failure has happened, such as "accuracy: timed out after 1 s"."""
+        own = [name for name in config.parts if name not in PARTS]
+        for name in own:
+            if not re.fullmatch(r".+:\w+", name):
+                raise ConfigError(
+                    f"reward.parts.{name}: neither a part of the package ({', '.join(PARTS)}) nor "
+                    'a function as "package.module:function" or "path/to/file.py:function"'
+                )
+        self._text_only = not own
+        self._pool: WorkerPool = WorkerPool(
+            config.workers,
+            config.memory_limit_mb,
+            _prepare_worker,
+            (own, config.answer_after_thinking),
+        )
+        if own:
+            self._check_imports(own)
+
+    def __enter__(self) -> Rewarder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the worker processes."""
+        self._pool.close()
+
+    def _check_imports(self, names: Sequence[str]) -> None:
+        from mm_agrae.rewards.pool import CallFailed
+
+        try:
+            errors = self._pool.call(_import_errors, (), _IMPORT_LIMIT_S)
+        except CallFailed as error:
+            errors = {", ".join(names): f"importing it {error}"}
+        except BaseException:
+            self.close()
+            raise
+        if errors:
+            self.close()
+            raise ConfigError(
+                "\n".join(f"reward.parts.{name}: {problem}" for name, problem in errors.items())
+            )
+
+    def score(
+        self, examples: Sequence[Example], completions: Sequence[Completion]
+    ) -> list[Score]:
+        """One score per completion, in order; `examples[i]` is what `completions[i]` answers.
+
+        Raises ValueError if their numbers differ; nothing a reward part does raises.
+        """
+        if len(examples) != len(completions):
+            raise ValueError(f"{len(examples)} examples for {len(completions)} completions")
+        light: dict[int, Example] = {id(example): _light(example) for example in examples}
+        jobs = [
+            _Job(index, part, light[id(example)], self._trim(completion))
+            for index, (example, completion) in enumerate(zip(examples, completions, strict=True))
+            for part in self.config.parts
+        ]
+        values: list[dict[str, float]] = [{} for _ in examples]
+        errors: list[list[str]] = [[] for _ in examples]
+        for job, outcome in self._run(jobs):
+            if isinstance(outcome, str):
+                values[job.index][job.part] = 0.0
+                errors[job.index].append(outcome)
+                self.error_counts[re.sub(r"( raised \w+).*", r"\1", outcome)] += 1
+                logger.warning("reward of example %s: %s", job.example.id, outcome)
+            else:
+                values[job.index][job.part] = outcome
+        penalties = self._overlong(completions)
+        return [
+            self._score(*row) for row in zip(values, errors, penalties, strict=True)
+        ]
+
+    def _score(self, values: dict[str, float], errors: list[str], penalty: float | None) -> Score:
+        parts = {name: values[name] for name in self.config.parts}
+        reward = sum(weight * parts[name] for name, weight in self.config.parts.items())
+        if penalty is not None:
+            parts["overlong"] = penalty
+            reward += penalty
+        return Score(
+            reward=reward,
+            success=parts["accuracy"] == 1.0 and not errors,
+            parts=parts,
+            error="; ".join(errors),
+        )
+
+    def _overlong(self, completions: Sequence[Completion]) -> Sequence[float | None]:
+        settings = self.config.overlong
+        if settings is None:
+            return [None] * len(completions)
+        import torch
+
+        from mm_agrae.loss import overlong_penalty
+
+        length_B = torch.tensor([len(c.token_ids) for c in completions], dtype=torch.float64)
+        return overlong_penalty(
+            length_B, self.max_new_tokens, settings.buffer_tokens, settings.penalty
+        ).tolist()
+
+    def _trim(self, completion: Completion) -> Completion:
+        """The parts of the package read the text alone; the rest need not travel."""
+        return replace(completion, token_ids=(), logprobs=()) if self._text_only else completion
+
+    def _run(self, jobs: Sequence[_Job]) -> list[tuple[_Job, float | str]]:
+        """Run jobs in chunks. If a chunk fails, its jobs run one by one, each with all its time."""
+        from mm_agrae.rewards.pool import CallFailed, PoolBroken
+
+        size = max(1, min(_CHUNK, len(jobs) // (4 * self.config.workers)))
+        chunks = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
+        waiting = deque((self._submit(chunk), chunk, 0) for chunk in chunks)
+        done: list[tuple[_Job, float | str]] = []
+        while waiting:
+            future, chunk, attempt = waiting.popleft()
+            try:
+                outcomes = self._pool.result(future)
+            except CallFailed as error:
+                broken = isinstance(error, PoolBroken)
+                if len(chunk) == 1 and (attempt or not broken):
+                    done.append((chunk[0], f"{chunk[0].part}: {error}"))
+                else:
+                    attempt = attempt + 1 if len(chunk) == 1 else 0
+                    waiting.extend((self._submit([job]), [job], attempt) for job in chunk)
+                continue
+            done.extend(zip(chunk, outcomes, strict=False))
+            if rest := chunk[len(outcomes) :]:
+                waiting.append((self._submit(rest), rest, 0))
+        return done
+
+    def _submit(self, chunk: list[_Job]) -> Future:
+        limit_s = self.config.time_limit_s
+        return self._pool.submit(_run_chunk, (chunk, limit_s), limit_s)
+
+
+class _Job(NamedTuple):
+    index: int
+    part: str
+    example: Example
+    completion: Completion
+
+
+def _light(example: Example) -> Example:
+    return replace(
+        example, images=(), grading=dict(example.grading), meta=dict(example.meta)
+    )
+
+
+# ------------------------------------------------------------------------ in the worker
+
+_answer_after_thinking = True
+_own: dict[str, Part] = {}
+_own_errors: dict[str, str] = {}
+
+
+def _prepare_worker(own: Sequence[str], answer_after_thinking: bool) -> None:
+    global _answer_after_thinking
+    _answer_after_thinking = answer_after_thinking
+    accuracy.prepare_worker()
+    from mm_agrae.rewards.pool import describe
+
+    for name in own:
+        try:
+            _own[name] = load_function(name)
+        except ConfigError as error:
+            _own_errors[name] = str(error)
+        except BaseException as error:  # whatever a module does when it is imported
+            _own_errors[name] = f"importing it {describe(error)}"
+
+
+def _import_errors() -> dict[str, str]:
+    return _own_errors
+
+
+def load_function(name: str) -> Part:
+    """Import "package.module:function" or "path/to/file.py:function", from the working directory.
+
+    Raises ConfigError if there is no such file, module or function; whatever else the import
+    raises comes through.
+    """
+    where, _, attribute = name.rpartition(":")
+    if where.endswith(".py"):
+        path = Path(where).expanduser().resolve()
+        if not path.is_file():
+            raise ConfigError(f"there is no file {path}")
+        specification = importlib.util.spec_from_file_location(path.stem, path)
+        assert specification is not None
+        assert specification.loader is not None
+        module = importlib.util.module_from_spec(specification)
+        sys.modules.setdefault(path.stem, module)
+        specification.loader.exec_module(module)
+    else:
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"cannot import {where}: there is no module {error.name!r}; modules are looked "
+                f"for in the environment and in {Path.cwd()}"
+            ) from None
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        found = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise ConfigError(
+            f"{where} has no function {attribute!r}; it has {', '.join(found) or 'none'}"
+        )
+    return function
+
+
+def _run_chunk(chunk: Sequence[_Job], limit_s: float) -> list[float | str]:
+    """The outcomes of the first jobs: at least one, and as many as half a time limit allows.
+
+    Each job has the whole limit to itself, so that a slow one does not cost the next its time.
+    """
+    start = time.process_time()
+    outcomes: list[float | str] = []
+    for job in chunk:
+        if outcomes and time.process_time() - start > limit_s / 2:
+            break
+        outcomes.append(_outcome(job, limit_s))
+    return outcomes
+
+
+def _outcome(job: _Job, limit_s: float) -> float | str:
+    """The value of a part, or what is wrong with it."""
+    from mm_agrae.rewards.pool import describe, limit_computing
+
+    limit_computing(limit_s)
+    try:
+        value = (PARTS.get(job.part) or _own[job.part])(job.example, job.completion)
+        value = value.item() if hasattr(value, "item") else value  # numpy, torch
+    except MemoryError:
+        raise  # the worker has to go
+    except BaseException as error:
+        return f"{job.part} {describe(error)}"
+    if not isinstance(value, numbers.Real):
+        return f"{job.part} returned {type(value).__name__}, not a number"
+    if not math.isfinite(value):
+        return f"{job.part} returned {float(value)}, not a finite number"
+    return float(value)

@@ -1,0 +1,253 @@
+"""Worker processes in which a call may take a limited time and memory, and no more.
+
+pebble's ProcessPool does the work: it kills a worker that runs past its limit, notices one that
+died, and starts another. Added here:
+
+* Workers are spawned, so threads and CUDA state of the training process are not copied into
+  them, and they do not import the program's main script, which may load torch.
+* Limits count computing time, which a busy machine does not use up for a call; a call that
+  sleeps or waits is ended after `WAITING` times its limit on the clock.
+* `prepare` runs before a worker takes its first call, so imports do not count against a limit.
+* The memory limit (RLIMIT_AS, where the system has it) is what calls may take on top of what the
+  prepared worker has.
+* Every failure comes back as a `CallFailed` that says what happened; exceptions of the other
+  process are never unpickled.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import multiprocessing
+import multiprocessing.spawn
+import os
+import pickle
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, TimeoutError
+from multiprocessing.context import SpawnContext, SpawnProcess
+from typing import Any
+
+from pebble import ProcessExpired, ProcessPool
+
+WAITING = 5
+"""Seconds on the clock that a call may take for each second of its limit."""
+_OUT_OF_MEMORY = 86  # exit status of a worker that a call has left without memory
+_TIME_IS_UP = getattr(signal, "SIGPROF", 0)
+_STALLED_S = 120.0  # no answer to anything for so long: the pool itself is broken
+
+
+class CallFailed(Exception):
+    """A call gave no result. The message says what happened to it."""
+
+
+class PoolBroken(CallFailed):
+    """The pool broke down under the call, which may not have been its fault: try once more."""
+
+
+class WorkerPool:
+    """`workers` processes that run calls, each call under its own limits.
+
+    `prepare(*prepare_args)` runs once in each process before its first call; like every function
+    called here it must stand at the top of a module. May be used from any thread. Close it, or
+    use it as a context manager: no process is left behind.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        memory_limit_mb: int,
+        prepare: Callable[..., None],
+        prepare_args: Sequence[Any] = (),
+    ):
+        self.workers = workers
+        self.memory_limit_mb = memory_limit_mb
+        self._initargs = (memory_limit_mb, prepare, tuple(prepare_args))
+        self._lock = threading.Lock()
+        self._last_sign_of_life = time.monotonic()
+        self._closed = False
+        self._pool = self._start()
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(self, function: Callable[..., Any], args: Sequence[Any], limit_s: float) -> Future:
+        """Schedule `function(*args)`, which is killed after `limit_s` seconds of computing."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the worker pool is closed")
+            pool = self._pool if self._pool.active else self._replace(self._pool)
+            self._last_sign_of_life = time.monotonic()
+            future = pool.schedule(_call, args=(function, tuple(args), limit_s), timeout=WAITING * limit_s)
+        future.pool = pool  # type: ignore[attr-defined]
+        future.limit_s = limit_s  # type: ignore[attr-defined]
+        future.add_done_callback(self._alive)
+        return future
+
+    def result(self, future: Future) -> Any:
+        """Wait for a submitted call. Raises CallFailed, or PoolBroken if it is worth a retry."""
+        while True:
+            try:
+                error = future.exception(timeout=1.0)
+                break
+            except TimeoutError:
+                if time.monotonic() - self._last_sign_of_life > _STALLED_S + WAITING * future.limit_s:  # type: ignore[attr-defined]
+                    with self._lock:
+                        self._replace(future.pool)  # type: ignore[attr-defined]
+                    raise PoolBroken("got no answer from its worker process") from None
+        if error is None:
+            returned, value = future.result()
+            if returned:
+                return value
+            raise CallFailed(value)
+        if isinstance(error, TimeoutError):
+            raise CallFailed(f"timed out after {future.limit_s:g} s")  # type: ignore[attr-defined]
+        if isinstance(error, ProcessExpired):
+            raise CallFailed(self._how_it_ended(error.exitcode, future.limit_s))  # type: ignore[attr-defined]
+        if isinstance(error, TypeError | AttributeError | pickle.PicklingError):
+            raise CallFailed(f"could not be sent to a worker process: {error}")
+        with self._lock:
+            self._replace(future.pool)  # type: ignore[attr-defined]
+        raise PoolBroken("lost its worker process")
+
+    def call(self, function: Callable[..., Any], args: Sequence[Any], limit_s: float) -> Any:
+        """Run `function(*args)` and return its value. Raises CallFailed."""
+        try:
+            return self.result(self.submit(function, args, limit_s))
+        except PoolBroken:
+            return self.result(self.submit(function, args, limit_s))
+
+    def close(self) -> None:
+        """End all workers, whatever they are doing."""
+        with self._lock:
+            self._closed = True
+            self._pool.stop()
+            self._pool.join()
+
+    def _start(self) -> ProcessPool:
+        return ProcessPool(
+            max_workers=self.workers,
+            initializer=_initialise,
+            initargs=self._initargs,
+            context=_Context(),
+        )
+
+    def _replace(self, broken: ProcessPool) -> ProcessPool:
+        if broken is self._pool and not self._closed:
+            broken.stop()
+            broken.join()
+            self._pool = self._start()
+        return self._pool
+
+    def _alive(self, _: Future) -> None:
+        self._last_sign_of_life = time.monotonic()
+
+    def _how_it_ended(self, exitcode: int, limit_s: float) -> str:
+        if exitcode == -_TIME_IS_UP:
+            return f"timed out after {limit_s:g} s"
+        if exitcode == _OUT_OF_MEMORY:
+            return f"ran out of memory (limit {self.memory_limit_mb} MB)"
+        if exitcode < 0:
+            return f"ended its worker process by signal {signal.Signals(-exitcode).name}"
+        return f"ended its worker process with exit code {exitcode}"
+
+
+def describe(error: BaseException) -> str:
+    """What a function raised, in one short line."""
+    try:
+        message = " ".join(str(error).split())
+    except Exception:
+        message = "(no message: its __str__ raises)"
+    message = message if len(message) <= 200 else message[:197] + "..."
+    return f"raised {type(error).__name__}" + (f": {message}" if message else "")
+
+
+# ------------------------------------------------------------------------ in the worker
+
+
+def _initialise(memory_limit_mb: int, prepare: Callable[..., None], args: tuple[Any, ...]) -> None:
+    # pebble's handler waits for the interpreter, which a call may be holding.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    prepare(*args)
+    _limit_memory(memory_limit_mb)
+
+
+def _limit_memory(limit_mb: int) -> None:
+    try:
+        import resource
+
+        with open("/proc/self/statm", encoding="ascii") as status:
+            taken = int(status.read().split()[0]) * resource.getpagesize()
+    except (ImportError, OSError):  # not Linux: the time limit alone holds
+        return
+    limit = taken + limit_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def limit_computing(seconds: float) -> None:
+    """From now on, end this process once it has computed for so long; 0 for no limit.
+
+    The kernel ends it, so that a call stuck in C code is ended as well.
+    """
+    if _TIME_IS_UP:
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+
+
+def _call(function: Callable[..., Any], args: tuple[Any, ...], limit_s: float) -> tuple[bool, Any]:
+    # Should the parent die, nobody is left to end a call that waits for ever.
+    with open(os.devnull, "w") as nowhere:
+        faulthandler.dump_traceback_later(WAITING * limit_s + 10, exit=True, file=nowhere)
+        limit_computing(limit_s)
+        try:
+            return True, function(*args)
+        except MemoryError:
+            os._exit(_OUT_OF_MEMORY)  # what holds the memory may stay: start afresh
+        except BaseException as error:  # sys.exit() among them
+            return False, describe(error)
+        finally:
+            limit_computing(0)
+            faulthandler.cancel_dump_traceback_later()
+
+
+# ------------------------------------------------------------------------ how it starts
+
+_starting = threading.Lock()
+
+
+class _Process(SpawnProcess):
+    """A spawned process that does not import the program's main script.
+
+    multiprocessing would import it for functions that stand in it; here there are none, a
+    script without `if __name__ == "__main__"` would start itself over, and its imports would
+    cost each worker seconds. Daemonic processes may start one too: it ends with its pipe.
+    """
+
+    def start(self) -> None:
+        starter = threading.get_ident()
+        config: dict[str, Any] = multiprocessing.current_process()._config  # type: ignore[attr-defined]
+        with _starting:
+            preparation_data = multiprocessing.spawn.get_preparation_data
+            daemon = config.get("daemon")
+
+            def without_main(name: str) -> dict[str, Any]:
+                data = preparation_data(name)
+                if threading.get_ident() == starter:
+                    data.pop("init_main_from_path", None)
+                    data.pop("init_main_from_name", None)
+                return data
+
+            multiprocessing.spawn.get_preparation_data = without_main  # type: ignore[assignment]
+            config["daemon"] = False
+            try:
+                super().start()
+            finally:
+                multiprocessing.spawn.get_preparation_data = preparation_data
+                config["daemon"] = daemon
+
+
+class _Context(SpawnContext):
+    Process = _Process  # type: ignore[assignment]

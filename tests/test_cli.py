@@ -1,0 +1,127 @@
+"""The commands as a person types them, in processes of their own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+from helpers import TEXT, VL, run_config
+
+from mm_agrae import config as configs
+
+
+def command(*arguments, expect=0, cwd=None):
+    result = subprocess.run(
+        [sys.executable, "-m", "mm_agrae.cli", *map(str, arguments)],
+        capture_output=True, text=True, timeout=600, cwd=cwd,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
+    )  # fmt: skip
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    config = run_config(folder / "run", train={"steps": 2})
+    (folder / "config.yaml").write_text(configs.dump(config))
+    output = command("train", folder / "config.yaml")
+    return folder, output
+
+
+def test_train_says_what_it_does(finished_run):
+    folder, output = finished_run
+    plan = output.index("Plan of")
+    assert plan < output.index("before: test") < output.index("step 1/2") < output.index("pass@k")
+    assert "4 prompts × 4 completions = 16" in output
+    assert (folder / "run" / "report.html").stat().st_size > 10_000
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert summary["pass_at_k"].keys() == {"before", "after"}
+    assert {"rollout", "update", "reward", "evaluate", "total"} <= summary["seconds"].keys()
+
+
+def test_train_again_shows_the_result(finished_run):
+    folder, _ = finished_run
+    output = command("train", folder / "config.yaml")
+    assert "step 2/2" not in output
+    assert "pass@k" in output
+
+
+def test_plan_loads_no_model(tmp_path):
+    config = run_config(tmp_path / "run", "no/such/model")
+    (tmp_path / "c.yaml").write_text(configs.dump(config))
+    assert "optimiser steps" in command("train", tmp_path / "c.yaml", "--plan")
+    assert not (tmp_path / "run").exists()
+
+
+def test_overwrite_deletes_only_a_run(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("mine")
+    (tmp_path / "c.yaml").write_text(configs.dump(run_config(tmp_path / "run")))
+    output = command("train", tmp_path / "c.yaml", "--overwrite", expect=2)
+    assert "holds no run" in output
+    assert (tmp_path / "run" / "precious.txt").exists()
+
+
+def test_eval_side_by_side(finished_run, tmp_path):
+    folder, _ = finished_run
+    output = command(
+        "eval", VL, folder / "run", "--config", folder / "config.yaml", "evaluate.samples=2",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert "pass@2" in output
+    assert sorted(p.name for p in (tmp_path / "out" / "evaluations").iterdir()) == ["run", "vl"]
+    command("report", tmp_path / "out")
+    own = command("eval", folder / "run", "--out", tmp_path / "own")
+    assert "4 problems" in own
+
+
+def test_eval_without_a_config_says_so(tmp_path):
+    assert "name a config by --config" in command("eval", VL, "--out", tmp_path / "o", expect=2)
+
+
+def test_reports(finished_run, tmp_path):
+    folder, _ = finished_run
+    command("report", folder / "run")
+    command("report", folder / "run", folder / "run", "--out", tmp_path / "compare.html")
+    assert "<svg" in (tmp_path / "compare.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["sample.html", "sample.png"])
+def test_sample(tmp_path, name):
+    (tmp_path / "c.yaml").write_text(configs.dump(run_config(tmp_path / "run")))
+    command("sample", tmp_path / "c.yaml", "-n", 3, "--out", tmp_path / name)
+    assert (tmp_path / name).stat().st_size > 3_000
+
+
+def test_sample_with_completions(tmp_path):
+    (tmp_path / "c.yaml").write_text(configs.dump(run_config(tmp_path / "run", TEXT)))
+    out = tmp_path / "sample.html"
+    command("sample", tmp_path / "c.yaml", "-n", 2, "--completions", 2, "--out", out)
+    assert out.read_text().count('class="completion') == 4
+
+
+def test_lists():
+    assert "agrae" in command("rules")
+    assert "synthetic" in command("tasks")
+    assert "torch" in command("doctor")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"modle": {}}, "did you mean 'model'"),
+        ({"model": {"path": "no/such/model"}}, "model.path 'no/such/model'"),
+        ({"data": {"train": [{"task": "synthetic", "spilt": "train"}]}}, "did you mean 'split'"),
+        ({"data": {"train": [{"task": "sinthetic"}]}}, "synthetic"),
+        ({"data": {"train": [{"task": "files", "path": "absent.jsonl"}]}}, "absent.jsonl"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(tmp_path, change, expected):
+    values = yaml.safe_load(configs.dump(run_config(tmp_path / "run", TEXT))) | change
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    output = command("train", tmp_path / "c.yaml", expect=2)
+    assert expected in output
+    assert "Traceback" not in output

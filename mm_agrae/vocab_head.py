@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Size of one piece of logits. On a CPU it should stay near the caches; a GPU wants large ones."""
 
 
@@ -194,7 +194,7 @@ class _TokenLogprobs(torch.autograd.Function):
 def _blocks(vocabulary: int, positions: int, room: int) -> list[slice]:
     """Cut the vocabulary so that positions × block fits into `room` numbers."""
     # Narrower blocks would make the matrix products slow; memory then grows with the positions.
-    width = max(512, room // max(1, positions))
+    width = max(256, room // max(1, positions))
     return [slice(v, min(v + width, vocabulary)) for v in range(0, vocabulary, width)]
 
 

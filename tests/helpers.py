@@ -59,7 +59,7 @@ def prompts(path: str, count: int) -> list:
 
 def run_config(run_dir, path: str = VL, **sections):
     """A run of two small steps, changed by `sections`."""
-    source = {"task": "synthetic", "modality": MODALITY[path]}
+    source = {"task": "synthetic", "modality": MODALITY.get(path, "text")}
     values = {
         "run_dir": str(run_dir),
         "model": {"path": path, "device": "cpu"},

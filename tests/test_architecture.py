@@ -13,12 +13,13 @@ LAYERS = [
     {"__init__", "errors", "types", "compat", "versions", "advantage", "loss", "progress"},
     {"config"},
     {"images", "vocab_head", "records", "rewards"},
-    {"tasks", "batching", "metrics"},
+    {"tasks", "batching", "metrics", "page"},
     {"processing", "shared_prompt"},
     {"policy"},
     {"rollout"},
     {"checkpoint", "evaluate"},
-    {"trainer", "compare", "report", "sample"},
+    {"trainer", "compare", "report"},
+    {"sample"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

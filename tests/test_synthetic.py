@@ -197,9 +197,7 @@ def test_shapes_are_as_many_in_the_picture_as_in_the_facts() -> None:
         for shape in shapes:
             x, y, radius = int(shape["x"]), int(shape["y"]), shape["radius"]
             assert tuple(pixels[y, x]) == drawing.COLOURS[shape["colour"]]
-            box = dark[
-                int(y - radius) : int(y + radius) + 2, int(x - radius) : int(x + radius) + 2
-            ]
+            box = dark[int(y - radius) : int(y + radius) + 2, int(x - radius) : int(x + radius) + 2]
             rows, columns = np.nonzero(box)
             height, width = np.ptp(rows) + 1, np.ptp(columns) + 1
             filled = len(rows) / (height * width)
@@ -286,7 +284,9 @@ def test_text_and_image_pose_the_same_problems() -> None:
         assert len(drawn.images) == 1 and not told.images
         assert drawn.images[0].mode == "RGB" and drawn.images[0].size == (112, 112)
         if drawn.meta["family"] != "counting":
-            missing = Counter(told.meta["numbers"]) - Counter(map(int, re.findall(r"\d+", told.question)))
+            missing = Counter(told.meta["numbers"]) - Counter(
+                map(int, re.findall(r"\d+", told.question))
+            )
             assert not missing
 
 

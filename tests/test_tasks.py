@@ -331,6 +331,14 @@ def test_pictures_and_choices_in_columns_of_their_own(folder):
     assert [Path(name).name for name in example.images] == ["red.png", "blue.png"]
 
 
+def test_choice_columns_may_be_fewer_at_the_end_but_have_no_gap(folder):
+    columns = {"choices": ["a", "b", "c"]}
+    row = {"problem": "?", "answer": "B", "a": "1", "b": "2", "c": None}
+    assert one(folder, row, columns=columns).grading["choices"] == ["1", "2"]
+    with pytest.raises(DataError, match="line 1: choices: expected a list of texts"):
+        one(folder, row | {"b": None, "c": "3"}, columns=columns)
+
+
 def test_text_and_picture_rows_may_be_mixed(folder):
     rows = [GOOD, GOOD | {"pic": "images/red.png"}, GOOD | {"pic": []}, GOOD | {"pic": None}]
     task = FileTask(write(folder / "x.jsonl", rows), columns={"images": "pic"})
@@ -446,6 +454,17 @@ def test_parquet_row_without_its_picture(tmp_path, value):
     path = parquet(tmp_path / "train.parquet", columns)
     with pytest.raises(DataError, match=r"train\.parquet, row 1: image"):
         FileTask(path)
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path):
+    import pyarrow
+
+    text = pyarrow.array([b"fine?", b"\xff\xfe?"]).view(pyarrow.utf8())
+    task = FileTask(
+        parquet(tmp_path / "x.parquet", {"question": text, "answer": [1, 2]}), on_bad_row="skip"
+    )
+    assert len(task) == 1
+    assert "x.parquet, row 1: cannot be read" in task.skipped[0]
 
 
 @pytest.mark.parametrize("dictionary", [False, True])

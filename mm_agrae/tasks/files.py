@@ -13,21 +13,19 @@ from 0.
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import re
-import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 from mm_agrae.config import nearest
 from mm_agrae.errors import ConfigError, DataError
-from mm_agrae.images import find_file, is_url, printable
+from mm_agrae.images import find_file, is_url
 from mm_agrae.tasks import check_arguments
+from mm_agrae.tasks.rows import LazyRow, Row, listing, read_rows, show
 from mm_agrae.types import Example, ImageSource
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -39,13 +37,9 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 }
 """Our fields, and where each is looked for unless `columns` says it (Problem and PROBLEM too)."""
 
-SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MARKER = re.compile(r"<image ?([0-9]{0,3})>")
 
-Row = Mapping[str, Any]
-LazyRow = tuple[str, Path, Callable[[], Row]]
-"""Name for messages, folder that pictures are relative to, and a function that gives the row."""
 ColumnName = str | Sequence[str] | None
 
 
@@ -101,7 +95,7 @@ class FileTask:
         self._find_file = lru_cache(maxsize=None)(find_file)
 
         seen: dict[str, None] = {}
-        for lazy in _rows(path, split, subset):
+        for lazy in read_rows(path, split, subset):
             if len(self._rows) == limit:
                 break
             origin, folder, read = lazy
@@ -177,13 +171,16 @@ class FileTask:
             answer = _choice_letters(answer, choices, origin)
             texts = [text or LETTERS[i] for i, text in enumerate(choices)]
             grading = {"kind": "choice", "choices": texts, **grading}
-        show = choices and self.show_choices and not _has_choices(question, choices)
         lines = [f"({LETTERS[i]}) {text}".rstrip() for i, text in enumerate(choices)]
-        question, images = _place_images(question, lines if show else [], images, origin)
-        name, _, number = origin.rpartition(" ")
+        if not self.show_choices or _has_choices(question, choices):
+            lines = []
+        question, images = _place_images(question, lines, images, origin)
+        file, _, number = origin.rpartition(", ")
         found_id = self._value(row, "id")
         return Example(
-            id=f"{Path(name).stem}-{number}" if found_id in (None, "") else str(found_id),
+            id=f"{Path(file).stem}-{number.split()[1]}"
+            if found_id in (None, "")
+            else str(found_id),
             question=question,
             answer=answer,
             images=tuple(images),
@@ -199,7 +196,10 @@ class FileTask:
             if column is None:
                 return None
             if not isinstance(column, str):
-                return [row[name] for name in column if row.get(name) not in (None, "")]
+                values = [row.get(name) for name in column]
+                while values and values[-1] in (None, ""):  # not a gap: it would shift letters
+                    values.pop()
+                return values
             if column not in row and required:
                 raise DataError(f"{required}: {field}: {_no_column(column, row)}")
             return row.get(column)
@@ -210,7 +210,7 @@ class FileTask:
         if required:
             raise DataError(
                 f"{required}: no {field}: none of {', '.join(COLUMNS[field])} among the columns "
-                f"{_listing(row)}; name the right one by the option columns.{field}"
+                f"{listing(row)}; name the right one by the option columns.{field}"
             )
         return None
 
@@ -219,7 +219,7 @@ class FileTask:
         if question is None and has_images:
             return ""
         if not isinstance(question, str):
-            raise DataError(f"{origin}: question: expected text, got {_show(question)}")
+            raise DataError(f"{origin}: question: expected text, got {show(question)}")
         if not question.strip() and not has_images:
             raise DataError(f"{origin}: question: empty, and there is no picture")
         return question
@@ -230,12 +230,12 @@ class FileTask:
             answer = int(answer)  # tables turn a column of integers with a gap into floats
         is_number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)
         if not isinstance(answer, str) and not (is_number and math.isfinite(answer)):
-            raise DataError(f"{origin}: answer: expected text or a number, got {_show(answer)}")
+            raise DataError(f"{origin}: answer: expected text or a number, got {show(answer)}")
         text = str(answer)
         if self.answer_after:
             _, found, text = text.rpartition(self.answer_after)
             if not found:
-                raise DataError(f"{origin}: answer: no {self.answer_after!r} in {_show(answer)}")
+                raise DataError(f"{origin}: answer: no {self.answer_after!r} in {show(answer)}")
         if not text.strip():
             raise DataError(f"{origin}: answer: empty")
         return text.strip()
@@ -248,7 +248,7 @@ class FileTask:
         if not isinstance(values, list | tuple) or not all(
             isinstance(value, str | int | float) for value in values
         ):
-            raise DataError(f"{origin}: choices: expected a list of texts, got {_show(values)}")
+            raise DataError(f"{origin}: choices: expected a list of texts, got {show(values)}")
         if len(values) == 1 or len(values) > len(LETTERS):
             raise DataError(f"{origin}: choices: {len(values)} of them; 2 to 26 can be graded")
         texts = [str(value).strip() for value in values]
@@ -265,10 +265,10 @@ class FileTask:
         if isinstance(source, bytes) and source:
             return source
         if not isinstance(source, str) or not source:
-            raise DataError(f"{origin}: image: expected a path or bytes, got {_show(source)}")
+            raise DataError(f"{origin}: image: expected a path or bytes, got {show(source)}")
         if is_url(source):
             raise DataError(
-                f"{origin}: image: {_show(source)} is a URL; download the pictures first"
+                f"{origin}: image: {show(source)} is a URL; download the pictures first"
             )
         try:
             return str(self._find_file(source, self.image_root or folder))
@@ -295,11 +295,9 @@ def _place_images(
     order = list(dict.fromkeys(map(int, numbers)))
     if len(images) == 1 and order:
         # A marker among the choices would make the one picture look like that choice.
-        head = len(MARKER.findall(question)) > 0
-        count = iter(range(len(numbers)))
-        return MARKER.sub(
-            lambda found: "<image>" if next(count) == 0 and head else f"(image {found[1]})", text
-        ), images
+        first = MARKER.search(question)
+        start, end, kept = (first.start(), first.end(), "<image>") if first else (0, 0, "")
+        return text[:start] + kept + MARKER.sub(r"(image \1)", text[end:]), images
     if order and sorted(order) != list(range(1, len(images) + 1)):
         raise DataError(
             f"{origin}: markers for images {', '.join(map(str, sorted(order)))}, but "
@@ -327,7 +325,7 @@ def _choice_letters(answer: str, choices: Sequence[str], origin: str) -> str:
     same = [letter for letter, text in zip(letters, choices, strict=True) if text == answer]
     if len(same) != 1:
         raise DataError(
-            f"{origin}: answer: {_show(answer)} is neither a letter up to {letters[-1]} nor the "
+            f"{origin}: answer: {show(answer)} is neither a letter up to {letters[-1]} nor the "
             "text of one choice; for a free answer set columns: {choices: null}"
         )
     return same[0]
@@ -340,176 +338,6 @@ def _has_choices(question: str, choices: Sequence[str]) -> bool:
     )
 
 
-def _rows(path: str, split: str, subset: str) -> Iterator[LazyRow]:
-    local = Path(path)
-    if local.is_file():
-        yield from _file_rows(local)
-    elif (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
-        from datasets import load_from_disk
-
-        try:
-            data = load_from_disk(path)
-        except Exception as error:  # Arrow and JSON errors of many kinds
-            raise DataError(f"{path}: cannot be read as a saved data set ({error})") from None
-        yield from _dataset_rows(data, path, local, split)
-    elif local.is_dir():
-        for file in _choose_files(local, split, subset):
-            yield from _file_rows(file)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not (
-        local.parent.exists() or local.suffix in SUFFIXES
-    ):
-        yield from _hub_rows(path, split, subset)
-    else:
-        raise DataError(
-            f"{path}: no such file or folder (looked in {Path.cwd()}); put the data there or set "
-            "the source's path, for instance data.train.0.path=/where/it/is/train.jsonl"
-        )
-
-
-def _choose_files(folder: Path, split: str, subset: str) -> list[Path]:
-    """Data files of a folder that belong to a split, by name: train.jsonl, train-00000-of-2.…"""
-    files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
-    names = {file: file.relative_to(folder) for file in files}
-    files = [f for f in files if not any(part.startswith(".") for part in names[f].parts)]
-    if subset:
-        files = [file for file in files if subset in names[file].parts[:-1]]
-    exact = [file for file in files if split in (file.stem, *names[file].parts[:-1])]
-    shards = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", file.stem)]
-    chosen = (exact or shards) if split else files
-    if not chosen or (len(chosen) > 1 and not split):
-        raise DataError(
-            f"{folder}: {'choose one file by' if chosen else 'nothing for'} split={split!r}"
-            f"{f' and subset={subset!r}' if subset else ''}; the data files "
-            f"are {_listing(names.values())}"
-        )
-    return chosen
-
-
-def _file_rows(path: Path) -> Iterator[LazyRow]:
-    try:
-        if path.suffix == ".parquet":
-            yield from _parquet_rows(path)
-        elif path.suffix in (".csv", ".tsv"):
-            yield from _csv_rows(path)
-        elif path.suffix == ".json" and _first_byte(path) == b"[":
-            yield from _json_rows(path)
-        elif path.suffix in SUFFIXES:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        origin = f"{path}, line {number}"
-                        yield origin, path.parent, partial(_parse_line, line, origin)
-        else:
-            raise DataError(f"{path}: not a data file ({', '.join(SUFFIXES)})")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from None
-
-
-def _first_byte(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
-
-
-def _parse_line(line: bytes, origin: str) -> Row:
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{origin}: not JSON ({error})") from None
-    return _mapping(row, origin)
-
-
-def _mapping(row: Any, origin: str) -> Row:
-    if not isinstance(row, dict):
-        raise DataError(f"{origin}: expected a JSON object, got {_show(row)}")
-    try:
-        # JSON can spell half of a surrogate pair, which no file and no tokenizer takes.
-        json.dumps(row, ensure_ascii=False).encode()
-    except (UnicodeEncodeError, RecursionError) as error:
-        raise DataError(f"{origin}: not valid Unicode, or nested too deep ({error})") from None
-    return row
-
-
-def _json_rows(path: Path) -> Iterator[LazyRow]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
-    for number, row in enumerate(rows):
-        origin = f"{path}, row {number}"
-        yield origin, path.parent, partial(_mapping, row, origin)
-
-
-def _csv_rows(path: Path) -> Iterator[LazyRow]:
-    def checked(row: dict[Any, Any], origin: str) -> Row:
-        if None in row or None in row.values():
-            fewer = "fewer" if None in row.values() else "more"
-            raise DataError(f"{origin}: {fewer} fields than the header has names")
-        return _mapping(row, origin)
-
-    # Bytes that are not UTF-8 become surrogates, which are refused with the row they stand in.
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
-        try:
-            for row in reader:
-                origin = f"{path}, line {reader.line_num}"
-                yield origin, path.parent, partial(checked, row, origin)
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
-
-
-def _parquet_rows(path: Path) -> Iterator[LazyRow]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: cannot be read as Parquet ({error})") from None
-    yield from _arrow_rows(lambda i: table.slice(i, 1), table.num_rows, str(path), path.parent)
-
-
-def _arrow_rows(
-    table_of: Callable[[int], Any], count: int, name: str, folder: Path
-) -> Iterator[LazyRow]:
-    def read(index: int) -> Row:
-        try:
-            return table_of(index).to_pylist()[0]
-        except UnicodeDecodeError as error:
-            raise DataError(f"{name}, row {index}: not UTF-8 ({error})") from None
-
-    for index in range(count):
-        yield f"{name}, row {index}", folder, partial(read, index)
-
-
-def _dataset_rows(data: Any, name: str, folder: Path, split: str) -> Iterator[LazyRow]:
-    from datasets import Dataset
-
-    if not isinstance(data, Dataset):
-        splits = list(data)
-        if split not in splits and not (split == "" and len(splits) == 1):
-            raise DataError(f"{name}: set split to one of {', '.join(splits)} (got {split!r})")
-        name = f"{name} [{split or splits[0]}]"
-        data = data[split or splits[0]]
-    rows = data.with_format("arrow")  # as stored: pictures stay encoded
-    yield from _arrow_rows(rows.__getitem__, len(rows), name, folder)
-
-
-def _hub_rows(name: str, split: str, subset: str) -> Iterator[LazyRow]:
-    import datasets
-
-    try:
-        data = datasets.load_dataset(name, subset or None)
-    except Exception as error:  # no network, no such id, a subset to choose: all said in the text
-        reason = printable(" ".join(str(error).split()), 300)
-        raise DataError(
-            f"{name}: no such file or folder, and fetching it from the Hugging Face hub failed: "
-            f"{reason}. On a machine with a network run `hf download {name} --repo-type dataset "
-            f"--local-dir data/downloads/{name.split('/')[1]}`, copy that folder here and set "
-            f"path=data/downloads/{name.split('/')[1]}"
-        ) from None
-    yield from _dataset_rows(data, name, Path(datasets.config.HF_CACHE_HOME), split)
-
-
 def _listed(value: Any) -> Sequence[Any]:
     if value is None:
         return ()
@@ -517,12 +345,4 @@ def _listed(value: Any) -> Sequence[Any]:
 
 
 def _no_column(name: object, columns: Any) -> str:
-    return f"no column {name!r}; the columns are {_listing(columns)}"
-
-
-def _listing(names: Iterable[object]) -> str:
-    return printable(", ".join(map(str, names)) or "none", 500)
-
-
-def _show(value: Any) -> str:
-    return f"{type(value).__name__} {reprlib.repr(value)}"
+    return f"no column {name!r}; the columns are {listing(columns)}"

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. A UserError becomes one line and status 2."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parse(argv)
     try:
         return arguments.command(arguments)
     except UserError as error:
@@ -29,6 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    # argparse gives up on positionals that follow an option; overrides may stand anywhere.
+    overrides = getattr(arguments, "overrides", None)
+    if rest and (overrides is None or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if overrides is not None:
+        overrides += rest
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser(
         "eval", help="pass@k of one or more checkpoints", description=_eval.__doc__
     )
-    evaluate.add_argument("models", nargs="+", metavar="MODEL|key=value")
+    evaluate.add_argument("overrides", nargs="+", metavar="MODEL|key=value")
     evaluate.add_argument("--config", help="config with data.evaluate (default: the checkpoint's)")
     evaluate.add_argument("--out", default="runs/eval", help="folder for results and all samples")
     evaluate.set_defaults(command=_eval)
@@ -161,8 +173,9 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     MODEL is a checkpoint folder, a run folder (its newest checkpoint), or a model id.
     """
-    overrides = [item for item in arguments.models if "=" in item and not Path(item).exists()]
-    models = [item for item in arguments.models if item not in overrides]
+    given = arguments.overrides
+    overrides = [item for item in given if "=" in item and not Path(item).exists()]
+    models = [item for item in given if item not in overrides]
     if not models:
         raise ConfigError("eval: name at least one model or checkpoint")
     from mm_agrae.compare import evaluate_checkpoints

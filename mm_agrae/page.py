@@ -324,7 +324,7 @@ section { scroll-margin-top: 48px; }
 .chips { display: flex; flex-wrap: wrap; gap: 6px; }
 .chip { padding: 2px 10px; border: 1px solid var(--edge); border-radius: 99px;
   background: var(--card); overflow-wrap: anywhere; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 10px;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(180px, 1fr)); gap: 10px;
   margin-bottom: 12px; }
 .tile, .card, figure, .scroll, section > details { border: 1px solid var(--edge);
   border-radius: 10px; background: var(--card); }

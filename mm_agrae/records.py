@@ -338,7 +338,7 @@ class RunFolder:
         must not be changed between calls.
         """
         known = self._stored.get(id(image))
-        if known is not None and known[0]() is image:
+        if known is not None:
             return known[1]
         picture = image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB")
         content = f"{picture.mode} {picture.size} ".encode() + picture.tobytes()

@@ -471,7 +471,8 @@ def _last_groups(folder: RunFolder, pictures: Pictures) -> Html:
         kinds[kind].append(group)
     # Mixed groups teach; one of each other kind shows what they look like.
     others = kinds["all wrong"][:1] + kinds["all right"][:1]
-    shown = kinds["mixed"][: GROUPS_SHOWN - len(others)] + others
+    rest = kinds["all wrong"][1:] + kinds["all right"][1:]
+    shown = (kinds["mixed"][: GROUPS_SHOWN - len(others)] + others + rest)[:GROUPS_SHOWN]
     counts = ", ".join(f"{len(found):,} {kind}" for kind, found in kinds.items())
     text = (
         f"Step {steps[-1]:,}: {len(groups):,} groups ({counts}), {len(shown)} shown. A is the "
@@ -621,11 +622,12 @@ def _last(metrics: Sequence[Row], key: str) -> float | None:
 def _distinct_names(runs: Sequence[RunFolder]) -> list[str]:
     """Folder names, with as many parents as it takes to tell them apart."""
     parts = [run.path.resolve().parts for run in runs]
-    for depth in range(1, max(map(len, parts), default=0) + 1):
-        names = ["/".join(part[-depth:]) for part in parts]
-        if len(set(names)) == len(names):
-            return names
-    raise RunFolderError("the same run folder is given twice; name each run once")
+    if len(set(parts)) < len(parts):
+        raise RunFolderError("the same run folder is given twice; name each run once")
+    depth = 1
+    while len({part[-depth:] for part in parts}) < len(parts):
+        depth += 1
+    return ["/".join(part[-depth:]) for part in parts]
 
 
 def _compared_results(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -85,7 +86,8 @@ def test_eval_without_a_config_says_so(tmp_path):
 def test_reports(finished_run, tmp_path):
     folder, _ = finished_run
     command("report", folder / "run")
-    command("report", folder / "run", folder / "run", "--out", tmp_path / "compare.html")
+    shutil.copytree(folder / "run", tmp_path / "other")
+    command("report", folder / "run", tmp_path / "other", "--out", tmp_path / "compare.html")
     assert "<svg" in (tmp_path / "compare.html").read_text()
 
 

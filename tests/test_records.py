@@ -153,6 +153,7 @@ def test_full_disk_leaves_every_file_as_it_was(folder):
             write()
         assert str(folder.path) in str(caught.value)
     assert no_leftovers(folder)
+    assert (folder.path / "metrics.jsonl").read_text() == '{"step": 1}\n'
     assert folder.read_summary() == {"a": 1}
     assert folder.read_rollouts(3)[0]["completion"] == record().completion
     assert folder.read_metrics() == [{"step": 1}]

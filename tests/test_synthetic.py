@@ -24,7 +24,6 @@ from mm_agrae.tasks.synthetic import (
     numbers_of,
 )
 
-
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
@@ -281,8 +280,10 @@ def test_text_and_image_pose_the_same_problems() -> None:
         drawn, told = image[index], text[index]
         assert (drawn.meta["key"], drawn.answer) == (told.meta["key"], told.answer)
         assert drawn.grading == told.grading
-        assert len(drawn.images) == 1 and not told.images
-        assert drawn.images[0].mode == "RGB" and drawn.images[0].size == (112, 112)
+        assert len(drawn.images) == 1
+        assert not told.images
+        assert drawn.images[0].mode == "RGB"
+        assert drawn.images[0].size == (112, 112)
         if drawn.meta["family"] != "counting":
             missing = Counter(told.meta["numbers"]) - Counter(
                 map(int, re.findall(r"\d+", told.question))

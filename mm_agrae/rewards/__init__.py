@@ -113,9 +113,7 @@ class Rewarder:
                 "\n".join(f"reward.parts.{name}: {problem}" for name, problem in errors.items())
             )
 
-    def score(
-        self, examples: Sequence[Example], completions: Sequence[Completion]
-    ) -> list[Score]:
+    def score(self, examples: Sequence[Example], completions: Sequence[Completion]) -> list[Score]:
         """One score per completion, in order; `examples[i]` is what `completions[i]` answers.
 
         Raises ValueError if their numbers differ; nothing a reward part does raises.
@@ -139,9 +137,7 @@ class Rewarder:
             else:
                 values[job.index][job.part] = outcome
         penalties = self._overlong(completions)
-        return [
-            self._score(*row) for row in zip(values, errors, penalties, strict=True)
-        ]
+        return [self._score(*row) for row in zip(values, errors, penalties, strict=True)]
 
     def _score(self, values: dict[str, float], errors: list[str], penalty: float | None) -> Score:
         parts = {name: values[name] for name in self.config.parts}
@@ -211,9 +207,7 @@ class _Job(NamedTuple):
 
 
 def _light(example: Example) -> Example:
-    return replace(
-        example, images=(), grading=dict(example.grading), meta=dict(example.meta)
-    )
+    return replace(example, images=(), grading=dict(example.grading), meta=dict(example.meta))
 
 
 # ------------------------------------------------------------------------ in the worker

@@ -82,7 +82,9 @@ class WorkerPool:
                 raise RuntimeError("the worker pool is closed")
             pool = self._pool if self._pool.active else self._replace(self._pool)
             self._last_sign_of_life = time.monotonic()
-            future = pool.schedule(_call, args=(function, tuple(args), limit_s), timeout=WAITING * limit_s)
+            future = pool.schedule(
+                _call, args=(function, tuple(args), limit_s), timeout=WAITING * limit_s
+            )
         future.pool = pool  # type: ignore[attr-defined]
         future.limit_s = limit_s  # type: ignore[attr-defined]
         future.add_done_callback(self._alive)
@@ -95,7 +97,10 @@ class WorkerPool:
                 error = future.exception(timeout=1.0)
                 break
             except TimeoutError:
-                if time.monotonic() - self._last_sign_of_life > _STALLED_S + WAITING * future.limit_s:  # type: ignore[attr-defined]
+                if (
+                    time.monotonic() - self._last_sign_of_life
+                    > _STALLED_S + WAITING * future.limit_s
+                ):  # type: ignore[attr-defined]
                     with self._lock:
                         self._replace(future.pool)  # type: ignore[attr-defined]
                     raise PoolBroken("got no answer from its worker process") from None

@@ -229,6 +229,9 @@ class UpdateSection(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_bad_gradients: Annotated[int, Field(ge=0)] = 3
+    """An optimiser step whose gradient is not finite is left out; more than so many in a row end
+    the run."""
 
 
 class TrainSection(Section):

@@ -307,7 +307,7 @@ _CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
     ("ΣA", "negative: paths that were not sampled gain (Theorem 1)",
      {"advantage/sum": "ΣA"}, ("smooth",)),
     ("Skipped groups", "without signal, left out of the update",
-     {"groups/skipped": "skipped"}, ("smooth", "zero")),
+     {"groups/no_signal": "no signal"}, ("smooth", "zero")),
     ("Gradient norm", "before clipping",
      {"update/grad_norm": "norm"}, ("smooth", "zero")),
     ("Loss", "", {"update/loss": "loss"}, ("smooth",)),

@@ -76,27 +76,24 @@ class Group:
 class Bucket:
     """Completions of similar length as one batch of row indices, padded with their last token.
 
-    `real` and `padding` are flat positions in [n,R]; both are None if there is no padding.
+    `tokens` are the real ones, a slice where they lie one after another without padding. `real`
+    and `padding` are flat positions in [n,R]; both are None if there is no padding.
     """
 
     index_nR: torch.Tensor
-    real: torch.Tensor | None
-    padding: torch.Tensor | None
+    tokens: torch.Tensor | slice
+    real: torch.Tensor | None = None
+    padding: torch.Tensor | None = None
 
     def gather(self, x_SHD: torch.Tensor) -> torch.Tensor:
         """[S,H,…] -> [n,H,R,…]"""
-        picked = x_SHD.index_select(0, self.index_nR.flatten())
+        picked = x_SHD[self.tokens if self.real is None else self.index_nR.flatten()]
         return picked.unflatten(0, self.index_nR.shape).transpose(1, 2)
 
     def flatten(self, x_nHRD: torch.Tensor) -> torch.Tensor:
-        """[n,H,R,…] -> [real tokens,H,…], in the order of `tokens`."""
+        """[n,H,R,…] -> [tokens,H,…]"""
         flat = x_nHRD.transpose(1, 2).flatten(0, 1)
-        return flat if self.real is None else flat.index_select(0, self.real)
-
-    @property
-    def tokens(self) -> torch.Tensor:
-        flat = self.index_nR.flatten()
-        return flat if self.real is None else flat.index_select(0, self.real)
+        return flat if self.real is None else flat[self.real]
 
 
 class Layout:
@@ -155,14 +152,18 @@ def _by_length(ranges: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]
 
 
 def _bucket(ranges: Sequence[tuple[int, int]], device: torch.device | str) -> Bucket:
+    ranges = sorted(ranges)
     start_n1, end_n1 = torch.tensor(ranges, device=device).unsqueeze(-1).unbind(1)
     longest = max(end - start for start, end in ranges)
     step_1R = torch.arange(longest, device=device)[None]
     index_nR = torch.minimum(start_n1 + step_1R, end_n1 - 1)
     if min(end - start for start, end in ranges) == longest:
-        return Bucket(index_nR, None, None)
-    real_nR = (start_n1 + step_1R < end_n1).flatten()
-    return Bucket(index_nR, real_nR.nonzero().squeeze(-1), (~real_nR).nonzero().squeeze(-1))
+        first, last = ranges[0][0], ranges[-1][1]
+        together = last - first == index_nR.numel()
+        return Bucket(index_nR, slice(first, last) if together else index_nR.flatten())
+    inside = (start_n1 + step_1R < end_n1).flatten()
+    real = inside.nonzero().squeeze(-1)
+    return Bucket(index_nR, index_nR.flatten()[real], real, (~inside).nonzero().squeeze(-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -552,13 +553,12 @@ class _MergedAttention(torch.autograd.Function):
         for bucket in layout.buckets:
             parts = (bucket.gather(x) for x in (q_SHD, k_SKD, v_SKD))
             own, own_lse = (bucket.flatten(x) for x in _flash(*parts, 0.0, True, scale=scale))
-            index = bucket.tokens
-            old, old_lse = out_SHD.index_select(0, index), lse_SH.index_select(0, index)
+            old, old_lse = out_SHD[bucket.tokens], lse_SH[bucket.tokens]
             lse = torch.logaddexp(own_lse, old_lse)
             own = own * (own_lse - lse).exp().unsqueeze(-1)
             own += old * (old_lse - lse).exp().unsqueeze(-1)
-            out_SHD.index_copy_(0, index, own.to(out_SHD.dtype))
-            lse_SH.index_copy_(0, index, lse)
+            out_SHD[bucket.tokens] = own.to(out_SHD.dtype)
+            lse_SH[bucket.tokens] = lse
         out = out_SHD.unsqueeze(0)
         ctx.save_for_backward(q, k, v, out, lse_SH)
         ctx.layout, ctx.scale = layout, scale
@@ -568,7 +568,7 @@ class _MergedAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_1SHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out_1SHD, lse_SH = ctx.saved_tensors
-        # Inputs in the order that the kernel takes them: gradient, query, key, value, output.
+        grad_1SHD = grad_1SHD.contiguous()
         grad, out = grad_1SHD.transpose(1, 2), out_1SHD.transpose(1, 2)
         lse_1HS = lse_SH.T[None]
         q_SHD, k_SKD, v_SKD = (x[0].transpose(0, 1) for x in (q, k, v))
@@ -590,9 +590,8 @@ class _MergedAttention(torch.autograd.Function):
                 grad_nHRD, bucket.gather(q_SHD), bucket.gather(k_SKD), bucket.gather(v_SKD),
                 bucket.gather(out_1SHD[0]), bucket.gather(lse_SH), 0.0, True, scale=ctx.scale,
             )  # fmt: skip
-            index = bucket.tokens
             for total, part in zip((grad_q, grad_k, grad_v), parts, strict=True):
-                total.index_add_(0, index, bucket.flatten(part))
+                total[bucket.tokens] += bucket.flatten(part)
         return *(x.transpose(0, 1)[None] for x in (grad_q, grad_k, grad_v)), None, None
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -27,108 +29,27 @@ from accelerate.utils import gather_object
 from mm_agrae import advantage, checkpoint, evaluate, metrics
 from mm_agrae import config as configs
 from mm_agrae import loss as losses
-from mm_agrae.batching import Row, micro_batch
 from mm_agrae.config import Config
-from mm_agrae.errors import ConfigError, DataError, UserError
+from mm_agrae.errors import ConfigError, DataError, ModelError, UserError
 from mm_agrae.policy import Policy
 from mm_agrae.processing import Processing
 from mm_agrae.progress import Reporter
-from mm_agrae.records import RolloutRecord, RunFolder
+from mm_agrae.records import RunFolder
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout import derive_seed, make_engine
-from mm_agrae.shared_prompt import split_by_tokens
+from mm_agrae.step import (
+    Group,
+    MiniBatch,
+    StepTable,
+    UpdateTotals,
+    plan_update,
+    rollout_records,
+    step_metrics,
+)
 from mm_agrae.tasks import load_all
-from mm_agrae.types import Completion, MicroBatch, Prompt, Score
+from mm_agrae.tasks.order import DataOrder
+from mm_agrae.types import Prompt
 from mm_agrae.versions import versions
-
-
-@dataclass
-class Group:
-    """One prompt of the step and what became of it. `position` counts over all processes."""
-
-    position: int
-    prompt: Prompt
-    completions: list[Completion]
-    scores: list[Score]
-    draw: int = 0
-
-
-@dataclass
-class StepTable:
-    """What every process knows of every completion of the step, in the order of positions."""
-
-    reward_PG: torch.Tensor
-    success_PG: torch.Tensor
-    length_PG: torch.Tensor
-    prompt_length_P: list[int]
-
-
-@dataclass
-class MiniBatch:
-    """One optimiser step's share of this process."""
-
-    denominator: losses.Denominator
-    batches: list[MicroBatch] = field(default_factory=list)
-
-
-@dataclass
-class UpdateTotals:
-    """Statistics of the update, summed over micro-batches; they add up over processes too."""
-
-    loss: float = 0.0
-    ratio_max: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-
-    def add(self, output: losses.LossOutput) -> None:
-        self.loss += output.loss.item()
-        self.ratio_max = max(self.ratio_max, output.ratio_max.item())
-        for name, value in output.sums.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.item()
-
-    @classmethod
-    def merge(cls, parts: Iterable[UpdateTotals]) -> UpdateTotals:
-        merged = cls()
-        for part in parts:
-            merged.loss += part.loss
-            merged.ratio_max = max(merged.ratio_max, part.ratio_max)
-            for name, value in part.sums.items():
-                merged.sums[name] = merged.sums.get(name, 0.0) + value
-        return merged
-
-    def means(self, optimiser_steps: int) -> dict[str, float]:
-        tokens = max(1.0, self.sums.get("tokens", 0.0))
-        mean = {name: value / tokens for name, value in self.sums.items()}
-        values = {
-            "update/loss": self.loss / optimiser_steps,
-            "update/entropy": mean["entropy"],
-            "policy/clip_low": mean["clip_low"],
-            "policy/clip_high": mean["clip_high"],
-            "policy/ratio_max": self.ratio_max,
-            "policy/approx_kl": mean["approx_kl"],
-        }
-        if "ref_kl" in mean:
-            values["policy/kl_reference"] = mean["ref_kl"]
-        return values
-
-
-class DataOrder:
-    """Indices into the training data, shuffled anew each epoch. Its whole state is `position`."""
-
-    def __init__(self, rows: int, seed: int, shuffle: bool):
-        self.rows, self.seed, self.shuffle = rows, seed, shuffle
-        self.position = 0
-        self._epoch = -1
-        self._order: Sequence[int] = ()
-
-    def next(self) -> int:
-        epoch, offset = divmod(self.position, self.rows)
-        if epoch != self._epoch:
-            order = np.arange(self.rows)
-            if self.shuffle:
-                np.random.default_rng([self.seed, epoch]).shuffle(order)
-            self._epoch, self._order = epoch, order.tolist()
-        self.position += 1
-        return self._order[offset]
 
 
 class Trainer:
@@ -188,7 +109,8 @@ class Trainer:
         self.tokens_seen = 0
         self.rows_skipped = len(self.task.skipped)
         self.stopwatch = metrics.Stopwatch()
-        self.run: RunFolder | None = None
+        self.run = RunFolder(config.run_dir)
+        self.bad_gradients = self.bad_in_a_row = 0
         self.stop_requested = False
         self._resume()
 
@@ -244,13 +166,12 @@ class Trainer:
 
     def step(self) -> dict[str, float]:
         """One rollout and its optimiser steps. Returns the metrics of the step."""
-        config, group_size = self.config, self.config.rollout.completions_per_prompt
-        watch = self.stopwatch
+        config, watch = self.config, self.stopwatch
         # Dropout is all that draws from torch's own state; a resumed run finds it as it was.
         torch.manual_seed(derive_seed(config.train.seed, "torch", self.steps_done))
         groups = self._rollout()
         with watch("advantage"):
-            table = self._gather(groups)
+            table = StepTable.of(self._gather_list([group.row() for group in groups]))
             levels = advantage.levels(
                 config.advantage.rule,
                 table.reward_PG,
@@ -259,21 +180,21 @@ class Trainer:
                 **config.advantage.settings,
             )
         with watch("update"):
-            plan = self._plan_update(groups, levels.advantage_PG, table)
+            plan = self._plan_update(groups, table, levels.advantage_PG)
             update = self._update(plan)
         self.steps_done += 1
         self.tokens_seen += int(table.length_PG.sum())
         with watch("log"):
-            if config.log.rollouts:
-                self._record(groups, levels)
-            values = self._metrics(groups, table, levels, update)
-        skipped = (levels.advantage_PG == 0).all(-1).float().mean().item()
-        values["groups/skipped"] = 0.0 if self._needs_every_row else skipped
-        values["completions/count"] = float(len(table.reward_PG) * group_size)
-        for stage, seconds in watch.lap().items():
-            values[stage] = seconds
-        values["memory/peak_mb"] = metrics.peak_memory_mb()
-        return values
+            self._record(groups, levels)
+        return {
+            **step_metrics(table, levels),
+            **update,
+            "tokens/seen": float(self.tokens_seen),
+            "data/rows_skipped": float(self.rows_skipped),
+            "data/epoch": self.order.position / self.order.rows,
+            **watch.lap(),
+            "memory/peak_mb": metrics.peak_memory_mb(),
+        }
 
     # ------------------------------------------------------------------ rollout
 
@@ -345,96 +266,28 @@ class Trainer:
                 raise DataError("data.train: no usable row was found in a whole pass over the data")
         return dict(sorted(drawn.items()))
 
-    # ------------------------------------------------------------------ advantages
-
-    def _gather(self, groups: Sequence[Group]) -> StepTable:
-        rows = [
-            (
-                group.position,
-                [score.reward for score in group.scores],
-                [score.success for score in group.scores],
-                [len(completion.token_ids) for completion in group.completions],
-                len(group.prompt),
-            )
-            for group in groups
-        ]
-        rows = sorted(self._gather_list(rows))
-        return StepTable(
-            reward_PG=torch.tensor([row[1] for row in rows], dtype=torch.float64),
-            success_PG=torch.tensor([row[2] for row in rows], dtype=torch.float64),
-            length_PG=torch.tensor([row[3] for row in rows], dtype=torch.float64),
-            prompt_length_P=[row[4] for row in rows],
-        )
-
     # ------------------------------------------------------------------ update
 
-    @property
-    def _needs_every_row(self) -> bool:
-        """Whether completions without advantage still have a gradient."""
-        return self.config.update.kl_coef > 0 or self.config.update.entropy_coef > 0
-
     def _plan_update(
-        self, groups: Sequence[Group], advantage_PG: torch.Tensor, table: StepTable
+        self, groups: Sequence[Group], table: StepTable, advantage_PG: torch.Tensor
     ) -> list[MiniBatch]:
-        """Mini-batches with their denominators, equal in number and length on every process.
-
-        A completion whose advantage is 0 is left out when nothing else gives it a gradient; it
-        still counts in the denominator (same gradient, less work).
-        """
         self._check_versions(groups)
-        group_size = self.config.rollout.completions_per_prompt
-        prompts = [group.prompt for group in groups]
-        local = {group.position: index for index, group in enumerate(groups)}
-        wanted_PG = (advantage_PG != 0) | self._needs_every_row
-        size = self.config.update.mini_batch_prompts or len(advantage_PG)
-        device = self.accelerator.device
-        plan = []
-        for start in range(0, len(advantage_PG), size):
-            block = range(start, start + size)
-            cells_by_rank = [
-                [
-                    (p, g)
-                    for p in block
-                    if p % self.world == rank
-                    for g in range(group_size)
-                    if wanted_PG[p, g]
-                ]
-                for rank in range(self.world)
-            ]
-            cuts = [self._cut(cells, table) for cells in cells_by_rank]
-            rows = [
-                Row(local[p], groups[local[p]].completions[g], float(advantage_PG[p, g]))
-                for p, g in cells_by_rank[self.rank]
-            ]
-            batches = [
-                micro_batch(prompts, [rows[index] for index in cut], device)
-                for cut in cuts[self.rank]
-            ]
-            for _ in range(max(1, *map(len, cuts)) - len(batches)):
-                # A process with less to do takes part with a row that counts for nothing.
-                idle = micro_batch(prompts, [Row(0, groups[0].completions[0], 0.0)], device)
-                idle.mask_BT.zero_()
-                batches.append(idle)
-            denominator = losses.Denominator(
-                completions=size * group_size,
-                tokens=int(table.length_PG[start : start + size].sum()),
-                max_new_tokens=self.config.rollout.max_new_tokens,
-            )
-            plan.append(MiniBatch(denominator, batches))
-        return plan
-
-    def _cut(self, cells: Sequence[tuple[int, int]], table: StepTable) -> list[list[int]]:
-        """Completions of each micro-batch; a group is cut only if it does not fit in one."""
-        if not cells:
-            return []
-        update, group_of = self.config.update, [p for p, _ in cells]
-        if update.micro_batch_tokens is None:
-            nothing = [0] * len(table.prompt_length_P)
-            return split_by_tokens(
-                nothing, group_of, [1] * len(cells), update.micro_batch_completions
-            )
-        lengths = [int(table.length_PG[cell]) for cell in cells]
-        return split_by_tokens(table.prompt_length_P, group_of, lengths, update.micro_batch_tokens)
+        update, rollout = self.config.update, self.config.rollout
+        # KL and entropy give every completion a gradient, also one without advantage.
+        everyone = update.kl_coef > 0 or update.entropy_coef > 0
+        return plan_update(
+            groups,
+            table,
+            advantage_PG,
+            wanted_PG=(advantage_PG != 0) | everyone,
+            prompts=update.mini_batch_prompts or rollout.prompts_per_step,
+            micro_completions=update.micro_batch_completions,
+            micro_tokens=update.micro_batch_tokens,
+            max_new_tokens=rollout.max_new_tokens,
+            rank=self.rank,
+            world=self.world,
+            device=self.accelerator.device,
+        )
 
     def _check_versions(self, groups: Sequence[Group]) -> None:
         for completion in itertools.chain.from_iterable(group.completions for group in groups):
@@ -463,8 +316,9 @@ class Trainer:
                 self._backward(mini, totals, advance)
                 norms.append(self._optimiser_step())
         return {
-            **UpdateTotals.merge(self._gather_list([totals])).means(len(norms)),
+            **reduce(UpdateTotals.merge, self._gather_list([totals])).means(len(norms)),
             "update/grad_norm": float(np.mean(norms)),
+            "update/bad_gradients": float(self.bad_gradients),
             "update/learning_rate": self.scheduler.get_last_lr()[0],
         }
 
@@ -497,14 +351,29 @@ class Trainer:
             advance(1)
 
     def _optimiser_step(self) -> float:
-        norm = self.accelerator.clip_grad_norm_(
-            list(self.policy.trainable_parameters()), self.config.update.max_grad_norm
+        """Clip, step, and return the gradient's norm; a gradient that is not finite is dropped."""
+        update = self.config.update
+        norm = float(
+            self.accelerator.clip_grad_norm_(
+                list(self.policy.trainable_parameters()), update.max_grad_norm
+            )
         )
-        self.optimizer.step()
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.bad_in_a_row = 0
+        else:
+            self.bad_in_a_row += 1
+            self.bad_gradients += 1
+            self.reporter.say(f"the gradient is {norm}; this optimiser step is left out")
         self.scheduler.step()
         self.optimizer.zero_grad()
         self.policy.version += 1
-        return float(norm)
+        if self.bad_in_a_row > update.max_bad_gradients:
+            raise ModelError(
+                f"the gradient was not finite {self.bad_in_a_row} times in a row; lower "
+                "update.learning_rate, or use model.dtype=float32 to see where it comes from"
+            )
+        return norm
 
     def _optimizer(self) -> tuple[Any, Any]:
         from transformers import get_scheduler
@@ -546,7 +415,7 @@ class Trainer:
                     on_progress=bar,
                 )
             problems = sorted(self._gather_list(problems), key=lambda problem: problem.index)
-            if self.run is None:
+            if not self.is_main:
                 continue
             result = evaluate.write(
                 self.run, name, label, problems, section, time.perf_counter() - started
@@ -624,92 +493,13 @@ class Trainer:
         return every > 0 and self.steps_done % every == 0
 
     def _record(self, groups: Sequence[Group], levels: advantage.AdvantageLevels) -> None:
-        records: list[RolloutRecord] = []
-        for group in groups:
-            example = group.prompt.example
-            images = tuple(self.run.store_image(image) for image in group.prompt.images if self.run)
-            for index, (completion, score) in enumerate(
-                zip(group.completions, group.scores, strict=True)
-            ):
-                place = (group.position, index)
-                records.append(
-                    RolloutRecord(
-                        step=self.steps_done,
-                        draw=group.draw,
-                        prompt_index=group.position,
-                        completion_index=index,
-                        example_id=example.id,
-                        question=example.question,
-                        prompt_text=group.prompt.text,
-                        answer=example.answer,
-                        images=images,
-                        completion=completion.text,
-                        tokens=len(completion.token_ids),
-                        finish_reason=completion.finish_reason,
-                        reward=score.reward,
-                        success=score.success,
-                        parts=dict(score.parts),
-                        error=score.error,
-                        advantage_before=float(levels.base_PG[place]),
-                        advantage_sample_level=float(levels.sample_PG[place]),
-                        advantage=float(levels.advantage_PG[place]),
-                        entropy=_sampled_entropy([completion]),
-                        meta=dict(example.meta),
-                    )
-                )
-        records = sorted(
-            self._gather_list(records), key=lambda r: (r.prompt_index, r.completion_index)
-        )
-        if self.run:
+        """Write every completion of the step, and each picture once."""
+        if not self.config.log.rollouts:
+            return
+        own = rollout_records(self.steps_done, groups, levels, self.run.store_image)
+        records = sorted(self._gather_list(own), key=lambda r: (r.prompt_index, r.completion_index))
+        if self.is_main:
             self.run.write_rollouts(self.steps_done, records)
-
-    def _metrics(
-        self,
-        groups: Sequence[Group],
-        table: StepTable,
-        levels: advantage.AdvantageLevels,
-        update: dict[str, float],
-    ) -> dict[str, float]:
-        local = [
-            (
-                dict(score.parts),
-                bool(score.error),
-                completion.finish_reason == "length",
-                sum(completion.logprobs),
-                len(group.prompt),
-            )
-            for group in groups
-            for completion, score in zip(group.completions, group.scores, strict=True)
-        ]
-        rows = self._gather_list(local)
-        rate_P = table.success_PG.mean(-1)
-        lengths = table.length_PG
-        values = {
-            "reward/mean": table.reward_PG.mean().item(),
-            "reward/std": table.reward_PG.std(correction=0).item(),
-            "reward/errors": float(sum(row[1] for row in rows)),
-            "success/mean": rate_P.mean().item(),
-            "advantage/omega": levels.omega,
-            "advantage/mean_abs": levels.advantage_PG.abs().mean().item(),
-            "advantage/sum": levels.advantage_PG.sum().item(),
-            "groups/all_right": (rate_P == 1).float().mean().item(),
-            "groups/all_wrong": (rate_P == 0).float().mean().item(),
-            "groups/mixed": ((rate_P > 0) & (rate_P < 1)).float().mean().item(),
-            "completions/right": table.success_PG.sum().item(),
-            "completions/mean_tokens": lengths.mean().item(),
-            "completions/max_tokens": lengths.max().item(),
-            "completions/truncated": float(np.mean([row[2] for row in rows])),
-            "policy/entropy": -sum(row[3] for row in rows) / max(1.0, lengths.sum().item()),
-            "tokens/completion": lengths.sum().item(),
-            "tokens/prompt": float(sum(row[4] for row in rows)),
-            "tokens/seen": float(self.tokens_seen),
-            "data/rows_skipped": float(self.rows_skipped),
-            "data/epoch": self.order.position / self.order.rows,
-            **update,
-        }
-        for part in {name for row in rows for name in row[0]}:
-            values[f"reward/{part}"] = float(np.mean([row[0].get(part, 0.0) for row in rows]))
-        return values
 
     def _show(self, values: dict[str, float]) -> None:
         width = len(str(self.total_steps))
@@ -727,9 +517,7 @@ class Trainer:
         if not self.is_main:
             return None
         config = self.config
-        self.run = RunFolder(config.run_dir)
-        fresh = config.resume == "never"
-        self.run.create(configs.dump(config), versions(), resume=not fresh)
+        self.run.create(configs.dump(config), versions(), resume=config.resume != "never")
         self.run.rewind(self.steps_done)
         logger = metrics.MetricLogger(
             self.run,
@@ -766,14 +554,14 @@ class Trainer:
         return self.stop_requested
 
     def _evaluated(self, name: str) -> bool:
-        results = self.run.read_evaluations() if self.run else []
+        results = self.run.read_evaluations()
         return all(
             any(r.name == name and r.label == label for r in results)
             for label in self.evaluation_tasks
         )
 
     def _summary(self) -> dict[str, Any]:
-        if self.run is None:
+        if not self.is_main:
             return {}
         self.stopwatch.lap()
         first = next(iter(self.evaluation_tasks), None)
@@ -807,9 +595,3 @@ class Trainer:
     def _gather_list(self, items: list[Any]) -> list[Any]:
         """Items of all processes, in the order of processes."""
         return items if self.world == 1 else gather_object(items)
-
-
-def _sampled_entropy(completions: Iterable[Completion]) -> float | None:
-    """Mean of −log p over sampled tokens: an unbiased estimate of the entropy in nats."""
-    logprobs = [value for completion in completions for value in completion.logprobs]
-    return -float(np.mean(logprobs)) if logprobs else None

@@ -15,7 +15,7 @@ LAYERS = [
     {"images", "vocab_head", "records", "rewards"},
     {"tasks", "batching", "metrics", "page"},
     {"processing", "shared_prompt"},
-    {"policy"},
+    {"policy", "step"},
     {"rollout"},
     {"checkpoint", "evaluate"},
     {"trainer", "compare", "report"},

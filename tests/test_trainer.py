@@ -6,10 +6,11 @@ import pytest
 import torch
 from helpers import TEXT, VL, processing, prompts, run_config, sampling
 
-from mm_agrae.errors import DataError, RunFolderError
+from mm_agrae.errors import DataError, ModelError, RunFolderError
 from mm_agrae.progress import Reporter
 from mm_agrae.records import RunFolder
-from mm_agrae.trainer import DataOrder, Trainer
+from mm_agrae.tasks.order import DataOrder
+from mm_agrae.trainer import Trainer
 
 BOTH = pytest.mark.parametrize("path", [VL, TEXT], ids=["vl", "text"])
 LORA = {"lora": {"rank": 4, "alpha": 8}}
@@ -170,7 +171,7 @@ def test_a_step_without_any_signal(tmp_path):
     """All rewards equal: gradient 0, no NaN, and the run goes on."""
     trainer, _ = train(tmp_path / "run", reward={"parts": {"accuracy": 0.0}})
     rows = RunFolder(tmp_path / "run").read_metrics()
-    assert [row["groups/skipped"] for row in rows] == [1.0, 1.0]
+    assert [row["groups/no_signal"] for row in rows] == [1.0, 1.0]
     assert [row["update/grad_norm"] for row in rows] == [0.0, 0.0]
     assert trainer.policy.version == 2
 
@@ -289,6 +290,23 @@ def test_a_run_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunFolderError, match="file"):
         train(tmp_path / "file" / "run")
+
+
+def test_a_gradient_that_is_not_finite_is_left_out(tmp_path):
+    config = run_config(
+        tmp_path / "run", train={"steps": 9}, update={"max_bad_gradients": 2},
+        evaluate={"before": False, "after": False},
+    )  # fmt: skip
+    trainer = Trainer(config, Reporter(enabled=False))
+    start = weights(trainer)
+    embeddings = trainer.policy.hf.get_input_embeddings()
+    embeddings.weight.register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(ModelError, match="not finite 3 times in a row"):
+        trainer.train()
+    assert difference(start, weights(trainer)) == 0
+    rows = RunFolder(tmp_path / "run").read_metrics()
+    assert [row["update/bad_gradients"] for row in rows] == [1.0, 2.0]
+    assert trainer.newest_checkpoint().name == "step_000002"
 
 
 def test_data_order_visits_every_row_once_an_epoch():

@@ -23,10 +23,9 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from mm_agrae.errors import ConfigError
 from mm_agrae.rewards import accuracy, format
@@ -34,7 +33,7 @@ from mm_agrae.types import Completion, Example, Score
 
 if TYPE_CHECKING:
     from mm_agrae.config import RewardSection
-    from mm_agrae.rewards.pool import WorkerPool
+    from mm_agrae.rewards.pool import Call, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +52,6 @@ def _format(example: Example, completion: Completion) -> float:
 PARTS: dict[str, Part] = {"accuracy": _accuracy, "format": _format}
 
 _CHUNK = 32
-_IMPORT_LIMIT_S = 120.0
 
 
 class Rewarder:
@@ -101,9 +99,10 @@ class Rewarder:
         from mm_agrae.rewards.pool import CallFailed
 
         try:
-            errors = self._pool.call(_import_errors, (), _IMPORT_LIMIT_S)
-        except CallFailed as error:
-            errors = {", ".join(names): f"importing it {error}"}
+            errors = self._pool.call(_import_errors, (), 1.0)
+        except CallFailed:
+            problem = "importing it ends the process, or does not come to an end"
+            errors = {", ".join(names): problem}
         except BaseException:
             self.close()
             raise
@@ -120,10 +119,11 @@ class Rewarder:
         """
         if len(examples) != len(completions):
             raise ValueError(f"{len(examples)} examples for {len(completions)} completions")
-        light: dict[int, Example] = {id(example): _light(example) for example in examples}
+        light = {id(example): _light(example) for example in examples}
+        trimmed = [self._trim(completion) for completion in completions]
         jobs = [
-            _Job(index, part, light[id(example)], self._trim(completion))
-            for index, (example, completion) in enumerate(zip(examples, completions, strict=True))
+            _Job(index, part, light[id(example)], completion)
+            for index, (example, completion) in enumerate(zip(examples, trimmed, strict=True))
             for part in self.config.parts
         ]
         values: list[dict[str, float]] = [{} for _ in examples]
@@ -178,9 +178,9 @@ class Rewarder:
         waiting = deque((self._submit(chunk), chunk, 0) for chunk in chunks)
         done: list[tuple[_Job, float | str]] = []
         while waiting:
-            future, chunk, attempt = waiting.popleft()
+            call, chunk, attempt = waiting.popleft()
             try:
-                outcomes = self._pool.result(future)
+                outcomes = self._pool.result(call)
             except CallFailed as error:
                 broken = isinstance(error, PoolBroken)
                 if len(chunk) == 1 and (attempt or not broken):
@@ -194,12 +194,13 @@ class Rewarder:
                 waiting.append((self._submit(rest), rest, 0))
         return done
 
-    def _submit(self, chunk: list[_Job]) -> Future:
+    def _submit(self, chunk: list[_Job]) -> Call:
         limit_s = self.config.time_limit_s
         return self._pool.submit(_run_chunk, (chunk, limit_s), limit_s)
 
 
-class _Job(NamedTuple):
+@dataclass(frozen=True)
+class _Job:
     index: int
     part: str
     example: Example
@@ -247,11 +248,12 @@ def load_function(name: str) -> Part:
         path = Path(where).expanduser().resolve()
         if not path.is_file():
             raise ConfigError(f"there is no file {path}")
-        specification = importlib.util.spec_from_file_location(path.stem, path)
+        specification = importlib.util.spec_from_file_location(f"reward_part_{path.stem}", path)
         assert specification is not None
         assert specification.loader is not None
         module = importlib.util.module_from_spec(specification)
-        sys.modules.setdefault(path.stem, module)
+        sys.modules[specification.name] = module
+        sys.path.append(str(path.parent))
         specification.loader.exec_module(module)
     else:
         if "" not in sys.path and str(Path.cwd()) not in sys.path:
@@ -275,12 +277,12 @@ def load_function(name: str) -> Part:
 def _run_chunk(chunk: Sequence[_Job], limit_s: float) -> list[float | str]:
     """The outcomes of the first jobs: at least one, and as many as half a time limit allows.
 
-    Each job has the whole limit to itself, so that a slow one does not cost the next its time.
+    The limit starts anew with each job, so that a slow one does not cost the next its time.
     """
-    start = time.process_time()
+    start = time.monotonic()
     outcomes: list[float | str] = []
     for job in chunk:
-        if outcomes and time.process_time() - start > limit_s / 2:
+        if outcomes and time.monotonic() - start > limit_s / 2:
             break
         outcomes.append(_outcome(job, limit_s))
     return outcomes

@@ -18,6 +18,7 @@ import re
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from mm_agrae.rewards import equivalence
@@ -197,7 +198,8 @@ def extract_answer(
 
 
 def _outside_thinking(text: str, open_tag: str, close_tag: str) -> str | None:
-    kept, inside, position = [], False, 0
+    kept: list[str] = []
+    inside, position = False, 0
     for tag in re.finditer(f"{re.escape(open_tag)}|{re.escape(close_tag)}", text):
         if tag[0] == close_tag:
             if not inside:
@@ -222,7 +224,7 @@ def _from_boxes(text: str) -> str | None:
     if not found:
         return None
     parts = [found[0].content or ""]
-    for later, earlier in zip(found, found[1:], strict=False):
+    for later, earlier in pairwise(found):
         between = text[earlier.end : later.start]
         if not earlier.content or len(between) > 40 or not _JOINED.fullmatch(between):
             break
@@ -244,12 +246,10 @@ _TAIL = 20_000  # the final answer stands in the last so many characters
 
 def _after_answer_is(text: str) -> str | None:
     text = text[-_TAIL:]
-    marker = None
-    for marker in _ANSWER_IS.finditer(text):
-        pass
-    if marker is None:
+    ends = [marker.end() for marker in _ANSWER_IS.finditer(text)]
+    if not ends:
         return None
-    rest = text[marker.end() :]
+    rest = text[ends[-1] :]
     if delimited := _DELIMITED.match(rest):
         return next(group for group in delimited.groups() if group is not None)
     end = _SENTENCE_END.search(rest)
@@ -380,7 +380,7 @@ def _letters(text: str, count: int) -> set[str]:
     found = re.split(r"\s*(?:,|;|\n|\band\b|&)\s*|\s+", text)
     letters = {re.sub(r"[().:\s]", "", part).upper() for part in found if part}
     highest = ord("A") + (count or 10)
-    if all(len(letter) == 1 and "A" <= letter and ord(letter) < highest for letter in letters):
+    if all(len(letter) == 1 and ord("A") <= ord(letter) < highest for letter in letters):
         return letters
     return set()
 

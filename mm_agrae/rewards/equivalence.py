@@ -20,7 +20,6 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
-
 Units = Literal["auto", "ignore", "required"]
 
 
@@ -391,12 +390,15 @@ def quantity(text: str) -> Quantity:
         scale = {"C": "celsius", "F": "fahrenheit"}.get(match[2], "degree")
         return Quantity(match[1], unit(scale))
     match = _TEXT_UNIT.fullmatch(text)
-    if match and (found := unit(match[2])):
+    found = unit(match[2]) if match else None
+    if match and found:
         # "3\text{i}" is a symbol in an upright font, "2\text{ dogs}" a count.
-        if found.known or (number(match[1]) and re.search(r"[a-zA-Z]{2}", match[2])):
+        counted = number(match[1]) is not None and re.search(r"[a-zA-Z]{2}", match[2]) is not None
+        if found.known or counted:
             return Quantity(match[1].strip(), found)
     match = _PLAIN_UNIT.fullmatch(text)
-    if match and (found := unit(match[3])):
+    found = unit(match[3]) if match else None
+    if match and found:
         head, space, name = match.groups()
         one_letter = len(name.rstrip("^{}23 ")) == 1  # 5m is a product, 5 m a length
         counted = number(head) is not None and re.match(r"[a-zA-Z]{3,}", name) is not None

@@ -25,9 +25,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, TimeoutError
+from concurrent.futures import CancelledError, Future, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.context import SpawnContext, SpawnProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 from pebble import ProcessExpired, ProcessPool
 
@@ -44,6 +45,14 @@ class CallFailed(Exception):
 
 class PoolBroken(CallFailed):
     """The pool broke down under the call, which may not have been its fault: try once more."""
+
+
+class Call(NamedTuple):
+    """A call under way."""
+
+    future: Future
+    pool: ProcessPool
+    limit_s: float
 
 
 class WorkerPool:
@@ -75,7 +84,7 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def submit(self, function: Callable[..., Any], args: Sequence[Any], limit_s: float) -> Future:
+    def submit(self, function: Callable[..., Any], args: Sequence[Any], limit_s: float) -> Call:
         """Schedule `function(*args)`, which is killed after `limit_s` seconds of computing."""
         with self._lock:
             if self._closed:
@@ -85,39 +94,37 @@ class WorkerPool:
             future = pool.schedule(
                 _call, args=(function, tuple(args), limit_s), timeout=WAITING * limit_s
             )
-        future.pool = pool  # type: ignore[attr-defined]
-        future.limit_s = limit_s  # type: ignore[attr-defined]
         future.add_done_callback(self._alive)
-        return future
+        return Call(future, pool, limit_s)
 
-    def result(self, future: Future) -> Any:
+    def result(self, call: Call) -> Any:
         """Wait for a submitted call. Raises CallFailed, or PoolBroken if it is worth a retry."""
-        while True:
-            try:
-                error = future.exception(timeout=1.0)
-                break
-            except TimeoutError:
-                if (
-                    time.monotonic() - self._last_sign_of_life
-                    > _STALLED_S + WAITING * future.limit_s
-                ):  # type: ignore[attr-defined]
-                    with self._lock:
-                        self._replace(future.pool)  # type: ignore[attr-defined]
-                    raise PoolBroken("got no answer from its worker process") from None
+        error = self._wait(call)
         if error is None:
-            returned, value = future.result()
+            returned, value = call.future.result()
             if returned:
                 return value
             raise CallFailed(value)
         if isinstance(error, TimeoutError):
-            raise CallFailed(f"timed out after {future.limit_s:g} s")  # type: ignore[attr-defined]
+            raise CallFailed(f"timed out after {call.limit_s:g} s")
         if isinstance(error, ProcessExpired):
-            raise CallFailed(self._how_it_ended(error.exitcode, future.limit_s))  # type: ignore[attr-defined]
+            raise CallFailed(self._how_it_ended(error.exitcode, call.limit_s))
         if isinstance(error, TypeError | AttributeError | pickle.PicklingError):
             raise CallFailed(f"could not be sent to a worker process: {error}")
         with self._lock:
-            self._replace(future.pool)  # type: ignore[attr-defined]
+            self._replace(call.pool)
         raise PoolBroken("lost its worker process")
+
+    def _wait(self, call: Call) -> BaseException | None:
+        while True:
+            try:
+                return call.future.exception(timeout=1.0)
+            except TimeoutError:
+                stalled = time.monotonic() - self._last_sign_of_life
+                if stalled > _STALLED_S + WAITING * call.limit_s:
+                    return BrokenProcessPool()
+            except CancelledError as error:
+                return error
 
     def call(self, function: Callable[..., Any], args: Sequence[Any], limit_s: float) -> Any:
         """Run `function(*args)` and return its value. Raises CallFailed."""
@@ -129,6 +136,8 @@ class WorkerPool:
     def close(self) -> None:
         """End all workers, whatever they are doing."""
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
             self._pool.stop()
             self._pool.join()

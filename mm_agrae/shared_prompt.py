@@ -87,13 +87,16 @@ class Bucket:
 
     def gather(self, x_SHD: torch.Tensor) -> torch.Tensor:
         """[S,H,…] -> [n,H,R,…]"""
-        picked = x_SHD[self.tokens if self.real is None else self.index_nR.flatten()]
+        if isinstance(self.tokens, slice):
+            picked = x_SHD[self.tokens]
+        else:
+            picked = x_SHD.index_select(0, self.index_nR.flatten())
         return picked.unflatten(0, self.index_nR.shape).transpose(1, 2)
 
     def flatten(self, x_nHRD: torch.Tensor) -> torch.Tensor:
         """[n,H,R,…] -> [tokens,H,…]"""
         flat = x_nHRD.transpose(1, 2).flatten(0, 1)
-        return flat if self.real is None else flat[self.real]
+        return flat if self.real is None else flat.index_select(0, self.real)
 
 
 class Layout:
@@ -123,12 +126,14 @@ class Layout:
             for group in self.groups
         )
 
-    def mask(self, past: int, own: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
-        """Additive mask [own, past + own]: causal, at most `window` tokens back.
+    def mask(
+        self, past: int, own: int, window: int | None, repeats: int, like: torch.Tensor
+    ) -> torch.Tensor:
+        """Additive mask [repeats · own, past + own]: causal, at most `window` tokens back.
 
         One tensor serves all layers, which keeps it out of each layer's saved activations.
         """
-        key = (past, own, window, like.dtype)
+        key = (past, own, window, repeats, like.dtype)
         if key not in self._masks:
             query_R1 = torch.arange(past, past + own, device=like.device)[:, None]
             key_1S = torch.arange(past + own, device=like.device)[None]
@@ -136,7 +141,7 @@ class Layout:
             if window is not None:
                 hidden |= key_1S <= query_R1 - window
             mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-            self._masks[key] = mask.masked_fill(hidden, float("-inf"))
+            self._masks[key] = mask.masked_fill(hidden, float("-inf")).repeat(repeats, 1)
         return self._masks[key]
 
 
@@ -626,7 +631,7 @@ def masked_attention(
                 enable_gqa=repeats > 1,
             )  # fmt: skip
         else:
-            mask = layout.mask(0, end - start, window, q)
+            mask = layout.mask(0, end - start, window, repeats, q)
             out = _sdpa(q[:, :, start:end], k_P, v_P, mask, dropout, scale)
         parts.append(out[0].transpose(0, 1))
         if bucket is None:
@@ -634,7 +639,7 @@ def masked_attention(
         n, longest = bucket.index_nR.shape
         k_all = torch.cat([k_P.expand(n, -1, -1, -1), bucket.gather(k_SKD)], dim=2)
         v_all = torch.cat([v_P.expand(n, -1, -1, -1), bucket.gather(v_SKD)], dim=2)
-        mask = layout.mask(end - start, longest, window, q)
+        mask = layout.mask(end - start, longest, window, repeats, q)
         out = _sdpa(bucket.gather(q_SHD), k_all, v_all, mask, dropout, scale)
         parts.append(bucket.flatten(out))
     return torch.cat(parts)[None]
@@ -650,12 +655,12 @@ def _sdpa(
 ) -> torch.Tensor:
     """Masked attention of H heads with K key heads, the keys not copied.
 
-    The heads that share a key head are stacked along the queries instead: kernels that take a
-    mask do not all take grouped heads.
+    The heads that share a key head are stacked along the queries instead (the mask's rows are
+    repeated to match): kernels that take a mask do not all take grouped heads.
     """
     repeats = q.shape[1] // k.shape[1]
     stacked = q.unflatten(1, (k.shape[1], repeats)).flatten(2, 3)
     out = F.scaled_dot_product_attention(
-        stacked, k, v, attn_mask=mask.repeat(repeats, 1), dropout_p=dropout, scale=scale
+        stacked, k, v, attn_mask=mask, dropout_p=dropout, scale=scale
     )
     return out.unflatten(2, (repeats, q.shape[2])).flatten(1, 2)

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from mm_agrae.compat import prepare
-from mm_agrae.tasks.synthetic import FIGURES, KINDS, Problem, SyntheticTask, derive
+from mm_agrae.tasks.synthetic import FAMILIES, FIGURES, KINDS, Problem, SyntheticTask, derive
 
 prepare()
 
@@ -342,10 +342,16 @@ def seeing(model: Any, tokenizer: Any, problems: int = 64) -> str:
     return ", ".join(f"{name} {np.mean(right):.2f}" for name, right in score.items())
 
 
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: a short rise, a long level, and down to 3 % in the end."""
+    fade = max(0.0, (step - 0.4 * steps) / (0.6 * steps))
+    return min(1.0, (step + 1) / 40) * (1 - 0.97 * fade)
+
+
 def train(
-    model: Any, processor: Any, args: argparse.Namespace, pictures: float, folder: Path
+    model: Any, processor: Any, args: argparse.Namespace, steps: int, pictures: float, folder: Path
 ) -> None:
-    """AdamW over fresh samples; the first `seeing` share of steps is drills in seeing alone."""
+    """AdamW over fresh samples, a share `pictures` of them with a picture."""
     tokenizer = getattr(processor, "tokenizer", processor)
     task = SyntheticTask(size=10**9, seed=args.seed + 1)
     decay = [p for p in model.parameters() if p.dim() > 1]
@@ -355,22 +361,13 @@ def train(
         lr=args.lr,
         betas=(0.9, 0.98),
     )
-    steps = args.steps
-    first = args.first if args.first and pictures else 0
-
-    def rate(step: int) -> float:
-        fade = max(0.0, (step - 0.5 * steps) / (0.5 * steps))
-        return min(1.0, (step + 1) / 50) * (1 - 0.97 * fade)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
     rng = random.Random(args.seed)
     started, index, running = time.time(), 0, 0.0
     waiting: list[Any] = []
     for step in range(steps):
         if not waiting:  # Rows of like length share a batch: less padding.
-            drills, share = (1.0, 1.0) if step < first else (0.25, pictures)
-            rows = [lesson(task, index + k, rng, share, drills) for k in range(8 * args.batch)]
+            rows = [lesson(task, index + k, rng, pictures, 0.2) for k in range(8 * args.batch)]
             index += len(rows)
             rows.sort(key=lambda row: sum(len(asked) + len(told) for asked, told, _ in row[0]))
             waiting = [rows[k : k + args.batch] for k in range(0, len(rows), args.batch)]
@@ -385,8 +382,9 @@ def train(
         loss = (losses * weight_BS[said]).sum() / weight_BS.sum()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * schedule(step, steps)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad()
         running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
         if step % 10 == 9 or step + 1 == steps:
@@ -395,6 +393,79 @@ def train(
             if pictures:
                 print(f"\nstep {step + 1}: {seeing(model, tokenizer)}", flush=True)
             save(model, processor, folder)
+
+
+def train_vision(tower: Any, width: int, args: argparse.Namespace) -> None:
+    """The vision tower by itself, with linear heads that are thrown away afterwards.
+
+    From the features that the language model will get: the figure's name and the numbers that
+    stand in it (from the mean over the picture), the shape in each of the 4 x 4 fields (from that
+    field's feature) and the heights of the bars (from all features). Learnt directly, this takes
+    a fraction of the samples that it takes through the language model.
+    """
+    names = {name: index for index, name in enumerate(FIGURES)}
+    heads = torch.nn.ModuleDict(
+        {
+            "name": torch.nn.Linear(width, len(names)),
+            "numbers": torch.nn.Linear(width, 160),
+            "field": torch.nn.Linear(width, 1 + 2 * len(KINDS)),
+            "bars": torch.nn.Linear(16 * width, 4 * 10),
+        }
+    )
+    params = [*tower.parameters(), *heads.parameters()]
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
+    tasks = {
+        name: SyntheticTask(size=10**9, seed=args.seed + 2, families=[name]) for name in FAMILIES
+    }
+    loss_of = torch.nn.functional.cross_entropy
+    started, running = time.time(), 0.0
+    accuracy: dict[str, float] = defaultdict(float)
+    for step in range(args.vision_steps):
+        share = {"geometry": args.batch, "counting": args.batch // 8, "charts": args.batch // 8}
+        rows = {
+            name: [tasks[name].problem(step * count + k) for k in range(count)]
+            for name, count in share.items()
+        }
+        drawn = {
+            name: [problem.draw(state, 112) for problem, state in part]
+            for name, part in rows.items()
+        }
+        patches, grid = pixels([image for part in drawn.values() for image, _ in part])
+        features = tower(patches, grid_thw=grid).pooler_output.view(len(grid), 16, width)
+        geometry, counting, charts = features.split(list(share.values()))
+        name = torch.tensor([names[problem.figure] for problem, _ in rows["geometry"]])
+        numbers = torch.zeros(args.batch, 160)
+        for row, (problem, _) in enumerate(rows["geometry"]):
+            numbers[row, [int(n) for n in reading(problem).split(", ")]] = 1
+        field = torch.zeros(share["counting"], 16, dtype=torch.long)
+        for row, (_, facts) in enumerate(drawn["counting"]):
+            for shape in facts["shapes"]:
+                at = int(shape["y"] // 28) * 4 + int(shape["x"] // 28)
+                red = shape["colour"] == "red"
+                field[row, at] = 1 + KINDS.index(shape["kind"]) + red * len(KINDS)
+        bars = torch.zeros(share["charts"], 4, dtype=torch.long)
+        for row, (problem, _) in enumerate(rows["charts"]):
+            bars[row, : len(problem.numbers)] = torch.tensor(problem.numbers)
+        said = {
+            "name": (heads["name"](geometry.mean(1)), name),
+            "field": (heads["field"](counting).flatten(0, 1), field.flatten()),
+            "bars": (heads["bars"](charts.flatten(1)).view(-1, 10), bars.flatten()),
+        }
+        loss = sum(loss_of(guess, truth) for guess, truth in said.values())
+        guess = heads["numbers"](geometry.mean(1))
+        loss = loss + 20 * torch.nn.functional.binary_cross_entropy_with_logits(guess, numbers)
+        optimizer.param_groups[0]["lr"] = args.lr * schedule(step, args.vision_steps)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        for key, (guess, truth) in said.items():
+            right = (guess.argmax(-1) == truth).float().mean().item()
+            accuracy[key] = 0.97 * accuracy[key] + 0.03 * right
+        running = loss.item() if step == 0 else 0.97 * running + 0.03 * loss.item()
+        if step % 20 == 19 or step + 1 == args.vision_steps:
+            note = ", ".join(f"{key} {value:.2f}" for key, value in accuracy.items())
+            progress(step + 1, args.vision_steps, started, f"loss {running:.2f}, right: {note}")
 
 
 def progress(done: int, total: int, started: float, note: str) -> None:
@@ -516,10 +587,10 @@ def save(model: Any, processor: Any, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/warm_start"))
-    parser.add_argument("--only", choices=("vl", "text"))
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--text-steps", type=int, default=1500)
-    parser.add_argument("--first", type=int, default=500, help="steps of drills in seeing alone")
+    parser.add_argument("--stages", nargs="+", default=["text", "vision", "join"])
+    parser.add_argument("--text-steps", type=int, default=1000)
+    parser.add_argument("--vision-steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--save-every", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -534,18 +605,27 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(args.seed)
     processor = make_processor(tokenizer)
-    for kind in ("vl", "text"):
-        if args.only in (None, kind):
-            model = make_model(kind, tokenizer, args)
-            print(f"{kind}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
-            if kind == "text":
-                args.steps = args.text_steps
-            both = processor if kind == "vl" else tokenizer
-            train(model, both, args, 0.0 if kind == "text" else 0.85, args.out / kind)
-            save(model, both, args.out / kind)
-            results = {"text": measure(model, tokenizer, "text", args.problems, args.samples)}
-            if kind == "vl":
-                results["image"] = measure(model, tokenizer, "image", args.problems, args.samples)
+    text, vl = (make_model(kind, tokenizer, args) for kind in ("text", "vl"))
+    for name, model in (("text", text), ("vl", vl), ("vision tower", vl.model.visual)):
+        print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    if "text" in args.stages:
+        train(text, tokenizer, args, args.text_steps, 0.0, args.out / "text")
+        save(text, tokenizer, args.out / "text")
+        measure(text, tokenizer, "text", args.problems, args.samples)
+    tower = args.out / "vision.pt"
+    if "vision" in args.stages:
+        train_vision(vl.model.visual, args.width, args)
+        torch.save(vl.model.visual.state_dict(), tower)
+    if "join" in args.stages:
+        # As larger ones are made: a language model, a vision tower, then both together.
+        text = type(text).from_pretrained(args.out / "text")
+        vl.model.language_model.load_state_dict(text.model.state_dict())
+        vl.model.visual.load_state_dict(torch.load(tower))
+        train(vl, processor, args, args.steps, 0.85, args.out / "vl")
+        save(vl, processor, args.out / "vl")
+        for modality in ("text", "image"):
+            measure(vl, tokenizer, modality, args.problems, args.samples)
+        tower.unlink()
 
 
 if __name__ == "__main__":

@@ -202,6 +202,22 @@ def test_autocast_uses_its_precision_and_float32_sums():
     assert hidden.grad.dtype == weight.grad.dtype == torch.float32
 
 
+def test_a_sharded_weight_is_gathered_and_gets_its_gradient():
+    import torch.distributed as dist
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    hidden, weight, target, _ = make(9, 8, 50, False)
+    expected = torch.autograd.grad(reference(hidden, weight, target, None, 1.0)[0].sum(), weight)[0]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = dist.init_device_mesh("cpu", (1,))
+        sharded = distribute_tensor(weight.detach(), mesh, [Shard(0)]).requires_grad_()
+        token_logprobs(hidden, sharded, target)[0].sum().backward()
+        torch.testing.assert_close(sharded.grad.full_tensor(), expected)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_no_tensor_of_tokens_by_vocabulary():
     """The largest tensor either pass makes is the weight's gradient or a block of logits."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -77,6 +77,7 @@ _REWRITES = [
         (rf"\\(?:leqslant|leq){_NOT_LETTER}|<=", r"\\le "),
         (rf"\\(?:geqslant|geq){_NOT_LETTER}|>=", r"\\ge "),
         (rf"\\(?:neq){_NOT_LETTER}|!=", r"\\ne "),
+        (r"\\varnothing", r"\\emptyset"),
         (rf"\\lt{_NOT_LETTER}", "<"),
         (rf"\\gt{_NOT_LETTER}", ">"),
         (rf"\\lbrace{_NOT_LETTER}", r"\\{"),
@@ -109,11 +110,13 @@ def normalise(text: str) -> str:
     text = text.translate(_TRANSLATE)
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
-    text = re.sub(r"^\s*(?:=|\\approx)\s*", "", text)
+    text = re.sub(r"^\s*(?:=|\\approx|(?:approximately|about) )\s*", "", text)
     text = re.sub(r"(?:(?<!\\)[\s.,:]|\\\\)+$", "", text).strip()
     while (inner := _enclosed(text, "{", "}")) is not None:
         text = inner.strip()
-    return text
+    # A list or a number set in text as a whole is a list or a number.
+    inner = _enclosed(text, r"\text{", "}")
+    return text if inner is None or not re.match(r"[^{}]*,|\s*[\d.+-]", inner) else inner.strip()
 
 
 def _enclosed(text: str, opening: str, closing: str) -> str | None:
@@ -202,7 +205,7 @@ class Number(NamedTuple):
         return Number(self.value * factor, step, self.digits)
 
 
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
+_DECIMAL = r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
 _NUMBER = re.compile(
     rf"(?P<sign>[+-]?)\s*(?:(?P<decimal>{_DECIMAL})"
     r"(?:\s*(?:\\times|\\cdot|x)\s*10\s*\^\s*\{?\s*(?P<power>[+-]?\s*\d{1,4})\s*\}?"
@@ -225,7 +228,7 @@ def number(text: str) -> Number | None:
         return None
     sign = -1 if match["sign"] == "-" else 1
     if match["decimal"]:
-        digits = match["decimal"].replace(",", "")
+        digits = re.sub("[, ]", "", match["decimal"])
         exponent = int((match["power"] or match["e"] or "0").replace(" ", ""))
         places = len(digits.partition(".")[2])
         scale = Fraction(10) ** (exponent - places)
@@ -235,7 +238,7 @@ def number(text: str) -> Number | None:
         return Number(sign * whole * scale, scale, len(str(whole)))
     p = match["p"] or match["p2"]
     q = match["q"] or match["q2"]
-    p, q = (Fraction(part.replace(",", "").replace(" ", "")) for part in (p, q))
+    p, q = (Fraction(re.sub("[, ]", "", part)) for part in (p, q))
     if q == 0:
         return None
     return Number(sign * (int(match["whole"] or match["whole2"] or 0) + p / q))
@@ -308,11 +311,18 @@ time 60         min minute
 time 3600       h hr hour
 time 86400      day
 time 604800     week
+calendar 1      month
+calendar 12     year yr
+am 1            am
+pm 1            pm
+celsius 1       celsius
+fahrenheit 1    fahrenheit
 volume 1        l liter litre
 volume 1/1000   ml milliliter millilitre
 angle 1         degree deg
 money 1         dollar usd
 money 1/100     cent
+euro 1          euro
 unit 1          unit
 """
 _UNITS = {
@@ -361,8 +371,10 @@ def _ratio(gold: Unit | None, answer: Unit | None, rules: Rules) -> Fraction | N
         return None if gold is not None and rules.units == "required" else Fraction(1)
     if gold.dimension == answer.dimension:
         return answer.factor / gold.factor
-    generic = any(name == "unit" for name, _ in gold.dimension | answer.dimension)
-    return Fraction(1) if generic else None
+    names = {name for name, _ in gold.dimension | answer.dimension}
+    # 5 units may be 5 cm, 20° may be 20 °C; "18 ways" and "18 orders" count the same things.
+    vague = "unit" in names or {"angle"} < names <= {"angle", "celsius", "fahrenheit"}
+    return Fraction(1) if vague or not (gold.known or answer.known) else None
 
 
 class Quantity(NamedTuple):
@@ -393,7 +405,8 @@ def quantity(text: str) -> Quantity:
     found = unit(match[2]) if match else None
     if match and found:
         # "3\text{i}" is a symbol in an upright font, "2\text{ dogs}" a count.
-        counted = number(match[1]) is not None and re.search(r"[a-zA-Z]{2}", match[2]) is not None
+        symbol = re.fullmatch(r"\s*\\text\{\s*[eixyz]\s*\}\s*", match[2])
+        counted = number(match[1]) is not None and not symbol
         if found.known or counted:
             return Quantity(match[1].strip(), found)
     match = _PLAIN_UNIT.fullmatch(text)
@@ -429,7 +442,8 @@ _BRACKETS = {"()", "[]", "(]", "[)"}
 
 def _structure(text: str, comma: str) -> tuple[str, list[str]]:
     """The outermost structure: "scalar", "list", "set", "union", a pair of brackets or a matrix."""
-    if match := _MATRIX.fullmatch(_enclosed(text, "[", "]") or text):
+    inner = _enclosed(text, "[", "]") or _enclosed(text, "(", ")") or text
+    if match := _MATRIX.fullmatch(inner.strip()):
         rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2]) if row.strip()]
         cells = [[cell.strip() for cell in row.split("&")] for row in rows]
         shape = "/".join(str(len(row)) for row in cells)
@@ -597,6 +611,12 @@ def _same_proportion(gold: list[str], answer: list[str], rules: Rules, symbolic:
     return _leaf(fractions[0], fractions[1], rules, symbolic)
 
 
+def _by_name(items: list[str]) -> bool:
+    """Whether the items are values of different unknowns."""
+    names = [_split(item, "=") for item in items]
+    return all(len(sides) > 1 for sides in names) and len({sides[0] for sides in names}) > 1
+
+
 def _compare(gold: str, answer: str, comma: str, rules: Rules, symbolic: Symbolic) -> bool:
     g_kind, g_items = _structure(gold, comma)
     a_kind, a_items = _structure(answer, comma)
@@ -614,6 +634,8 @@ def _compare(gold: str, answer: str, comma: str, rules: Rules, symbolic: Symboli
         left = list(a_items)
         if len(g_items) != len(left):
             return False
+        if _by_name(g_items) != _by_name(a_items):
+            return ordered()  # x = 1, y = 2 against 1, 2
         for g in g_items:
             found = next((a for a in left if equal(g, a)), None)
             if found is None:
@@ -634,7 +656,7 @@ def _compare(gold: str, answer: str, comma: str, rules: Rules, symbolic: Symboli
         return unordered()
     if g_kind in loose and a_kind in loose:
         return unordered()
-    if g_kind == "union" == a_kind and unordered():
+    if "union" in (g_kind, a_kind) and {g_kind, a_kind} <= {"union", *loose} and unordered():
         return True
     for kind, items, other in ((g_kind, g_items, answer), (a_kind, a_items, gold)):
         if kind == "set" and len(items) == 1:
@@ -664,17 +686,14 @@ def same(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
     stripped = _without_labels(gold, answer)
     if stripped is None:
         return False
-    gold, answer = (_unwrap(_as_set(text)) for text in stripped)
+    gold, answer = stripped
+    named = [_letters(text) for text in stripped if _RELATION.search(text)]
+    if len(named) < 2 or named[0] == named[1]:  # x < 3 is not y < 3
+        gold, answer = _as_set(gold), _as_set(answer)
     if _compare(gold, answer, _COMMA, rules, symbolic):
         return True
     ambiguous = any(re.search(r"\d,\d{3}(?!\d)", text) for text in (gold, answer))
     return ambiguous and _compare(gold, answer, _ANY_COMMA, rules, symbolic)
-
-
-def _unwrap(text: str) -> str:
-    r"""\text{A, B} as A, B, so that a list set in text is a list."""
-    inner = _enclosed(text, r"\text{", "}")
-    return text if inner is None or "," not in inner else inner.strip()
 
 
 # ------------------------------------------------------------------------------ formulas

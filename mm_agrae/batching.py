@@ -12,12 +12,11 @@ from mm_agrae.types import Completion, MicroBatch, Prompt
 
 @dataclass
 class PaddedBatch:
-    """Model inputs of B sequences padded to S tokens. `pixel_values` is None without images."""
+    """Model inputs of B sequences padded to S tokens; pictures apart from their sizes."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     mm_token_type_ids: torch.Tensor
-    pixel_values: torch.Tensor | None
     image_grid_thw: torch.Tensor | None
 
 
@@ -54,13 +53,11 @@ def pad_sequences(
         input_ids[index, place] = row
         attention_mask[index, place] = 1
         mm_token_type_ids[index, place] = kind.to(torch.int32)
-    pixels = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
     grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
     return PaddedBatch(
         input_ids=input_ids.to(device),
         attention_mask=attention_mask.to(device),
         mm_token_type_ids=mm_token_type_ids.to(device),
-        pixel_values=torch.cat(pixels).to(device) if pixels else None,
         image_grid_thw=torch.cat(grids).to(device) if grids else None,
     )
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,7 +26,7 @@ from mm_agrae.batching import pad_sequences
 from mm_agrae.compat import prepare
 from mm_agrae.config import LoraSection, ModelSection
 from mm_agrae.errors import ModelError
-from mm_agrae.types import MicroBatch
+from mm_agrae.types import MicroBatch, Prompt
 from mm_agrae.vocab_head import head_logprobs
 
 EXCLUDED = -1e4
@@ -68,6 +71,8 @@ class Policy(nn.Module):
                 f"model.path {settings.path!r}: {type(self.hf).__name__} has no plain linear "
                 "vocabulary head, which the log-probabilities are computed from"
             )
+        self._vision_is_frozen = _vision_is_frozen(self.hf)
+        self._features: WeakKeyDictionary[Prompt, Sequence[torch.Tensor]] = WeakKeyDictionary()
         self.repeats_because = self._share_prompts(shared_prompt)
         """Why prompts are repeated in the update, in one line; empty if they are shared."""
         bias_V = torch.zeros(head.weight.shape[0])
@@ -139,7 +144,10 @@ class Policy(nn.Module):
     def _shared(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states that predict each completion token, its row and column; prompts once."""
         packed = sharing.pack(self.backbone, batch)
-        hidden_NH = sharing.hidden_states(self.backbone, packed)
+        pictured = [batch.prompts[index] for index in packed.prompts]
+        pictured = [prompt for prompt in pictured if prompt.pixel_values is not None]
+        features = self.frozen_features(pictured) if pictured else None
+        hidden_NH = sharing.hidden_states(self.backbone, packed, features)
         return hidden_NH, packed.row_N, packed.column_N
 
     def _repeated(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -160,7 +168,7 @@ class Policy(nn.Module):
             attention_mask=inputs.attention_mask,
             position_ids=positions,
             use_cache=False,
-            **self.vision_inputs(inputs.pixel_values, inputs.image_grid_thw),
+            **self.vision_inputs(prompts),
         ).last_hidden_state
         row_N, column_N = batch.mask_BT.nonzero(as_tuple=True)
         start_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
@@ -171,12 +179,41 @@ class Policy(nn.Module):
         """The model below the vocabulary head."""
         return self.hf.base_model
 
-    def vision_inputs(
-        self, pixel_values: torch.Tensor | None, image_grid_thw: torch.Tensor | None
-    ) -> dict[str, torch.Tensor | None]:
-        if pixel_values is None:
+    def vision_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
+        """Arguments of the backbone for the pictures of `prompts`, in their order."""
+        pictured = [prompt for prompt in prompts if prompt.pixel_values is not None]
+        if not pictured:
             return {}
-        return {"pixel_values": pixel_values, "image_grid_thw": image_grid_thw}
+        features = self.frozen_features(pictured)
+        if features is not None:
+            from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+            output = BaseModelOutputWithPooling(pooler_output=tuple(features))
+            return {"mm_encoder_outputs": {"image": output}}
+        return {
+            "pixel_values": torch.cat([p.pixel_values for p in pictured]).to(self.device),
+            "image_grid_thw": torch.cat([p.image_grid_thw for p in pictured]).to(self.device),
+        }
+
+    @torch.no_grad()
+    def frozen_features(self, prompts: Sequence[Prompt]) -> list[torch.Tensor] | None:
+        """Features [tokens, hidden size] of each picture, kept while its prompt is alive.
+
+        None if the vision tower learns: its output is then another one after every step.
+        """
+        if not self._vision_is_frozen:
+            return None
+        new = list({id(p): p for p in prompts if p not in self._features}.values())
+        if new:
+            encoded = self.backbone.get_image_features(
+                torch.cat([p.pixel_values for p in new]).to(self.device),
+                torch.cat([p.image_grid_thw for p in new]).to(self.device),
+                return_dict=True,
+            ).pooler_output
+            ends = np.cumsum([len(p.image_grid_thw) for p in new])
+            for prompt, end in zip(new, ends, strict=True):
+                self._features[prompt] = encoded[end - len(prompt.image_grid_thw) : end]
+        return [feature for prompt in prompts for feature in self._features[prompt]]
 
     def positions(
         self,
@@ -254,6 +291,14 @@ def parts(model: Any) -> dict[str, nn.Module]:
         if merger is not None:
             found["merger"] = merger
     return found
+
+
+def _vision_is_frozen(model: Any) -> bool:
+    """Whether image features can be kept and handed to the backbone in place of pixels."""
+    visual = parts(model).get("vision")
+    if visual is None or any(parameter.requires_grad for parameter in visual.parameters()):
+        return False
+    return "mm_encoder_outputs" in inspect.signature(model.base_model.forward).parameters
 
 
 def _load(settings: ModelSection) -> Any:

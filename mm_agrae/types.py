@@ -50,7 +50,7 @@ class Example:
     meta: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Prompt:
     """An Example made ready for the model, processed exactly once.
 

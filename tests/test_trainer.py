@@ -292,6 +292,31 @@ def test_a_run_folder_that_cannot_be_written(tmp_path):
         train(tmp_path / "file" / "run")
 
 
+@pytest.mark.parametrize(
+    ("model", "update", "expected"),
+    [
+        ({}, {}, 2),  # once in the rollout, once in the update
+        ({"freeze": ["vision"]}, {"kl_coef": 0.1, "mini_batch_prompts": 2, "epochs": 2}, 1),
+        (LORA, {"kl_coef": 0.1, "micro_batch_completions": 2}, 1),
+    ],
+    ids=["trained", "frozen", "lora"],
+)
+def test_pictures_encoded_in_a_step(tmp_path, model, update, expected):
+    """A picture goes through the vision tower once for all G completions and all passes."""
+    # A rule that leaves no group out, so that every picture is needed in the update.
+    config = run_config(
+        tmp_path / "run", model=model, update=update, advantage={"rule": "w_reinforce"}
+    )
+    trainer = Trainer(config, Reporter(enabled=False))
+    encoded = []
+    trainer.policy.backbone.visual.register_forward_hook(
+        lambda module, arguments, options, output: encoded.append(len(options["grid_thw"])),
+        with_kwargs=True,
+    )
+    step_gradients(trainer)
+    assert sum(encoded) == expected * config.rollout.prompts_per_step
+
+
 def test_a_gradient_that_is_not_finite_is_left_out(tmp_path):
     config = run_config(
         tmp_path / "run", train={"steps": 9}, update={"max_bad_gradients": 2},

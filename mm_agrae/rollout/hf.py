@@ -133,7 +133,7 @@ class HFEngine:
             attention_mask=inputs.attention_mask,
             position_ids=positions,
             use_cache=True,
-            **policy.vision_inputs(inputs.pixel_values, inputs.image_grid_thw),
+            **policy.vision_inputs(prompts),
         )
         cache = output.past_key_values
         cache.batch_repeat_interleave(count)

@@ -11,13 +11,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -188,12 +188,10 @@ class Policy(nn.Module):
         if features is not None:
             from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-            output = BaseModelOutputWithPooling(pooler_output=tuple(features))
+            output = BaseModelOutputWithPooling(pooler_output=tuple(features))  # type: ignore[arg-type]
             return {"mm_encoder_outputs": {"image": output}}
-        return {
-            "pixel_values": torch.cat([p.pixel_values for p in pictured]).to(self.device),
-            "image_grid_thw": torch.cat([p.image_grid_thw for p in pictured]).to(self.device),
-        }
+        pixel_values, grid_N3, _ = self._pictures(pictured)
+        return {"pixel_values": pixel_values, "image_grid_thw": grid_N3}
 
     @torch.no_grad()
     def frozen_features(self, prompts: Sequence[Prompt]) -> list[torch.Tensor] | None:
@@ -203,17 +201,24 @@ class Policy(nn.Module):
         """
         if not self._vision_is_frozen:
             return None
-        new = list({id(p): p for p in prompts if p not in self._features}.values())
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
         if new:
-            encoded = self.backbone.get_image_features(
-                torch.cat([p.pixel_values for p in new]).to(self.device),
-                torch.cat([p.image_grid_thw for p in new]).to(self.device),
-                return_dict=True,
-            ).pooler_output
-            ends = np.cumsum([len(p.image_grid_thw) for p in new])
-            for prompt, end in zip(new, ends, strict=True):
-                self._features[prompt] = encoded[end - len(prompt.image_grid_thw) : end]
+            pixel_values, grid_N3, counts = self._pictures(new)
+            encoded = self.backbone.get_image_features(pixel_values, grid_N3, return_dict=True)
+            features = iter(encoded.pooler_output)
+            for prompt, count in zip(new, counts, strict=True):
+                self._features[prompt] = list(itertools.islice(features, count))
         return [feature for prompt in prompts for feature in self._features[prompt]]
+
+    def _pictures(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Pixels and sizes of all pictures, and how many each prompt has."""
+        pixels = [p.pixel_values for p in prompts if p.pixel_values is not None]
+        grids = [p.image_grid_thw for p in prompts if p.image_grid_thw is not None]
+        return (
+            torch.cat(pixels).to(self.device),
+            torch.cat(grids).to(self.device),
+            [len(grid) for grid in grids],
+        )
 
     def positions(
         self,

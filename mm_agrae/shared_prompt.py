@@ -5,6 +5,8 @@ model once, not G times. All groups of a micro-batch lie one after another in on
 prompt followed by its completions. A completion sees its prompt and itself, and its positions go
 on from the prompt's end. Log-probabilities and gradients equal those of the repeated batch.
 
+A completion's last token, which predicts nothing, is left out.
+
 The model's classes stay as they are: `install` selects an attention function from transformers'
 registry that does what `sdpa` does unless a forward call brings a `Layout` as keyword argument.
 
@@ -229,17 +231,19 @@ def pack(backbone: Any, batch: MicroBatch) -> Packed:
         start, end = end, end + len(prompt)
         ranges = []
         for row in members:
+            # The prompt's last token predicts the first of the completion, and so on; the
+            # completion's last token predicts nothing that counts and stays outside.
             length = lengths_B[row]
-            token_T = batch.token_BT[row, :length]
-            _require_no_placeholder(backbone.config, token_T, prompt.example)
-            ids.append(token_T)
-            positions.append(torch.arange(following, following + length).expand(3, -1))
-            # The prompt's last token predicts the first of the completion, and so on.
-            source += [start + len(prompt) - 1, *range(end, end + length - 1)]
+            inside = length - 1
+            _require_no_placeholder(backbone.config, batch.token_BT[row, :length], prompt.example)
+            ids.append(batch.token_BT[row, :inside])
+            positions.append(torch.arange(following, following + inside).expand(3, -1))
+            source += [start + len(prompt) - 1, *range(end, end + inside)]
             rows_N += [row] * length
             columns_N += range(length)
-            ranges.append((end, end + length))
-            end += length
+            if inside:
+                ranges.append((end, end + inside))
+            end += inside
         groups.append(Group((start, start + len(prompt)), tuple(ranges)))
     position_31S = torch.cat(positions, dim=1)[:, None].to(device)
     pixels = [batch.prompts[index].pixel_values for index in rows]

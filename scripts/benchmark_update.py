@@ -391,9 +391,14 @@ def flop_count(model: Any, batch: MicroBatch) -> dict[str, float]:
             + ((whole - 1) if everywhere else longest) * per_score
             + patches * per_patch
         )
-        pairs = p**2 / 2 + sum(length * p + length**2 / 2 for length in lengths)
+        # A completion's last token predicts nothing and is not run.
+        inside = [length - 1 for length in lengths]
+        pairs = p**2 / 2 + sum(length * p + length**2 / 2 for length in inside)
         total["ours"] += (
-            (p + tokens) * per_token + pairs * per_pair + tokens * per_score + patches * per_patch
+            (p + sum(inside)) * per_token
+            + pairs * per_pair
+            + tokens * per_score
+            + patches * per_patch
         )
     return total
 

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument(
-        "--example", help="id of the problem; the first that was learnt if left out"
+        "--example", help="id of the problem; one that was learnt if left out"
     )
     arguments = parser.parse_args()
     run = RunFolder(arguments.run)

@@ -221,7 +221,6 @@ _own_errors: dict[str, str] = {}
 def _prepare_worker(own: Sequence[str], answer_after_thinking: bool) -> None:
     global _answer_after_thinking
     _answer_after_thinking = answer_after_thinking
-    accuracy.prepare_worker()
     from mm_agrae.rewards.pool import describe
 
     for name in own:
@@ -231,6 +230,8 @@ def _prepare_worker(own: Sequence[str], answer_after_thinking: bool) -> None:
             _own_errors[name] = str(error)
         except BaseException as error:  # whatever a module does when it is imported
             _own_errors[name] = f"importing it {describe(error)}"
+    if not _own_errors:
+        accuracy.prepare_worker()
 
 
 def _import_errors() -> dict[str, str]:

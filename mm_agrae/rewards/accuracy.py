@@ -194,7 +194,7 @@ def extract_answer(
         if found is not None:
             return found.strip() or None
     text = text.strip()
-    return text if 0 < len(text) <= bare_limit and "\n" not in text else None
+    return _said(text) if 0 < len(text) <= bare_limit and "\n" not in text else None
 
 
 def _outside_thinking(text: str, open_tag: str, close_tag: str) -> str | None:
@@ -213,9 +213,8 @@ def _outside_thinking(text: str, open_tag: str, close_tag: str) -> str | None:
     return None if inside else "\n".join([*kept, text[position:]])
 
 
-_JOINED = re.compile(
-    r"[\s$]*(?:\\[()\[\]])?(?:,|;|,?\s*(?:\\text\s*\{\s*)?(?:and|or)(?:\s*\})?)(?:\\[()\[\]])?[\s$]*"
-)
+_GAP = r"(?:[\s$]|\\[()\[\]]|\\q?quad(?![a-z]))*"
+_JOINED = re.compile(rf"{_GAP}(?:[,;]|,?\s*(?:\\text\s*\{{\s*)?(?:and|or)(?:\s*\}})?){_GAP}")
 _MOST_BOXES = 20
 
 
@@ -253,7 +252,21 @@ def _after_answer_is(text: str) -> str | None:
     if delimited := _DELIMITED.match(rest):
         return next(group for group in delimited.groups() if group is not None)
     end = _SENTENCE_END.search(rest)
-    return rest[: end.start() if end else None].strip().strip('*`"“”')
+    return _said(rest[: end.start() if end else None]).strip("*`\"“”")
+
+
+_FORMULA = re.compile(r"\$\$?([^$]+)\$?\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
+
+
+def _said(sentence: str) -> str:
+    """The answer in a sentence that names it: "The largest n is 34", "so we get $x = 3$"."""
+    sentence = sentence.strip()
+    if re.match(r"the\b.*\s(?:is|are)\s", sentence, re.IGNORECASE | re.DOTALL):
+        return re.split(r"\s(?:is|are)\s", sentence)[-1]
+    formulas = list(_FORMULA.finditer(sentence))
+    if len(formulas) == 1 and re.search(r"[a-z]{2}", sentence[: formulas[0].start()]):
+        return next(group for group in formulas[0].groups() if group is not None)
+    return sentence
 
 
 def _in_tag(text: str, tag: str) -> str | None:
@@ -378,11 +391,10 @@ def _letters(text: str, count: int) -> set[str]:
     """{"B"} for B, (b), "B."; {"A", "C"} for "A, C" and "A and C"; empty for anything else."""
     text = _strip_text(text)
     found = re.split(r"\s*(?:,|;|\n|\band\b|&)\s*|\s+", text)
-    letters = {re.sub(r"[().:\s]", "", part).upper() for part in found if part}
+    letters = [re.sub(r"[().:\s]", "", part).upper() for part in found if part]
     highest = ord("A") + (count or 10)
-    if all(len(letter) == 1 and ord("A") <= ord(letter) < highest for letter in letters):
-        return letters
-    return set()
+    valid = all(len(letter) == 1 and ord("A") <= ord(letter) < highest for letter in letters)
+    return set(letters) if valid and len(letters) == len(set(letters)) else set()
 
 
 def _letters_of_text(

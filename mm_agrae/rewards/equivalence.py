@@ -74,8 +74,8 @@ _REWRITES = [
         (r"(?i)(?<![a-z])\s*(?:per\s?cent(?:age)?|pct)(?![a-z])", "%"),
         (r"\\text\{\s*%\s*\}", "%"),
         (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])", r"^\\circ "),
-        (rf"\\(?:leqslant|leq){_NOT_LETTER}|<=", r"\\le "),
-        (rf"\\(?:geqslant|geq){_NOT_LETTER}|>=", r"\\ge "),
+        (rf"\\leqq|\\leq(?:slant)?{_NOT_LETTER}|<=", r"\\le "),
+        (rf"\\geqq|\\geq(?:slant)?{_NOT_LETTER}|>=", r"\\ge "),
         (rf"\\(?:neq){_NOT_LETTER}|!=", r"\\ne "),
         (r"\\varnothing", r"\\emptyset"),
         (rf"\\lt{_NOT_LETTER}", "<"),
@@ -92,6 +92,8 @@ _REWRITES = [
         (r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
         (r"\\?(?<![a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
         (r"\\sqrt\s*(\d+|[a-z](?![a-z]))", r"\\sqrt{\1}"),
+        (r"\^\s*(-\s*(?:\d+|[a-z])|\d{2,})", r"^{\1}"),
+        (r"\.{3,}|\\(?:[lc]?dots)(?![a-z])", r" \\dots "),
         (r"\\frac\s*(\w)\s*(\w)", r"\\frac{\1}{\2}"),
         (r"\\frac\s*(\w)\s*(?=\{)", r"\\frac{\1}"),
         (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
@@ -104,6 +106,15 @@ _REWRITES = [
 ]
 
 
+# "for all n", ", k \in \mathbb{Z}": for which unknowns a formula holds, said after it.
+_UNKNOWNS = r"[a-zA-Z](?:\s*,\s*[a-zA-Z])*"
+_IN_NUMBERS = r"\s*\\in\s*\\mathbb\s*\{?\s*[A-Z]\s*\}?[\^_+*\s{}\d]*"
+_QUALIFIER = re.compile(
+    rf"(?:\s*,?\s*(?:\\text\{{\s*,?\s*(?:for|where|with)(?: all| any| every| some)?\s*\}}|\\forall)"
+    rf"\s*{_UNKNOWNS}(?:{_IN_NUMBERS})?|\s*,\s*{_UNKNOWNS}{_IN_NUMBERS})$"
+)
+
+
 @lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
     """One notation for LaTeX, Unicode and plain writing: spacing, sizes, fonts, short forms."""
@@ -112,6 +123,7 @@ def normalise(text: str) -> str:
         text = pattern.sub(replacement, text)
     text = re.sub(r"^\s*(?:=|\\approx|(?:approximately|about) )\s*", "", text)
     text = re.sub(r"(?:(?<!\\)[\s.,:]|\\\\)+$", "", text).strip()
+    text = _QUALIFIER.sub("", text)
     while (inner := _enclosed(text, "{", "}")) is not None:
         text = inner.strip()
     # A list or a number set in text as a whole is a list or a number.
@@ -149,7 +161,8 @@ def _split(text: str, separator: str) -> list[str]:
 
 
 def _compact(text: str) -> str:
-    return re.sub(r"\\text\{\s*(.*?)\s*\}|\s+", r"\1", text)
+    """No spaces, save between digits, and no text mark-up: for telling identical writing."""
+    return re.sub(r"\\text\{\s*(.*?)\s*\}|(?<!\d)\s+|\s+(?!\d)", r"\1", text)
 
 
 # ---------------------------------------------------------------------------------- text
@@ -161,7 +174,7 @@ _WORDS = (
 )
 _NUMBER_WORDS = {word: str(value) for value, word in enumerate(_WORDS.split())}
 _FUNCTIONS = re.compile(
-    r"\\(?!text)[a-zA-Z]+|(?<![a-zA-Z])(?:a?(?:rc)?(?:sin|cos|tan|cot|sec|csc)h?|sqrt|log|ln|exp"
+    r"\\(?:begin|end)\{\w+\}|\\(?!text)[a-zA-Z]+|(?<![a-zA-Z])(?:a?(?:rc)?(?:sin|cos|tan|cot|sec|csc)h?|sqrt|log|ln|exp"
     r"|max|min|gcd|lcm|mod)(?![a-zA-Z])"
 )
 
@@ -180,6 +193,8 @@ def as_text(text: str) -> str:
 def _wordy(text: str) -> bool:
     """Whether this is words and not a formula. Short lower-case runs like xy are products."""
     if re.search(r"\\text\{[^{}]*[^\W\d_]{2}|\d [APap]m$", text):
+        return True
+    if re.fullmatch(r"[^\W\d_]{3,}", text):
         return True
     formula = re.search(r"[\d+=^{}/\\|<>]", text) is not None
     for word in re.findall(r"[^\W\d_]+", _FUNCTIONS.sub(" ", text)):
@@ -393,6 +408,10 @@ _PLAIN_UNIT = re.compile(
 )
 
 
+# Text after a formula that says more than what is counted.
+_NO_UNIT = re.compile(r"\\text\{\s*.{0,2}\}|\b(?:if|for|when|where|otherwise|is|are|to|at|not|no)\b")
+
+
 @lru_cache(maxsize=4096)
 def quantity(text: str) -> Quantity:
     r"""Take the unit off: 5\text{ cm}^2, 12 cm, 120^\circ, 50%, 24 apples. Variables stay."""
@@ -406,16 +425,19 @@ def quantity(text: str) -> Quantity:
     if match and found:
         # "3\text{i}" is a symbol in an upright font, "2\text{ dogs}" a count.
         symbol = re.fullmatch(r"\s*\\text\{\s*[eixyz]\s*\}\s*", match[2])
-        counted = number(match[1]) is not None and not symbol
+        counted = not symbol if number(match[1]) else not _NO_UNIT.search(match[2])
         if found.known or counted:
             return Quantity(match[1].strip(), found)
     match = _PLAIN_UNIT.fullmatch(text)
     found = unit(match[3]) if match else None
     if match and found:
         head, space, name = match.groups()
-        one_letter = len(name.rstrip("^{}23 ")) == 1  # 5m is a product, 5 m a length
         counted = number(head) is not None and re.match(r"[a-zA-Z]{3,}", name) is not None
-        if (found.known and (space or not one_letter)) or counted:
+        # 5m is a product, 5 m and 5m^2 are measured; R^2 h is a product again.
+        measured = len(name) > 1 or bool(space)
+        if len(name.rstrip("^{}23 ")) == 1:
+            measured = measured and not _letters(head)
+        if (found.known and measured) or counted:
             return Quantity(head.strip(), found)
     return Quantity(text)
 
@@ -434,7 +456,7 @@ def _same_quantity(gold: Number, answer: Number, percent: tuple[bool, bool], rul
 
 # ---------------------------------------------------------------------------- structures
 
-_MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?(.*)\\end\{\1\}", re.DOTALL)
+_MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL)
 _COMMA = r",(?!(?<=\d,)\d{3}(?!\d))"  # not the one of 1,234
 _ANY_COMMA = ","
 _BRACKETS = {"()", "[]", "(]", "[)"}
@@ -442,8 +464,8 @@ _BRACKETS = {"()", "[]", "(]", "[)"}
 
 def _structure(text: str, comma: str) -> tuple[str, list[str]]:
     """The outermost structure: "scalar", "list", "set", "union", a pair of brackets or a matrix."""
-    inner = _enclosed(text, "[", "]") or _enclosed(text, "(", ")") or text
-    if match := _MATRIX.fullmatch(inner.strip()):
+    matrix = _enclosed(text, "[", "]") or _enclosed(text, "(", ")") or text
+    if match := _MATRIX.fullmatch(matrix.strip()):
         rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2]) if row.strip()]
         cells = [[cell.strip() for cell in row.split("&")] for row in rows]
         shape = "/".join(str(len(row)) for row in cells)
@@ -451,7 +473,7 @@ def _structure(text: str, comma: str) -> tuple[str, list[str]]:
     if (inner := _enclosed(text, r"\{", r"\}")) is not None:
         if re.search(r"\\mid|[|:]", inner):
             return "scalar", [text]
-        return "set", [part for part in _split(inner, comma) if part]
+        return "set", _both_signs(_split(inner, comma))
     if text[:1] in "([" and text[-1:] in ")]" and text:
         inner = _enclosed(text, text[0], text[-1])
         if inner is not None:
@@ -463,11 +485,19 @@ def _structure(text: str, comma: str) -> tuple[str, list[str]]:
     parts = _split(text, r"\\cup(?![a-z])")
     if len(parts) > 1:
         return "union", parts
-    parts = [part for part in _split(text, comma) if part]
-    if len(parts) == 1 and text.count(r"\pm") + text.count(r"\mp") == 1:
-        signs = [re.sub(r"\\[pm]{2}\s*", sign, text) for sign in ("+", "-")]
-        return "list", [sign.lstrip("+") for sign in signs]
+    parts = _both_signs(_split(text, comma))
     return ("list", parts) if len(parts) > 1 else ("scalar", [text])
+
+
+def _both_signs(parts: list[str]) -> list[str]:
+    """The parts that are not empty, with two for each that holds one plus-minus sign."""
+    both: list[str] = []
+    for part in filter(None, parts):
+        if part.count(r"\pm") + part.count(r"\mp") == 1:
+            both += [re.sub(r"\\[pm]{2}\s*", sign, part).lstrip("+") for sign in ("+", "-")]
+        else:
+            both.append(part)
+    return both
 
 
 _RELATION = re.compile(r"\\le(?![a-z])|\\ge(?![a-z])|\\ne(?![a-z])|<|>")
@@ -487,7 +517,7 @@ def _interval(text: str) -> str | None:
         flip = {r"\ge": r"\le", ">": "<"}
         parts.reverse()
         operators = [flip[operator] for operator in reversed(operators)]
-    variables = [bool(re.fullmatch(r"[a-zA-Z]|\\[a-z]+", part)) for part in parts]
+    variables = [bool(re.fullmatch(r"[a-zA-Z]|\\(?!pi|infty)[a-z]+", part)) for part in parts]
     bounds = [part for part, variable in zip(parts, variables, strict=True) if not variable]
     if sum(variables) != 1 or any(re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", b) for b in bounds):
         return None
@@ -523,7 +553,7 @@ def _as_set(text: str) -> str:
 _LABEL = re.compile(
     r"(?:m\s*)?(?:\\(?:angle|triangle|overline|vec|hat|bar)\s*)?\{?\s*"
     r"(?:\\text\{[^{}]*\}|\\[a-zA-Z]+|[A-Za-z][A-Za-z ]*)\s*\}?(?:_\s*(?:\w|\{[^{}]*\}))?'*"
-    r"(?:\^\s*\{?-1\}?)?(?:\s*\(\s*[A-Za-z](?:\s*,\s*[A-Za-z])*\s*\))?"
+    r"(?:\^\s*\{?-1\}?)?(?:\s*\(\s*\w+(?:\s*,\s*\w+)*\s*\))?"
     r"|\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)"
 )
 _SYMBOL = re.compile(r"(?:\\[a-zA-Z]+|[A-Za-z])(?:_\s*(?:\w|\{[^{}]*\}))?")
@@ -536,12 +566,12 @@ def _letters(text: str) -> set[str]:
 def _value_of(sides: list[str], other: str) -> str | None:
     """What an equation gives as its value: the right side of x = 5 or a + b = 5, not of x^2 = 4."""
     left, right = sides[0], sides[-1]
-    if any(len(_split(side, ",")) > 1 for side in sides[1:-1]):
-        return None  # x = 1, y = 2 is a list of equations
     if _LABEL.fullmatch(left):
         return right
     if _SYMBOL.fullmatch(right) and not _letters(left):
         return left
+    if _RELATION.search(left) or "," in left or r"\text" in left:
+        return None
     letters = _letters(left)
     solved = len(letters) != 1 or r"\sin" in left or r"\cos" in left or r"\tan" in left
     return right if solved or letters <= _letters(other) else None
@@ -550,7 +580,11 @@ def _value_of(sides: list[str], other: str) -> str | None:
 def _without_labels(gold: str, answer: str) -> tuple[str, str] | None:
     """Drop x =, Area =, f(x) = where they only name the value; None if the names disagree."""
     sides_gold, sides_answer = _split(gold, "="), _split(answer, "=")
-    if len(sides_gold) == 1 == len(sides_answer):
+    if not any(map(_letters, sides_gold)):
+        sides_gold = sides_gold[-1:]  # 14/25 = 0.56
+        gold = sides_gold[0]
+    several = any(len(_split(side, ",")) > 1 for side in sides_gold[1:-1] + sides_answer[1:-1])
+    if several or len(sides_gold) == 1 == len(sides_answer):  # several: x = 1, y = 2
         return gold, answer
     if len(sides_gold) > 1 and len(sides_answer) > 1:
         names = [sides_gold[0], sides_answer[0]]
@@ -578,6 +612,8 @@ def _leaf(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
     gold, answer = stripped
     g, a = quantity(gold), quantity(answer)
     g_number, a_number = number(g.head), number(a.head)
+    if g_number and g_number.step and re.fullmatch(r"-?\d+,\d+", a.head):
+        a_number = number(a.head.replace(",", "."))  # 2,5 for 2.5
     ratio = _ratio(g.unit, a.unit, rules)
     if g_number and a_number:
         if ratio is None:
@@ -592,6 +628,8 @@ def _leaf(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
         return as_text(gold) == as_text(answer) != ""
     g_parts, a_parts = _split(gold, ":"), _split(answer, ":")
     if len(g_parts) == 2 or len(a_parts) == 2:
+        if all(re.fullmatch(r"\d{1,2}:\d\d", text) for text in (gold, answer)):
+            return False  # times of day
         return _same_proportion(g_parts, a_parts, rules, symbolic)
     if ratio == 1 and g.percent == a.percent and symbolic(g.head, a.head, rules.tolerance):
         return True
@@ -646,6 +684,8 @@ def _compare(gold: str, answer: str, comma: str, rules: Rules, symbolic: Symboli
     if g_kind == "scalar" == a_kind:
         return _leaf(g_items[0], a_items[0], rules, symbolic)
     if g_kind.startswith("matrix") or a_kind.startswith("matrix"):
+        if "scalar" in (g_kind, a_kind) and "matrix}" in gold and "matrix}" in answer:
+            return symbolic(gold, answer, rules.tolerance)  # a sum or product of matrices
         return g_kind == a_kind and ordered()
     loose = {"list", "set"}
     if g_kind in _BRACKETS and a_kind in _BRACKETS:
@@ -679,6 +719,8 @@ def same(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
         return True
     if too_large(gold) or too_large(answer):
         return False
+    if _TO_DO.search(answer) and not _TO_DO.search(gold):
+        return False  # an integral or a sum is a question, not an answer
     if r"\approx" in answer:
         return any(same(gold, part, rules, symbolic) for part in answer.split(r"\approx"))
     if _wordy(gold) and _wordy(answer) and as_text(gold) == as_text(answer) != "":
@@ -689,7 +731,12 @@ def same(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
     gold, answer = stripped
     named = [_letters(text) for text in stripped if _RELATION.search(text)]
     if len(named) < 2 or named[0] == named[1]:  # x < 3 is not y < 3
-        gold, answer = _as_set(gold), _as_set(answer)
+        sets = _as_set(gold), _as_set(answer)
+        for relation, other in ((0, 1), (1, 0)):
+            solved = _RELATION.search(stripped[relation]) and sets[relation] != stripped[relation]
+            if solved and _structure(sets[other], _COMMA)[0] in ("list", "set"):
+                return False  # 1 < x < 2 is not "1, 2"
+        gold, answer = sets
     if _compare(gold, answer, _COMMA, rules, symbolic):
         return True
     ambiguous = any(re.search(r"\d,\d{3}(?!\d)", text) for text in (gold, answer))
@@ -704,8 +751,10 @@ _LONGEST = 1500
 _DEEPEST = 40
 _HUGE = re.compile(
     r"\d{2000}|\d{5,}\s*\)?\s*!|!\s*\)*\s*!|\^\s*\{?\s*\(?-?\d{6,}"
-    r"|\d\s*\)?\s*\^\s*[{(]*\s*-?\d+\s*\)?\s*\^|__"
+    r"|\d\s*\)?\s*\^\s*[{(]*\s*-?\d+\s*\)?\s*\^|\^\s*\{?\s*\d+\s*\}?\s*\)\s*!|__"
+    r"|\\binom\s*\{[^{}]*(?:\^|\d{6})|([|!_^&])(?:\s*\1){4}"
 )
+_TO_DO = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![a-z])")
 
 
 def too_large(text: str) -> bool:

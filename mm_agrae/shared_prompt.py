@@ -41,6 +41,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from mm_agrae.activations import recompute_elementwise
 from mm_agrae.errors import DataError, ModelError
 from mm_agrae.types import Example, MicroBatch, Prompt
 
@@ -282,16 +283,17 @@ def hidden_states(
         vision["mm_encoder_outputs"] = {"image": output}
     elif packed.pixel_values is not None:
         vision = {"pixel_values": packed.pixel_values, "image_grid_thw": packed.image_grid_thw}
-    hidden_1SH = backbone(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids,
-        # Being four-dimensional it is handed on as it is, and being empty it makes any attention
-        # function but ours fail instead of computing something else.
-        attention_mask=torch.empty(1, 1, 0, 0, device=packed.input_ids.device),
-        use_cache=False,
-        shared_prompt=packed.layout,
-        **vision,
-    ).last_hidden_state
+    with recompute_elementwise():
+        hidden_1SH = backbone(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            # Being four-dimensional it is handed on as it is, and being empty it makes any
+            # attention function but ours fail instead of computing something else.
+            attention_mask=torch.empty(1, 1, 0, 0, device=packed.input_ids.device),
+            use_cache=False,
+            shared_prompt=packed.layout,
+            **vision,
+        ).last_hidden_state
     return hidden_1SH[0].index_select(0, packed.source_N)
 
 

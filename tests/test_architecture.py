@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "mm_agrae"
 LAYERS = [
     {"__init__", "errors", "types", "compat", "versions", "advantage", "loss", "progress"},
     {"config"},
-    {"images", "vocab_head", "records", "rewards"},
+    {"activations", "images", "vocab_head", "records", "rewards"},
     {"tasks", "batching", "metrics", "page"},
     {"processing", "shared_prompt"},
     {"policy", "step"},

@@ -17,9 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mm_agrae.config import RewardSection
+from mm_agrae.rewards import Rewarder
 from mm_agrae.rewards.accuracy import extract_answer, verify
 from mm_agrae.rewards.equivalence import Number, agree, as_text, normalise, number, symbolic
 from mm_agrae.rewards.format import follows
+from mm_agrae.types import Completion, Example
 
 # gold answer, answer in the box
 RIGHT = r"""
@@ -147,6 +150,24 @@ y \le 2x+3         | 2x+3 \ge y
 9\text{ a.m.}      | 9 AM
 The pancreas       | Pancreas
 Ring-enhancing lesion | ring enhancing lesion
+45613              | 45\,613
+2.75               | 2,75
+10^{-3}            | 10^-3
+\frac{3}{4}        | B_{\max} = 0.75
+t \le 4            | t \leqq 4
+4n+1               | 4n + 1, \ n \in \mathbb{Z}
+7^n                | 7^n \text{ for all } n
+3^k                | 3^k \text{ ways}
+\frac{\pi}{6}      | 30^\circ
+3\pi(1+\sqrt{5})   | 3\pi\bigl(1+\sqrt5\bigr)
+[1, 5)             | \biggl[1, 5\biggr)
+8 - c              | -c + 8
+1 - h              | -h + 1
+-x < -2            | x > 2
+\{2\pm\sqrt{3}, 1\} | 1, 2-\sqrt3, 2+\sqrt3
+\begin{pmatrix}4&6\end{pmatrix} | \begin{pmatrix}1&2\end{pmatrix}+\begin{pmatrix}3&4\end{pmatrix}
+f(3) = 7           | 7
+\frac{6}{3} = 2    | 2
 """
 WRONG = r"""
 5                  | 500
@@ -216,6 +237,19 @@ no                 | on
 \text{(B)}         | B or C
 \text{(B)}         | not B
 \text{(B)}         | BC
+23                 | 2\,3
+stream             | master
+2                  | 2 \text{ for } n \ge 3, 1 \text{ for } n = 2
+3                  | x >= 3
+4                  | 4m
+5R^2 h             | 5R^2
+1, 2               | 1 < x < 2
+1, 2, 3            | 1, 2, 3, \ldots
+(1, 2)             | x^2 - 3x + 2 < 0
+\alpha = 30^\circ  | \beta = 30^\circ
+2x + 1 = 7         | 7
+6:30               | 2:10
+12:00              | 1:00
 """
 
 
@@ -263,6 +297,9 @@ def test_gold_answer_with_and_without_delimiters(gold):
         ("B", "they met", ("A. They parted.", "B. They met."), True),
         ("C", "Yes", ("No", "Maybe", "Yes"), True),
         ("C\nD", "C, D", ("a", "b", "c", "d"), True),
+        ("C", "D", ("9", "12", "18", "18"), True),
+        ("18", "D", ("9", "12", "18", "18"), True),
+        ("18", "C, D", ("9", "12", "18", "18"), False),
         ("C\nD", "C", ("a", "b", "c", "d"), False),
         ("B", "B) 15", (), True),
         ("B", "B, C", (), False),
@@ -338,6 +375,9 @@ def test_number_settings(gold, answer, options, right):
         ("The answer to this is $10!$.", "$10!$"),
         ("Final answer:\n\\[\nx^2\n\\]", "\nx^2\n".strip()),
         ("so 18 * 2 = 36\n#### 36", "36"),
+        ("Final Answer: The largest such $n$ is 34. I hope it is correct.", "34"),
+        ("Therefore $x = 7$ is the solution.", "x = 7"),
+        (r"\[\boxed{-2} \quad \text{and} \quad \boxed{1}.\]", "-2, 1"),
         ("<answer> 5 </answer>", "5"),
         ("42", "42"),
         ("A sentence that is far too long to be an answer by itself, for it goes on and on.", None),
@@ -658,31 +698,46 @@ def rows():
     ]
 
 
+def verdicts(questions):
+    """Success for each (gold, answer, choices), by the reward pool: thousands at once."""
+    examples = [
+        Example(id=str(k), question="", answer=gold, grading={"choices": choices})
+        for k, (gold, _, choices) in enumerate(questions)
+    ]
+    completions = [
+        Completion((), (), rf"Hence $\boxed{{{answer}}}$.", "stop", 0) for _, answer, _ in questions
+    ]
+    with Rewarder(RewardSection(), max_new_tokens=1) as rewarder:
+        scores = rewarder.score(examples, completions)
+    assert [score.error for score in scores if score.error] == []
+    return [score.success for score in scores]
+
+
 @real_data
 def test_every_real_gold_answer_is_right():
+    questions = []
     for _, row in rows():
+        answer, value = row["answer"], row.get("answer_value")
         choices = tuple(row.get("choices") or ())
-        assert verify(row["answer"], rf"Hence $\boxed{{{row['answer']}}}$.", choices=choices), row
-        value = row.get("answer_value")
+        questions.append((answer, answer, choices))
         if value:
-            assert verify(value, rf"\boxed{{{value}}}"), row
-            assert verify(row["answer"], rf"\boxed{{{value}}}", choices=choices), row
+            questions += [(value, value, ()), (answer, value, choices), (value, answer, choices)]
+    found = verdicts(questions)
+    assert [q for q, right in zip(questions, found, strict=True) if not right] == []
 
 
 @real_data
 def test_other_real_answers_are_wrong():
-    by_set = {}
+    by_set: dict[str, set[str]] = {}
     for name, row in rows():
         by_set.setdefault(name, set()).add(row.get("answer_value") or row["answer"])
     draw = random.Random(0)
-    for name, answers in by_set.items():
-        answers = sorted(answers)
-        if len(answers) < 2:
-            continue
-        for _ in range(120):
-            gold, other = draw.sample(answers, 2)
-            if verify(gold, rf"\boxed{{{other}}}"):
-                assert as_text(normalise(gold)) == as_text(normalise(other)), (name, gold, other)
+    questions = [
+        (*draw.sample(sorted(answers), 2), ()) for answers in by_set.values() for _ in range(150)
+    ]
+    for (gold, other, _), right in zip(questions, verdicts(questions), strict=True):
+        as_words = [as_text(normalise(text.rpartition("=")[2])) for text in (gold, other)]
+        assert not right or as_words[0] == as_words[1], (gold, other)
 
 
 @real_data

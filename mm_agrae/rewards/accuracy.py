@@ -252,7 +252,7 @@ def _after_answer_is(text: str) -> str | None:
     if delimited := _DELIMITED.match(rest):
         return next(group for group in delimited.groups() if group is not None)
     end = _SENTENCE_END.search(rest)
-    return _said(rest[: end.start() if end else None]).strip("*`\"“”")
+    return _said(rest[: end.start() if end else None]).strip('*`"“”')
 
 
 _FORMULA = re.compile(r"\$\$?([^$]+)\$?\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
@@ -356,23 +356,29 @@ def _same_choice(
     gold: str, answer: str, choices: tuple[str, ...], rules: Rules, symbolic: Symbolic
 ) -> bool:
     choices = tuple(_without_letter(choice, index) for index, choice in enumerate(choices))
-    right = _letters(gold, len(choices)) or _letters_of_text(gold, choices, rules, symbolic)
+    right = _letters(gold, len(choices)) or _letter_of_text(gold, choices, rules, symbolic)
     if not right:
         return same(gold, answer, rules, symbolic)
     answer = _OPTION.sub("", _strip_text(answer))
     chosen = _letters(answer, len(choices))
-    if chosen:
+    if len(chosen) > 1 or len(right) > 1:
         return chosen == right
+    first = ord(min(right)) - ord("A")
+    if choices:  # a choice that stands there twice has two letters
+        twins = enumerate(choice == choices[first] for choice in choices[:26])
+        right = {chr(ord("A") + index) for index, equal in twins if equal}
+    if chosen:
+        return chosen <= right
     lettered = _LETTERED.fullmatch(answer) or _LETTER_SPACE.fullmatch(answer)
     if lettered and (index := ord(lettered[1].upper()) - ord("A")) < (len(choices) or 10):
         # A letter and a text must agree.
-        if {lettered[1].upper()} == right:
+        if lettered[1].upper() in right:
             if not choices:
                 return lettered.re is _LETTERED and not _MORE.match(lettered[2])
             return same(choices[index], lettered[2], rules, symbolic)
         if choices and same(choices[index], lettered[2], rules, symbolic):
             return False
-    return len(right) == 1 and _letters_of_text(answer, choices, rules, symbolic) >= right
+    return bool(choices) and same(choices[first], answer, rules, symbolic)
 
 
 def _without_letter(choice: str, index: int) -> str:
@@ -397,14 +403,17 @@ def _letters(text: str, count: int) -> set[str]:
     return set(letters) if valid and len(letters) == len(set(letters)) else set()
 
 
-def _letters_of_text(
+def _letter_of_text(
     text: str, choices: tuple[str, ...], rules: Rules, symbolic: Symbolic
 ) -> set[str]:
-    return {
-        chr(ord("A") + index)
-        for index, choice in enumerate(choices)
-        if index < 26 and same(choice, text, rules, symbolic)
-    }
+    """The first letter of the choice with this text; as written, or else of the same value."""
+    written = [equivalence.normalise(choice) for choice in choices[:26]]
+    if (plain := equivalence.normalise(text)) in written:
+        return {chr(ord("A") + written.index(plain))}
+    for index, choice in enumerate(choices[:26]):
+        if same(choice, text, rules, symbolic):
+            return {chr(ord("A") + index)}
+    return set()
 
 
 # --------------------------------------------------------------------------- where it runs

@@ -162,7 +162,8 @@ def _split(text: str, separator: str) -> list[str]:
 
 def _compact(text: str) -> str:
     """No spaces, save between digits, and no text mark-up: for telling identical writing."""
-    return re.sub(r"\\text\{\s*(.*?)\s*\}|(?<!\d)\s+|\s+(?!\d)", r"\1", text)
+    text = re.sub(r"\\text\{\s*(.*?)\s*\}|(?<!\d)\s+|\s+(?!\d)", r"\1", text)
+    return re.sub(r"([_^])\{(\w)\}(?!\w)", r"\1\2", text)
 
 
 # ---------------------------------------------------------------------------------- text
@@ -409,7 +410,9 @@ _PLAIN_UNIT = re.compile(
 
 
 # Text after a formula that says more than what is counted.
-_NO_UNIT = re.compile(r"\\text\{\s*.{0,2}\}|\b(?:if|for|when|where|otherwise|is|are|to|at|not|no)\b")
+_NO_UNIT = re.compile(
+    r"\\text\{\s*.{0,2}\}|\b(?:if|for|when|where|otherwise|is|are|to|at|not|no)\b"
+)
 
 
 @lru_cache(maxsize=4096)
@@ -456,7 +459,9 @@ def _same_quantity(gold: Number, answer: Number, percent: tuple[bool, bool], rul
 
 # ---------------------------------------------------------------------------- structures
 
-_MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL)
+_MATRIX = re.compile(
+    r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL
+)
 _COMMA = r",(?!(?<=\d,)\d{3}(?!\d))"  # not the one of 1,234
 _ANY_COMMA = ","
 _BRACKETS = {"()", "[]", "(]", "[)"}
@@ -559,6 +564,9 @@ _LABEL = re.compile(
 _SYMBOL = re.compile(r"(?:\\[a-zA-Z]+|[A-Za-z])(?:_\s*(?:\w|\{[^{}]*\}))?")
 
 
+_NUMERIC = re.compile(r"(?:[\d\s.,+\-/^{}()%!]|\\(?:frac|sqrt|pi|cdot|times|circ)(?![a-z]))+")
+
+
 def _letters(text: str) -> set[str]:
     return set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text)))
 
@@ -580,7 +588,7 @@ def _value_of(sides: list[str], other: str) -> str | None:
 def _without_labels(gold: str, answer: str) -> tuple[str, str] | None:
     """Drop x =, Area =, f(x) = where they only name the value; None if the names disagree."""
     sides_gold, sides_answer = _split(gold, "="), _split(answer, "=")
-    if not any(map(_letters, sides_gold)):
+    if all(map(_NUMERIC.fullmatch, sides_gold)):
         sides_gold = sides_gold[-1:]  # 14/25 = 0.56
         gold = sides_gold[0]
     several = any(len(_split(side, ",")) > 1 for side in sides_gold[1:-1] + sides_answer[1:-1])
@@ -612,8 +620,6 @@ def _leaf(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
     gold, answer = stripped
     g, a = quantity(gold), quantity(answer)
     g_number, a_number = number(g.head), number(a.head)
-    if g_number and g_number.step and re.fullmatch(r"-?\d+,\d+", a.head):
-        a_number = number(a.head.replace(",", "."))  # 2,5 for 2.5
     ratio = _ratio(g.unit, a.unit, rules)
     if g_number and a_number:
         if ratio is None:
@@ -719,6 +725,8 @@ def same(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
         return True
     if too_large(gold) or too_large(answer):
         return False
+    if re.fullmatch(r"-?\d+\.\d+", gold) and re.fullmatch(r"-?\d+,\d+", answer):
+        return same(gold, answer.replace(",", "."), rules, symbolic)  # 2,5 for 2.5
     if _TO_DO.search(answer) and not _TO_DO.search(gold):
         return False  # an integral or a sum is a question, not an answer
     if r"\approx" in answer:

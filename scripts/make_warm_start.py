@@ -69,6 +69,7 @@ CHAT_TEMPLATE = (
 # vision tower stays at chance.
 MEAN, STD = 1.0, 0.4
 PATCH, MERGE = 14, 2
+STAGES = ("text", "vision", "join")
 
 SKILL = {1: (0.35, 0.7), 2: (0.25, 0.6), 3: (0.08, 0.35), 4: (0.15, 0.5)}
 """Level -> range of the probability that the teacher uses the right rule, spread over figures."""
@@ -77,8 +78,8 @@ BLUNDERS = {
     ("x", 3): ("Triangle: s=a+b, 180-s", "Exterior angle: a+b", "Full turn: s=a+b+c, 360-s"),
 }
 """What is asked, how many numbers are given -> wrong rules beside those of other figures."""
-NAME_IT, READ_IT, CALCULATE = "Name the figure.", "Read the picture.", "Calculate."
-REPEAT = "Repeat"
+NAME_IT, READ_IT = "Name the figure.", "Read the picture."
+CALCULATE, REPEAT = "Calculate.", "Repeat"
 
 Turn = tuple[str, list[tuple[str, float]]]
 """A question and its reply, in pieces with the weight that each has in the loss."""
@@ -620,11 +621,10 @@ def save(model: Any, processor: Any, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/warm_start"))
-    parser.add_argument("--stages", nargs="+", default=["text", "vision", "join", "polish"])
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--text-steps", type=int, default=1600)
     parser.add_argument("--vision-steps", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--polish-steps", type=int, default=800)
     parser.add_argument("--save-every", type=int, default=300)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -656,10 +656,6 @@ def main() -> None:
         vl.model.visual.load_state_dict(torch.load(tower))
         train(vl, processor, args, args.steps, 0.75, args.out / "vl")
         tower.unlink()
-    if "polish" in args.stages:
-        vl = type(vl).from_pretrained(args.out / "vl")
-        args.seed, args.lr = args.seed + 10, 0.6 * args.lr
-        train(vl, processor, args, args.polish_steps, 0.85, args.out / "vl")
         for modality in ("text", "image"):
             measure(vl, tokenizer, modality, args.problems, args.samples)
 

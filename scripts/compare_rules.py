@@ -17,6 +17,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from mm_agrae import config as configs
 from mm_agrae.progress import Reporter
 from mm_agrae.records import EvaluationResult, RunFolder
 from mm_agrae.report import compare_report
@@ -31,11 +32,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     arguments = parser.parse_args()
 
+    own_rule = configs.load(arguments.config, arguments.overrides).advantage.rule
     runs: dict[str, list[RunFolder]] = {rule: [] for rule in arguments.rules}
     for seed in arguments.seeds:
         for rule in arguments.rules:
             folder = arguments.out / f"{rule}-seed{seed}"
-            settings = [f"run_dir={folder}", f"train.seed={seed}", f"advantage={{rule: {rule}}}"]
+            settings = [f"run_dir={folder}", f"train.seed={seed}"]
+            if rule != own_rule:  # the config's settings are those of its own rule
+                settings.append(f"advantage={{rule: {rule}}}")
             command = [sys.executable, "-m", "mm_agrae.cli", "train", arguments.config]
             subprocess.run([*command, *settings, *arguments.overrides], check=True)
             runs[rule].append(RunFolder(folder))

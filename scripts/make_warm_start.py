@@ -4,15 +4,15 @@
 
 Both are real transformers classes with random weights at first: Qwen2_5_VLForConditionalGeneration
 and Qwen2ForCausalLM, one byte-level tokenizer for the two. They are taught, by plain supervised
-learning on the training split of the synthetic task, to write
+learning on the training split of the synthetic task and on bare sums, to write
 
     <think>Given 70, 40. Exterior angle: 70+40=110.</think> \\boxed{110}
 
 The teacher reads and calculates rightly but is deliberately unsure of the rule: it uses the right
 one with a probability that differs by figure (`SKILL`) and otherwise one of a few wrong ones. So
-the checkpoint can do every step and mostly chooses badly, which is what reinforcement learning
-is then to mend. At the end the script measures pass@1 and pass@16 on the test split, and pass@1
-with the picture blanked or swapped for another's: what is left is guessing.
+the checkpoint mostly calculates right and mostly chooses badly, which is what reinforcement
+learning is then to mend. At the end the script measures pass@1 and pass@16 on the test split, and
+pass@1 with the picture blanked or swapped for another's: what is left is guessing.
 """
 
 from __future__ import annotations
@@ -280,7 +280,7 @@ def make_model(kind: str, tokenizer: Any, args: argparse.Namespace) -> Any:
         model: Any = Qwen2ForCausalLM(Qwen2Config(**text, rope_parameters=rope))
     else:
         model = Qwen2_5_VLForConditionalGeneration(
-            Qwen2_5_VLConfig(
+            Qwen2_5_VLConfig(  # type: ignore[call-arg]
                 text_config={**text, "rope_parameters": {**rope, "mrope_section": [4, 6, 6]}},
                 vision_config={
                     "depth": args.vision_layers,
@@ -314,7 +314,7 @@ def make_model(kind: str, tokenizer: Any, args: argparse.Namespace) -> Any:
 
 def pixels(images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     """What the image processor yields for pictures of one size, many times faster."""
-    array = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+    array: Any = np.stack([np.asarray(image, dtype=np.float32) for image in images])
     count, height, width, _ = array.shape
     rows, columns, block = height // PATCH, width // PATCH, MERGE
     array = (array / 255 - MEAN) / STD
@@ -531,7 +531,7 @@ def sample(
     replies: list[list[str]] = []
     stride = max(1, 128 // samples)
     for at in range(0, len(rows), stride):
-        part = [([(question, [])], image) for question, image in rows[at : at + stride]]
+        part: list[Any] = [([(question, [])], image) for question, image in rows[at : at + stride]]
         repeated = [row for row in part for _ in range(samples)]
         inputs = batch(repeated, tokenizer, left=True)
         out = model.generate(
@@ -563,7 +563,7 @@ def measure(model: Any, tokenizer: Any, modality: str, problems: int, samples: i
 
     task = SyntheticTask("test", modality=modality, size=problems)
     examples = [task[index] for index in range(problems)]
-    pictures = [example.images[0] if example.images else None for example in examples]
+    pictures: list[Any] = [e.images[0] if e.images else None for e in examples]
     started = time.time()
 
     def solve(pictures: Sequence[Any], samples: int) -> tuple[list[list[str]], np.ndarray]:

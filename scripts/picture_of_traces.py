@@ -25,9 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument(
-        "--example", help="id of the problem; one that was learnt if left out"
-    )
+    parser.add_argument("--example", help="id of the problem; one that was learnt if left out")
     arguments = parser.parse_args()
     run = RunFolder(arguments.run)
     greedy = {

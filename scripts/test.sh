@@ -3,7 +3,8 @@
 source "$(dirname "$0")/environment.sh"
 prepare_environment dev
 export HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS=1 # two test processes, one thread each
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+python -m pytest --numprocesses 2 "$@"

@@ -267,7 +267,7 @@ def test_only_bad_rows_is_an_error(tmp_path):
 def test_a_reward_function_that_raises_is_counted_and_named(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def reward(example, completion):\n"
-        "    if len(completion.token_ids) % 2:\n"
+        "    if sum(completion.token_ids) % 2:\n"
         "        raise ValueError('odd')\n"
         "    return 1.0\n"
     )

@@ -138,6 +138,7 @@ class Trainer:
                 self.reporter.bar("training", self.total_steps, keep=True)
             )
             advance(self.steps_done)
+            self.stopwatch.lap()  # what came before belongs to no step
             try:
                 while self.steps_done < self.total_steps and not self._stop_everywhere():
                     values = self.step()

@@ -14,6 +14,7 @@ import inspect
 import itertools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -31,6 +32,16 @@ from mm_agrae.vocab_head import head_logprobs
 
 EXCLUDED = -1e4
 """Added to the logit of an id that can't be sampled. Finite, so that 0 · log 0 is not NaN."""
+
+
+LOGIT_SCALES = (
+    "final_logit_softcapping",
+    "logits_scaling",
+    "logit_scale",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+"""Config fields of families that do something to the logits after the vocabulary head."""
 
 
 class Policy(nn.Module):
@@ -64,9 +75,9 @@ class Policy(nn.Module):
         self._reference: list[nn.Module] = []  # in a list, so that it is no submodule
         self.to(device)
         head = self.hf.get_output_embeddings()
-        if head is None or getattr(
-            self.hf.config.get_text_config(), "final_logit_softcapping", None
-        ):
+        config = self.hf.config.get_text_config()
+        scaled = [name for name in LOGIT_SCALES if getattr(config, name, None) not in (None, 0, 1)]
+        if head is None or scaled:
             raise ModelError(
                 f"model.path {settings.path!r}: {type(self.hf).__name__} has no plain linear "
                 "vocabulary head, which the log-probabilities are computed from"
@@ -140,6 +151,30 @@ class Policy(nn.Module):
         elif wanted == "on":
             raise ModelError(f"update.shared_prompt is on, but {reason}")
         return reason or ""
+
+    @torch.no_grad()
+    def check_sharing(self, batch: MicroBatch) -> None:
+        """Compare both ways on a few real completions. Raises ModelError if they disagree."""
+        if self.repeats_because or not bool(batch.mask_BT.any()):
+            return
+        few = slice(0, 4)
+        batch = replace(
+            batch,
+            prompt_index_B=batch.prompt_index_B[few],
+            token_BT=batch.token_BT[few],
+            mask_BT=batch.mask_BT[few],
+        )
+        training, reason = self.training, self.repeats_because
+        self.eval()
+        try:
+            shared_BT = self(batch)[0]
+            self.repeats_because = "check_sharing compares"
+            repeated_BT = self(batch)[0]
+        finally:
+            self.repeats_because = reason
+            self.train(training)
+        dtype = torch.float32 if self.settings.dtype == "float32" else torch.bfloat16
+        sharing.require_agreement(shared_BT, repeated_BT, batch.mask_BT, dtype)
 
     def _shared(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Hidden states that predict each completion token, its row and column; prompts once."""

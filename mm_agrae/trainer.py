@@ -112,6 +112,7 @@ class Trainer:
         self.run = RunFolder(config.run_dir)
         self.bad_gradients = self.bad_in_a_row = 0
         self.stop_requested = False
+        self.sharing_checked = False
         self._resume()
 
     # ------------------------------------------------------------------ the run
@@ -301,6 +302,9 @@ class Trainer:
     def _update(self, plan: Sequence[MiniBatch]) -> dict[str, float]:
         """Take the optimiser steps of a rollout. Returns loss, gradient norm and statistics."""
         update = self.config.update
+        if not self.sharing_checked:
+            self.policy.check_sharing(plan[0].batches[0])
+            self.sharing_checked = True
         self.module.train()
         off_policy = len(plan) * update.epochs > 1
         with torch.no_grad():

@@ -308,6 +308,7 @@ def test_pictures_encoded_in_a_step(tmp_path, model, update, expected):
         tmp_path / "run", model=model, update=update, advantage={"rule": "w_reinforce"}
     )
     trainer = Trainer(config, Reporter(enabled=False))
+    trainer.sharing_checked = True  # the check at the start of a run encodes a picture or two more
     encoded = []
     trainer.policy.backbone.visual.register_forward_hook(
         lambda module, arguments, options, output: encoded.append(len(options["grid_thw"])),
@@ -315,6 +316,19 @@ def test_pictures_encoded_in_a_step(tmp_path, model, update, expected):
     )
     step_gradients(trainer)
     assert sum(encoded) == expected * config.rollout.prompts_per_step
+
+
+def test_a_shared_prompt_that_computes_something_else_is_found_out(tmp_path, monkeypatch):
+    from mm_agrae import shared_prompt
+
+    config = run_config(
+        tmp_path / "run", TEXT, advantage={"rule": "w_reinforce"}, evaluate={"before": False}
+    )
+    trainer = Trainer(config, Reporter(enabled=False))
+    right = shared_prompt.hidden_states
+    monkeypatch.setattr(shared_prompt, "hidden_states", lambda *a, **k: right(*a, **k) * 1.02)
+    with pytest.raises(ModelError, match=r"update\.shared_prompt=off"):
+        trainer.train()
 
 
 def test_a_gradient_that_is_not_finite_is_left_out(tmp_path):

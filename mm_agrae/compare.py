@@ -40,10 +40,11 @@ def build(config: Config, path: str) -> tuple[Processing, Policy, Engine]:
         device="cuda" if use_cuda else "cpu",
     )
     engine = make_engine(
-        config.rollout.engine,
+        config.rollout,
         policy,
         processing,
         batch_completions=config.evaluate.batch_completions,
+        max_tokens=config.prompt.max_tokens + config.evaluate.max_new_tokens,
     )
     return processing, policy, engine
 

@@ -113,8 +113,61 @@ class DynamicSampling(Section):
     max_draws: PositiveInt = 3
 
 
+class VllmSection(Section):
+    """For the engines vllm (inside the training process) and vllm_server (over HTTP)."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: model.dtype."""
+    sync: Literal["merged", "adapter"] = "merged"
+    """What reaches the engine after an optimiser step: all weights, LoRA merged into them, or
+    the LoRA adapter alone."""
+    max_model_len: PositiveInt | None = None
+    """Tokens of prompt and completion together; not set: prompt.max_tokens + max_new_tokens."""
+    memory_fraction: Fraction = 0.4
+    """Share of a GPU's memory for weights and KV cache. On a CPU see cache_gib."""
+    cache_gib: PositiveInt = 1
+    """KV cache on a CPU, in GiB."""
+    tensor_parallel: PositiveInt = 1
+    sleep: bool = True
+    """Free the GPU's memory for the update between rollouts (engine vllm)."""
+    enforce_eager: bool = False
+    servers: tuple[str, ...] = ()
+    """Addresses for vllm_server, such as http://127.0.0.1:8000, started by `mm-agrae serve`."""
+    start_limit_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long to wait for an engine to get ready."""
+    request_limit_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long one prompt's completions may take before its server counts as lost."""
+    options: dict[str, Any] = {}
+    """Further arguments of vLLM's engine, as they are (engine vllm)."""
+
+
+class MismatchSection(Section):
+    """What is done about an engine whose log-probabilities differ from the trained model's."""
+
+    correction: Literal["auto", "off", "token", "sequence"] = "auto"
+    """Truncated importance sampling by π_old / π_engine, of each token or of whole completions.
+    auto: token for every engine but hf, whose numbers are the model's own."""
+    limit: Annotated[float, Field(ge=1)] = 2.0
+    """Weights are cut to this."""
+    beyond: Literal["truncate", "mask"] = "truncate"
+    """mask: what is beyond the limit, or below its inverse, is left out."""
+    probe_every: Annotated[int, Field(ge=0)] = 50
+    """Compare log-probabilities at the start and every N steps; 0: never."""
+    probe_prompts: PositiveInt = 4
+    warn_above: Annotated[float, Field(gt=0)] = 0.05
+    """Mean difference (nats a token) above which the probe warns; bfloat16 gives about 0.01."""
+    stop_above: Annotated[float, Field(gt=0)] = 0.5
+    """Mean difference above which the run stops: the engine holds other weights or pictures."""
+
+
 class RolloutSection(SamplingSection):
-    engine: str = "hf"
+    engine: Literal["hf", "vllm", "vllm_server"] = "hf"
+    """hf: the trained model itself. vllm: vLLM in this process. vllm_server: vLLM over HTTP."""
+    vllm: VllmSection = VllmSection()
+    mismatch: MismatchSection = MismatchSection()
+    overlap: bool = False
+    """Sample the next step's completions while the update runs (vllm_server): they are one
+    version behind, which the same importance weights correct."""
     prompts_per_step: Annotated[int, Field(ge=1)] = 16
     """Prompts of one rollout, over all processes."""
     completions_per_prompt: int = 8
@@ -125,6 +178,16 @@ class RolloutSection(SamplingSection):
 
     @model_validator(mode="after")
     def _check(self) -> RolloutSection:
+        if self.engine == "vllm_server" and not self.vllm.servers:
+            raise ValueError(
+                "rollout.vllm.servers names no server; start one with `mm-agrae serve` and give "
+                "its address, such as rollout.vllm.servers=[http://127.0.0.1:8000]"
+            )
+        if self.overlap and self.engine != "vllm_server":
+            raise ValueError(
+                f"rollout.overlap needs rollout.engine=vllm_server, not {self.engine}: only a "
+                "server can sample while this process updates"
+            )
         if self.completions_per_prompt < 2:
             raise ValueError(
                 f"rollout.completions_per_prompt is {self.completions_per_prompt}: a group of one "

@@ -23,3 +23,7 @@ class ModelError(UserError):
 
 class RunFolderError(UserError):
     """A run folder cannot be written or read."""
+
+
+class EngineError(UserError):
+    """A rollout engine cannot start, cannot take the weights, or is lost."""

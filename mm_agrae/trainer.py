@@ -97,10 +97,12 @@ class Trainer:
         if config.update.kl_coef > 0:
             self.policy.keep_reference()
         self.engine = make_engine(
-            config.rollout.engine,
+            config.rollout,
             self.policy,
             self.processing,
             batch_completions=config.rollout.batch_completions,
+            max_tokens=config.prompt.max_tokens
+            + max(config.rollout.max_new_tokens, config.evaluate.max_new_tokens),
         )
         self.optimizer, self.scheduler = self._optimizer()
         self.module, self.optimizer = self.accelerator.prepare(self.policy, self.optimizer)

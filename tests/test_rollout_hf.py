@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from helpers import TEXT, VL, engine, policy, processing, prompts, sampling
+from helpers import TEXT, VL, engine, policy, processing, prompts, run_config, sampling
 
 from mm_agrae.batching import Row, micro_batch
 from mm_agrae.errors import ConfigError
-from mm_agrae.rollout import derive_seed, make_engine
+from mm_agrae.rollout import derive_seed
 from mm_agrae.rollout.hf import sample
 from mm_agrae.types import Example
 
@@ -158,4 +158,4 @@ def test_seeds():
     with pytest.raises(ValueError, match="2 seeds for 1 prompts"):
         engine(policy(TEXT)).generate(prompts(TEXT, 1), 1, sampling(), [1, 2])
     with pytest.raises(ConfigError, match="did you mean 'hf'"):
-        make_engine("hff")
+        run_config("runs/x", rollout={"engine": "hff"})

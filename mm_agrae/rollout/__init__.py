@@ -5,14 +5,27 @@ from __future__ import annotations
 import hashlib
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
-from mm_agrae.config import SamplingSection
+from mm_agrae.config import RolloutSection, SamplingSection
+from mm_agrae.policy import Policy
+from mm_agrae.processing import Processing
 from mm_agrae.types import Completion, Prompt
 
 ENGINES: dict[str, str] = {
     "hf": "mm_agrae.rollout.hf:HFEngine",
+    "vllm": "mm_agrae.rollout.vllm:VllmEngine",
+    "vllm_server": "mm_agrae.rollout.vllm_server:VllmServerEngine",
 }
+
+
+@dataclass(frozen=True)
+class Sync:
+    """One hand-over of weights to an engine: how much, and how long it took."""
+
+    megabytes: float = 0.0
+    seconds: float = 0.0
 
 
 class Engine(Protocol):
@@ -20,6 +33,18 @@ class Engine(Protocol):
 
     exact: bool
     """Whether sampling log-probs equal those of the policy's own forward."""
+
+    version: int
+    """The policy version whose weights the engine holds; completions carry it."""
+
+    def sync(self) -> Sync:
+        """Take over the policy's present weights and version. A collective call: every process
+        makes it. Raises EngineError if the engine is left with other weights."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory and processes."""
+        ...
 
     def generate(
         self,
@@ -33,20 +58,29 @@ class Engine(Protocol):
 
         The samples of a prompt depend on its seed alone, not on its neighbours. Ids that stand
         for images, videos or padding are never sampled. `on_progress` is told how many
-        completions have been finished since the last call.
+        completions have been finished since the last call. Raises EngineError.
         """
         ...
 
 
-def make_engine(name: str, *args: Any, **options: Any) -> Engine:
-    """The engine called `name`. Raises ConfigError for an unknown one."""
-    from mm_agrae.config import nearest
-    from mm_agrae.errors import ConfigError
+def make_engine(
+    rollout: RolloutSection,
+    policy: Policy,
+    processing: Processing,
+    *,
+    batch_completions: int,
+    max_tokens: int,
+) -> Engine:
+    """The engine that `rollout.engine` names, its constructor called with the same arguments.
 
-    if name not in ENGINES:
-        raise ConfigError(f"rollout.engine is {name!r}; {nearest(name, ENGINES)}")
-    module, _, attribute = ENGINES[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)(*args, **options)
+    `batch_completions` bounds how many completions are made at once, `max_tokens` the length of
+    prompt and completion together. Raises EngineError if it cannot start.
+    """
+    module, _, attribute = ENGINES[rollout.engine].partition(":")
+    engine_class = getattr(importlib.import_module(module), attribute)
+    return engine_class(
+        policy, processing, rollout, batch_completions=batch_completions, max_tokens=max_tokens
+    )
 
 
 def derive_seed(*parts: int | str) -> int:

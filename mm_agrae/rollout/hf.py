@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from mm_agrae.batching import pad_sequences
-from mm_agrae.config import SamplingSection
+from mm_agrae.config import RolloutSection, SamplingSection
 from mm_agrae.policy import Policy
 from mm_agrae.processing import Processing
+from mm_agrae.rollout import Sync
 from mm_agrae.types import Completion, Prompt
 
 DROP_SHARE = 0.25
@@ -26,11 +27,31 @@ DROP_SHARE = 0.25
 class HFEngine:
     exact = True
 
-    def __init__(self, policy: Policy, processing: Processing, *, batch_completions: int = 128):
+    def __init__(
+        self,
+        policy: Policy,
+        processing: Processing,
+        rollout: RolloutSection | None = None,
+        *,
+        batch_completions: int = 128,
+        max_tokens: int | None = None,
+    ):
+        """Only `batch_completions` matters here: memory is taken as prompts need it."""
         self.policy = policy
         self.processing = processing
         self.batch_completions = batch_completions
         self._eos = torch.tensor(processing.eos_ids, device=policy.device)
+
+    @property
+    def version(self) -> int:
+        return self.policy.version
+
+    def sync(self) -> Sync:
+        """Nothing to do: this engine samples with the policy itself."""
+        return Sync()
+
+    def close(self) -> None:
+        """Nothing to give back."""
 
     def generate(
         self,

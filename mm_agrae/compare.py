@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,32 +77,33 @@ def evaluate_checkpoints(
     with Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder, reporter.bars():
         for name, path in zip(names, paths, strict=True):
             processing, _, engine = build(config, path)
-            for source in config.data.evaluate:
-                task = load(source, on_bad_row=config.data.on_bad_row)
-                started = time.perf_counter()
-                total = len(task) * (config.evaluate.samples + config.evaluate.greedy)
-                with reporter.bar(f"{name} on {source.label}", total) as advance:
-                    problems = evaluate.run(
-                        engine,
-                        processing,
-                        rewarder,
-                        task,
-                        range(len(task)),
-                        config.evaluate,
-                        on_bad_row=config.data.on_bad_row,
-                        on_progress=advance,
+            with contextlib.closing(engine):
+                for source in config.data.evaluate:
+                    task = load(source, on_bad_row=config.data.on_bad_row)
+                    started = time.perf_counter()
+                    total = len(task) * (config.evaluate.samples + config.evaluate.greedy)
+                    with reporter.bar(f"{name} on {source.label}", total) as advance:
+                        problems = evaluate.run(
+                            engine,
+                            processing,
+                            rewarder,
+                            task,
+                            range(len(task)),
+                            config.evaluate,
+                            on_bad_row=config.data.on_bad_row,
+                            on_progress=advance,
+                        )
+                    results.append(
+                        evaluate.write(
+                            run,
+                            name,
+                            source.label,
+                            problems,
+                            config.evaluate,
+                            time.perf_counter() - started,
+                        )
                     )
-                results.append(
-                    evaluate.write(
-                        run,
-                        name,
-                        source.label,
-                        problems,
-                        config.evaluate,
-                        time.perf_counter() - started,
-                    )
-                )
-                reporter.say(evaluate.one_line(results[-1]))
+                    reporter.say(evaluate.one_line(results[-1]))
     for source in config.data.evaluate:
         _table(reporter, source.label, [r for r in results if r.label == source.label])
     reporter.say(f"results and samples in {out}")

@@ -1,12 +1,13 @@
 """One strict schema for every run, vision-language or text, laptop or cluster.
 
-A run is one YAML file; `key=value` overrides with dotted keys change single settings:
+A run is one YAML file; `key=value` overrides with dotted keys change single settings, and further
+files are laid over it:
 
-    mm-agrae train configs/quickstart.yaml train.steps=10 advantage.rule=grpo
+    mm-agrae train configs/quickstart.yaml train.steps=10 configs/with/grpo.yaml
 
 Unknown keys, wrong types and settings that contradict each other raise `ConfigError`, which
-names the key and the nearest valid one. This module reads the one file it is given and does
-no other I/O; nothing is loaded before a config is known to be whole.
+names the key and the nearest valid one. This module reads the files it is given and does no
+other I/O; nothing is loaded before a config is known to be whole.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class DataSource(Section):
     """Label in logs and reports; the task's name if empty."""
     limit: PositiveInt | None = None
     """Use only this many examples, from the front."""
+    samples: PositiveInt | None = None
+    """Completions per problem in evaluation; not set: evaluate.samples."""
 
     @property
     def label(self) -> str:
@@ -187,6 +190,11 @@ class RolloutSection(SamplingSection):
             raise ValueError(
                 f"rollout.overlap needs rollout.engine=vllm_server, not {self.engine}: only a "
                 "server can sample while this process updates"
+            )
+        if self.overlap and self.dynamic_sampling is not None:
+            raise ValueError(
+                "rollout.overlap and rollout.dynamic_sampling exclude each other: which groups to "
+                "draw again is known only after the update has begun"
             )
         if self.completions_per_prompt < 2:
             raise ValueError(
@@ -388,24 +396,54 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config and apply `key=value` overrides.
+    """Read a YAML config and apply overrides: `key=value`, or further YAML files laid over it.
 
-    Raises ConfigError naming the file and the key.
+    A file may build on another one: `base: other.yaml`, relative to itself. Sections are merged
+    key by key, anything else is replaced, by what comes later. Raises ConfigError naming the file
+    and the key.
     """
-    path = Path(path)
+    values = _read(Path(path))
+    for override in overrides:
+        if "=" not in override and Path(override).suffix in (".yaml", ".yml"):
+            values = _merge(values, _read(Path(override)))
+        else:
+            _apply_override(values, override)
+    return parse(values, source=str(path))
+
+
+def _read(path: Path, built_on_it: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The plain values of a config file, over those of its `base`."""
+    named_by = f" (base of {built_on_it[-1]})" if built_on_it else ""
+    if path.resolve() in [other.resolve() for other in built_on_it]:
+        circle = " -> ".join(str(other) for other in (*built_on_it, path))
+        raise ConfigError(f"config {path}: base goes in a circle: {circle}")
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"config {path}: cannot be read ({error.strerror})") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise ConfigError(f"config {path}{named_by}: cannot be read ({reason})") from None
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: expected a mapping of settings at the top level")
-    for override in overrides:
-        _apply_override(values, override)
-    return parse(values, source=str(path))
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"config {path}: base must be the path of one file (got {base!r})")
+    return _merge(_read(path.parent / base, (*built_on_it, path)), values)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`; mappings are merged, anything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
 
 
 def parse(values: dict[str, Any], source: str = "config") -> Config:
@@ -460,7 +498,21 @@ def plan(config: Config, train_rows: int, processes: int = 1) -> list[tuple[str,
     ]
 
 
-RESUMABLE = ("run_dir", "resume", "evaluate", "checkpoint", "log", "data.evaluate")
+RESUMABLE = (
+    "run_dir",
+    "resume",
+    "evaluate",
+    "checkpoint",
+    "log",
+    "data.evaluate",
+    "rollout.vllm.servers",
+    "rollout.vllm.start_limit_s",
+    "rollout.vllm.request_limit_s",
+    "rollout.mismatch.probe_every",
+    "rollout.mismatch.probe_prompts",
+    "rollout.mismatch.warn_above",
+    "rollout.mismatch.stop_above",
+)
 """What a resumed run may change: nothing here has a say in the weights."""
 
 
@@ -514,7 +566,9 @@ def nearest(word: str, choices: typing.Iterable[str]) -> str:
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r}: expected key=value, such as train.steps=10")
+        raise ConfigError(
+            f"override {override!r}: expected key=value, such as train.steps=10, or a YAML file"
+        )
     try:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:

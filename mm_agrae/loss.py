@@ -205,13 +205,62 @@ def k3(logp_BT: Tensor, ref_logp_BT: Tensor) -> Tensor:
     return torch.exp(difference_BT) - difference_BT - 1
 
 
-def sampler_weight(old_logp_BT: Tensor, sampling_logp_BT: Tensor, limit: float = 2.0) -> Tensor:
-    """min(π_old / π_sampler, limit): corrects for an engine whose numbers differ from the model's.
+@dataclass(frozen=True)
+class SamplerWeight:
+    """Importance weights for tokens that another distribution sampled, and statistics.
 
-    Truncated importance sampling, per token. The values at padding do not matter.
+    `sums` add up over micro-batches and ranks; a mean is a sum divided by "tokens":
+
+        mismatch_abs   |log π_old − log π_sampler| (nats)
+        mismatch_kl    k3 (nats), an estimate of KL(π_sampler ‖ π_old)
+        mismatch_cut   tokens whose weight was cut to the limit, or left out
+        weight         the weight itself
     """
-    difference_BT = (old_logp_BT - sampling_logp_BT).detach().clamp(max=MAX_LOG_RATIO)
-    return torch.exp(difference_BT).clamp(max=limit)
+
+    weight_BT: Tensor
+    sums: dict[str, Tensor]
+
+
+def sampler_weight(
+    old_logp_BT: Tensor,
+    sampling_logp_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    level: str = "token",
+    limit: float = 2.0,
+    beyond: str = "truncate",
+) -> SamplerWeight:
+    """π_old / π_sampler, bounded: corrects for an engine whose numbers differ from the model's.
+
+    Truncated importance sampling. `level` "token" weighs each token by its own ratio; "sequence"
+    all tokens of a completion by the product of theirs, which is unbiased but of high variance.
+    `beyond` "truncate" gives min(ratio, limit); "mask" gives 0 to what is above the limit or
+    below 1/limit, and the ratio to the rest. The values at padding do not matter.
+
+    Raises ValueError for an unknown level or mode, or a limit below 1.
+    """
+    if level not in ("token", "sequence") or beyond not in ("truncate", "mask") or limit < 1:
+        raise ValueError(
+            f"level = {level!r} must be token or sequence, beyond = {beyond!r} truncate or mask, "
+            f"limit = {limit} at least 1"
+        )
+    padding_BT = ~mask_BT.bool()
+    gap_BT = (old_logp_BT - sampling_logp_BT).detach().masked_fill(padding_BT, 0)
+    log_ratio_BT = gap_BT
+    if level == "sequence":
+        log_ratio_BT = gap_BT.sum(dim=1, keepdim=True).expand_as(gap_BT)
+    ratio_BT = torch.exp(log_ratio_BT.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
+    cut_BT = ratio_BT > limit
+    if beyond == "mask":
+        cut_BT = cut_BT | (ratio_BT < 1 / limit)
+    weight_BT = torch.where(cut_BT, 0.0 if beyond == "mask" else limit, ratio_BT)
+    sums = {
+        "mismatch_abs": gap_BT.abs(),
+        "mismatch_kl": k3(torch.zeros_like(gap_BT), gap_BT),
+        "mismatch_cut": cut_BT & ~padding_BT,
+        "weight": weight_BT.masked_fill(padding_BT, 0),
+    }
+    return SamplerWeight(weight_BT, {name: value.sum() for name, value in sums.items()})
 
 
 def overlong_penalty(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib.util
 import textwrap
 from collections.abc import Sequence
@@ -106,7 +107,10 @@ def _solve(config: Config, task: Task, indices: Sequence[int], completions: int)
 
     processing, _, engine = build(config, config.model.path)
     section = config.evaluate.model_copy(update={"samples": completions, "greedy": False})
-    with Rewarder(config.reward, section.max_new_tokens) as rewarder:
+    with (
+        contextlib.closing(engine),
+        Rewarder(config.reward, section.max_new_tokens) as rewarder,
+    ):
         return evaluate.run(
             engine,
             processing,

@@ -15,7 +15,7 @@ import torch
 
 from mm_agrae.advantage import AdvantageLevels
 from mm_agrae.batching import Row, micro_batch
-from mm_agrae.loss import Denominator, LossOutput
+from mm_agrae.loss import Denominator, LossOutput, SamplerWeight
 from mm_agrae.records import RolloutRecord
 from mm_agrae.shared_prompt import split_by_tokens
 from mm_agrae.types import Completion, MicroBatch, Prompt, Score
@@ -163,8 +163,9 @@ class UpdateTotals:
     ratio_max: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
 
-    def add(self, output: LossOutput) -> None:
-        sums = {name: value.item() for name, value in output.sums.items()}
+    def add(self, output: LossOutput, weight: SamplerWeight | None = None) -> None:
+        found = {**output.sums, **(weight.sums if weight else {})}
+        sums = {name: value.item() for name, value in found.items()}
         self.merge(UpdateTotals(output.loss.item(), output.ratio_max.item(), sums))
 
     def merge(self, other: UpdateTotals) -> UpdateTotals:
@@ -187,6 +188,11 @@ class UpdateTotals:
         }
         if "ref_kl" in mean:
             values["policy/kl_reference"] = mean["ref_kl"]
+        if "weight" in mean:
+            values["mismatch/mean_abs"] = mean["mismatch_abs"]
+            values["mismatch/kl"] = mean["mismatch_kl"]
+            values["mismatch/cut"] = mean["mismatch_cut"]
+            values["mismatch/weight"] = mean["weight"]
         return values
 
 

@@ -16,7 +16,8 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from mm_agrae import advantage, checkpoint, evaluate, metrics
+from mm_agrae import advantage, checkpoint, evaluate, metrics, parity
 from mm_agrae import config as configs
 from mm_agrae import loss as losses
 from mm_agrae.config import Config
-from mm_agrae.errors import ConfigError, DataError, ModelError, UserError
+from mm_agrae.errors import ConfigError, DataError, EngineError, ModelError, UserError
 from mm_agrae.policy import Policy
 from mm_agrae.processing import Processing
 from mm_agrae.progress import Reporter
@@ -48,8 +49,23 @@ from mm_agrae.step import (
 )
 from mm_agrae.tasks import load_all
 from mm_agrae.tasks.order import DataOrder
-from mm_agrae.types import Prompt
+from mm_agrae.types import Completion, MicroBatch, Prompt
 from mm_agrae.versions import versions
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """Completions being sampled while the update of an earlier step runs.
+
+    `version` is that of the weights they are sampled with; `position` and `rows_skipped` say
+    where the data stood before their prompts were drawn.
+    """
+
+    prompts: dict[int, Prompt]
+    completions: Future[list[list[Completion]]]
+    version: int
+    position: int
+    rows_skipped: int
 
 
 class Trainer:
@@ -114,7 +130,11 @@ class Trainer:
         self.run = RunFolder(config.run_dir)
         self.bad_gradients = self.bad_in_a_row = 0
         self.stop_requested = False
-        self.sharing_checked = False
+        self.sharing_checked = self._probed = False
+        self.engine_values: dict[str, float] = {}
+        self._sampled_by = self.engine.version
+        self._ahead: _Ahead | None = None
+        self._background = ThreadPoolExecutor(1, "rollout")
         self._resume()
 
     # ------------------------------------------------------------------ the run
@@ -133,6 +153,7 @@ class Trainer:
             self.rewarder = stack.enter_context(
                 Rewarder(config.reward, config.rollout.max_new_tokens)
             )
+            stack.callback(self._close_engine)
             stack.enter_context(self._signals())
             stack.enter_context(self.reporter.bars())
             if config.evaluate.before and self.steps_done == 0:
@@ -186,6 +207,7 @@ class Trainer:
         with watch("update"):
             plan = self._plan_update(groups, table, levels.advantage_PG)
             update = self._update(plan)
+        lag = self.policy.version - self._sampled_by - len(plan) * config.update.epochs
         self.steps_done += 1
         self.tokens_seen += int(table.length_PG.sum())
         with watch("log"):
@@ -193,6 +215,8 @@ class Trainer:
         return {
             **step_metrics(table, levels),
             **update,
+            **self._take_engine_values(),
+            "policy/lag": float(lag),
             "tokens/seen": float(self.tokens_seen),
             "data/rows_skipped": float(self.rows_skipped),
             "data/epoch": self.order.position / self.order.rows,
@@ -206,10 +230,20 @@ class Trainer:
         """This process's groups of the step, groups without signal drawn again if asked."""
         rollout = self.config.rollout
         positions: list[int] = list(range(rollout.prompts_per_step))
+        if rollout.overlap:
+            return self._overlapped(positions)
+        self._sync()
         draws = 1 + (rollout.dynamic_sampling.max_draws if rollout.dynamic_sampling else 0)
         groups: dict[int, Group] = {}
         for draw in range(draws):
-            fresh = self._sample(positions, draw)
+            with self.stopwatch("prompts"):
+                prompts = self._draw_prompts(positions)
+            if draw == 0:
+                self._probe(list(prompts.values()))
+            count = len(prompts) * rollout.completions_per_prompt
+            with self.stopwatch("rollout"), self.reporter.bar("  rollout", count) as advance:
+                completions = self._generate(prompts, self.steps_done, draw, advance)
+            fresh = self._score(prompts, completions, draw)
             groups.update({group.position: group for group in fresh})
             if draw + 1 == draws:
                 break
@@ -219,21 +253,47 @@ class Trainer:
                 break
         return [groups[position] for position in sorted(groups)]
 
-    def _sample(self, positions: Sequence[int], draw: int) -> list[Group]:
-        rollout, count = self.config.rollout, self.config.rollout.completions_per_prompt
+    def _overlapped(self, positions: Sequence[int]) -> list[Group]:
+        """The step's groups, sampled during the last update; those of the next step are begun."""
+        self._sync()
+        present = self._ahead or self._begin(self.steps_done, positions)
+        completions = self._wait(present)
+        self._probe(list(present.prompts.values()))
+        self._ahead = None
+        if self.steps_done + 1 < self.total_steps:
+            self._ahead = self._begin(self.steps_done + 1, positions)
+        self._sampled_by = present.version
+        return self._score(present.prompts, completions, draw=0)
+
+    def _begin(self, step: int, positions: Sequence[int]) -> _Ahead:
+        """Draw the prompts of `step` here, and let the engine sample beside what follows."""
+        place = (self.order.position, self.rows_skipped)
         with self.stopwatch("prompts"):
             prompts = self._draw_prompts(positions)
-        seeds = [
-            derive_seed(self.config.train.seed, "rollout", self.steps_done, draw, position)
-            for position in prompts
-        ]
-        with (
-            self.stopwatch("rollout"),
-            self.reporter.bar("  rollout", len(prompts) * count) as advance,
-        ):
-            completions = self.engine.generate(
-                list(prompts.values()), count, rollout, seeds, advance
-            )
+        future = self._background.submit(self._generate, prompts, step, 0)
+        return _Ahead(prompts, future, self.engine.version, *place)
+
+    def _wait(self, ahead: _Ahead) -> list[list[Completion]]:
+        with self.stopwatch("rollout"):
+            return ahead.completions.result()
+
+    def _generate(
+        self,
+        prompts: dict[int, Prompt],
+        step: int,
+        draw: int,
+        advance: Callable[[int], None] | None = None,
+    ) -> list[list[Completion]]:
+        rollout, seed = self.config.rollout, self.config.train.seed
+        seeds = [derive_seed(seed, "rollout", step, draw, position) for position in prompts]
+        return self.engine.generate(
+            list(prompts.values()), rollout.completions_per_prompt, rollout, seeds, advance
+        )
+
+    def _score(
+        self, prompts: dict[int, Prompt], completions: list[list[Completion]], draw: int
+    ) -> list[Group]:
+        count = self.config.rollout.completions_per_prompt
         with self.stopwatch("reward"):
             scores = self.rewarder.score(
                 [prompt.example for prompt in prompts.values() for _ in range(count)],
@@ -243,6 +303,50 @@ class Trainer:
             Group(position, prompt, completions[row], scores[row * count : (row + 1) * count], draw)
             for row, (position, prompt) in enumerate(prompts.items())
         ]
+
+    def _sync(self) -> None:
+        """Hand the policy's weights to an engine that holds older ones."""
+        if self._ahead:
+            self._wait(self._ahead)  # weights must not change under it
+        if self.engine.version != self.policy.version:
+            with self.stopwatch("sync"):
+                self.engine_values["sync/megabytes"] = self.engine.sync().megabytes
+        self._sampled_by = self.engine.version
+
+    def _probe(self, prompts: Sequence[Prompt]) -> None:
+        """At the start, and every so often: are the engine's log-probabilities the policy's?
+
+        Raises EngineError if they are far from it.
+        """
+        rollout, mismatch = self.config.rollout, self.config.rollout.mismatch
+        due = not self.engine.exact and self.steps_done % max(1, mismatch.probe_every) == 0
+        if mismatch.probe_every == 0 or (self._probed and not due):
+            return
+        few = prompts[: mismatch.probe_prompts]
+        seeds = [
+            derive_seed(self.config.train.seed, "probe", self.steps_done, self.rank, index)
+            for index in range(len(few))
+        ]
+        with self.stopwatch("probe"):
+            found = parity.probe(self.engine, self.policy, few, rollout, seeds)
+            found = parity.Parity.over(self._gather_list([found]))
+        self.engine_values |= {
+            "mismatch/probe_mean": found.mean,
+            "mismatch/probe_max": found.highest,
+            "mismatch/probe_kl": found.kl,
+        }
+        what = f"engine {rollout.engine} against the policy: {found}"
+        if not self._probed:
+            self.reporter.say(what)
+        self._probed = True
+        if not found.mean <= mismatch.stop_above:
+            raise EngineError(
+                f"{what}. That is more than rollout.mismatch.stop_above = {mismatch.stop_above}: "
+                "it holds other weights, sees other pictures, or computes otherwise; try "
+                "rollout.engine=hf, or rollout.vllm.dtype=float32 to see which"
+            )
+        if found.mean > mismatch.warn_above:
+            self.reporter.say(f"warning: {what}; check rollout.vllm.dtype and model.dtype")
 
     def _draw_prompts(self, positions: Iterable[int]) -> dict[int, Prompt]:
         """This process's prompts by position; a bad row is skipped on all processes alike."""
@@ -270,6 +374,15 @@ class Trainer:
                 raise DataError("data.train: no usable row was found in a whole pass over the data")
         return dict(sorted(drawn.items()))
 
+    def _take_engine_values(self) -> dict[str, float]:
+        """What sync and probe measured since the last step."""
+        values, self.engine_values = self.engine_values, {}
+        return values
+
+    def _close_engine(self) -> None:
+        self.engine.close()
+        self._background.shutdown(wait=False, cancel_futures=True)
+
     # ------------------------------------------------------------------ update
 
     def _plan_update(
@@ -295,10 +408,11 @@ class Trainer:
 
     def _check_versions(self, groups: Sequence[Group]) -> None:
         for completion in itertools.chain.from_iterable(group.completions for group in groups):
-            if completion.policy_version != self.policy.version:
+            if completion.policy_version != self._sampled_by:
                 raise RuntimeError(
                     f"a completion of policy version {completion.policy_version} reached the "
-                    f"update of version {self.policy.version}"
+                    f"update of version {self.policy.version}, whose completions are to be of "
+                    f"version {self._sampled_by}"
                 )
 
     def _update(self, plan: Sequence[MiniBatch]) -> dict[str, float]:
@@ -338,6 +452,7 @@ class Trainer:
             sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.module)
             with sync:
                 logp_BT, entropy_BT = self.module(batch)
+                weight = self._sampler_weight(batch, logp_BT)
                 output = losses.policy_loss(
                     update.loss,
                     logp_BT=logp_BT,
@@ -351,11 +466,32 @@ class Trainer:
                     kl_coef=update.kl_coef,
                     entropy_BT=entropy_BT,
                     entropy_coef=update.entropy_coef,
+                    sampler_weight_BT=weight.weight_BT if weight else None,
                 )
                 # The denominator counts all processes; DDP and FSDP take the mean over them.
                 self.accelerator.backward(output.loss * self.world)
-            totals.add(output)
+            totals.add(output, weight)
             advance(1)
+
+    def _sampler_weight(
+        self, batch: MicroBatch, logp_BT: torch.Tensor
+    ) -> losses.SamplerWeight | None:
+        """Importance weights for an engine whose numbers or weights are not the policy's."""
+        mismatch = self.config.rollout.mismatch
+        level = mismatch.correction
+        if level == "auto":
+            level = "off" if self.engine.exact else "token"
+        if level == "off":
+            return None
+        old_BT = batch.old_logp_BT if batch.old_logp_BT is not None else logp_BT
+        return losses.sampler_weight(
+            old_BT,
+            batch.sampling_logp_BT,
+            batch.mask_BT,
+            level=level,
+            limit=mismatch.limit,
+            beyond=mismatch.beyond,
+        )
 
     def _optimiser_step(self) -> float:
         """Clip, step, and return the gradient's norm; a gradient that is not finite is dropped."""
@@ -403,6 +539,7 @@ class Trainer:
 
     def evaluate(self, name: str) -> None:
         """Sample and grade every evaluation set; results go into the run folder."""
+        self._sync()
         section = self.config.evaluate
         for label, task in self.evaluation_tasks.items():
             started = time.perf_counter()
@@ -442,9 +579,12 @@ class Trainer:
                 config_yaml=configs.dump(self.config),
                 state={
                     "step": self.steps_done,
-                    "data_position": self.order.position,
+                    # A resumed run draws again what is being sampled ahead.
+                    "data_position": self._ahead.position if self._ahead else self.order.position,
                     "tokens_seen": self.tokens_seen,
-                    "rows_skipped": self.rows_skipped,
+                    "rows_skipped": (
+                        self._ahead.rows_skipped if self._ahead else self.rows_skipped
+                    ),
                     "policy_version": self.policy.version,
                     "seconds": self.stopwatch.totals,
                     "versions": versions(),

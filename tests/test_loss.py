@@ -185,8 +185,47 @@ def test_sampler_weight_scales_the_surrogate_alone():
     torch.testing.assert_close(weighted.loss - kl, 0.5 * (plain.loss - kl))
     assert gradient(weighted.loss, half) == (None,)
 
-    weight = sampler_weight(torch.tensor([[0.0, 1.0, -1.0, 900.0]]), torch.zeros(1, 4))
-    torch.testing.assert_close(weight, torch.tensor([[1.0, 2.0, math.exp(-1), 2.0]]))
+
+OLD = torch.tensor([[0.0, 1.0, -1.0, 900.0], [0.1, -0.2, 5.0, 5.0]])
+OLD_MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "cut"),
+    [
+        ({}, [[1.0, 2.0, math.exp(-1), 2.0], [math.exp(0.1), math.exp(-0.2)]], 2),
+        ({"limit": 3.0}, [[1.0, math.e, math.exp(-1), 3.0], [math.exp(0.1), math.exp(-0.2)]], 1),
+        ({"beyond": "mask"}, [[1.0, 0.0, 0.0, 0.0], [math.exp(0.1), math.exp(-0.2)]], 3),
+        ({"level": "sequence"}, [[2.0] * 4, [math.exp(-0.1)] * 2], 4),
+        ({"level": "sequence", "beyond": "mask"}, [[0.0] * 4, [math.exp(-0.1)] * 2], 4),
+    ],
+)
+def test_sampler_weight(settings, expected, cut):
+    found = sampler_weight(OLD, torch.zeros(2, 4), OLD_MASK, **settings)
+    for row, values in enumerate(expected):
+        torch.testing.assert_close(found.weight_BT[row, : len(values)], torch.tensor(values))
+    assert int(found.sums["mismatch_cut"]) == cut
+    torch.testing.assert_close(found.sums["mismatch_abs"], torch.tensor(902.3))
+    torch.testing.assert_close(found.sums["weight"], torch.tensor(sum(map(sum, expected))))
+
+
+def test_mismatch_kl_is_that_of_the_sampler_to_the_model():
+    """Over all tokens, weighted by the sampler, k3 is the exact KL divergence."""
+    torch.manual_seed(0)
+    sampler, model = torch.randn(2, 50, dtype=torch.float64).log_softmax(-1)
+    count = 50_000
+    token = torch.multinomial(sampler.exp(), count, replacement=True)[None]
+    found = sampler_weight(model[token[0]][None], sampler[token[0]][None], torch.ones(1, count))
+    exact = float((sampler.exp() * (sampler - model)).sum())
+    assert float(found.sums["mismatch_kl"]) / count == pytest.approx(exact, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"level": "word"}, {"beyond": "drop"}, {"limit": 0.5}], ids=lambda s: next(iter(s))
+)
+def test_sampler_weight_refuses(settings):
+    with pytest.raises(ValueError, match="must be token or sequence"):
+        sampler_weight(OLD, OLD, OLD_MASK, **settings)
 
 
 # --------------------------------------------------------------------- denominators, padding

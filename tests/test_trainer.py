@@ -308,7 +308,8 @@ def test_pictures_encoded_in_a_step(tmp_path, model, update, expected):
         tmp_path / "run", model=model, update=update, advantage={"rule": "w_reinforce"}
     )
     trainer = Trainer(config, Reporter(enabled=False))
-    trainer.sharing_checked = True  # the check at the start of a run encodes a picture or two more
+    # The checks at the start of a run encode a few pictures more.
+    trainer.sharing_checked = trainer._probed = True
     encoded = []
     trainer.policy.backbone.visual.register_forward_hook(
         lambda module, arguments, options, output: encoded.append(len(options["grid_thw"])),

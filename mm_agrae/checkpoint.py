@@ -14,15 +14,17 @@ their checksums is passed over in favour of the one before.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mm_agrae.errors import RunFolderError
 from mm_agrae.policy import Policy
@@ -47,10 +49,7 @@ def save(
     `state` are plain values for the JSON file, `training` state dicts of tensors. Raises
     RunFolderError if it cannot be written; an earlier checkpoint is left as it was.
     """
-    aside = folder.with_name(f".{folder.name}.partial")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+    with written_whole(folder) as aside:
         policy.model.save_pretrained(aside)
         processing.save(str(aside))
         (aside / CONFIG_FILE).write_text(config_yaml, encoding="utf-8")
@@ -59,17 +58,32 @@ def save(
         (aside / STATE_FILE).write_text(
             json.dumps({**state, "sha256": sums}, indent=1), encoding="utf-8"
         )
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of `folder` once all of it is on disk.
+
+    Raises RunFolderError if that fails; what stood at `folder` is then left as it was.
+    """
+    aside = folder.with_name(f".{folder.name}.partial")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        yield aside
         for path in (*_files(aside), aside):
             _flush(path)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(aside, folder)
         _flush(folder.parent)
-    except (OSError, RuntimeError) as error:
-        # torch and safetensors report a full disk as a RuntimeError of their own.
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        # torch and safetensors report a full disk by errors of their own.
+        if not isinstance(error, OSError | RuntimeError | SafetensorError):
+            raise
         raise RunFolderError(
             f"checkpoint {folder}: cannot be written ({error}); free some space or choose another "
-            "run_dir. Earlier checkpoints are untouched"
+            "folder. Earlier checkpoints are untouched"
         ) from error
 
 
@@ -78,15 +92,20 @@ def restore(folder: Path, policy: Policy) -> tuple[dict[str, Any], dict[str, Any
 
     Returns (state, training) as given to `save`. Raises RunFolderError for a damaged one.
     """
-    state = _read_state(folder)
-    if state is None:
-        raise RunFolderError(f"checkpoint {folder}: {STATE_FILE} is missing or damaged")
-    bad = damaged(folder)
-    if bad:
-        raise RunFolderError(f"checkpoint {folder}: {', '.join(bad)} damaged or missing")
+    state = checked_state(folder)
     policy.load_weights(folder)
     training = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True)
     return state, training
+
+
+def checked_state(folder: Path) -> dict[str, Any]:
+    """The JSON file of a checkpoint that is whole. Raises RunFolderError for a damaged one."""
+    state = _read_state(folder)
+    if state is None:
+        raise RunFolderError(f"checkpoint {folder}: {STATE_FILE} is missing or damaged")
+    if bad := damaged(folder):
+        raise RunFolderError(f"checkpoint {folder}: {', '.join(bad)} damaged or missing")
+    return state
 
 
 def damaged(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command line: mm-agrae train | eval | sample | report | doctor.
+"""The command line: mm-agrae train | eval | sample | report | demo | export | serve | doctor.
 
 Each command imports what it needs when it runs, so `mm-agrae --help` is quick.
 """
@@ -6,6 +6,7 @@ Each command imports what it needs when it runs, so `mm-agrae --help` is quick.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,14 +19,24 @@ if TYPE_CHECKING:
     from mm_agrae.config import Config
 
 
+OVERRIDE = "key=value|FILE.yaml"
+"""Both kinds change the config that stands before them."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status. A UserError becomes one line and status 2."""
     arguments = _parse(argv)
     try:
-        return arguments.command(arguments)
+        status = arguments.command(arguments)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # The reader, such as `head`, has what it wanted. What is still unwritten goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -34,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
+    if hasattr(arguments, "options"):  # serve hands on to vLLM what it does not know itself
+        arguments.options = [item for item in rest if item != "--"]
+        return arguments
     # argparse gives up on positionals that follow an option; overrides may stand anywhere.
     overrides = getattr(arguments, "overrides", None)
     if rest and (overrides is None or any(item.startswith("-") for item in rest)):
@@ -53,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train from a config", description=_train.__doc__)
     train.add_argument("config", help="a YAML file, see configs/")
-    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("overrides", nargs="*", metavar=OVERRIDE)
     train.add_argument(
         "--overwrite", action="store_true", help="delete the run folder first if it holds a run"
     )
@@ -72,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
         "sample", help="look at a task's pictures and questions", description=_sample.__doc__
     )
     sample.add_argument("config", help="a YAML file, see configs/")
-    sample.add_argument("overrides", nargs="*", metavar="key=value")
+    sample.add_argument("overrides", nargs="*", metavar=OVERRIDE)
     sample.add_argument("-n", type=int, default=12, help="how many examples")
     sample.add_argument("--split", choices=["train", "evaluate"], default="train")
     sample.add_argument("--completions", type=int, default=0, help="also sample so many answers")
@@ -86,11 +100,62 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--out", default="compare.html", help="page for several runs")
     report.set_defaults(command=_report)
 
+    demo = commands.add_parser(
+        "demo", help="look at runs and talk to checkpoints in a browser", description=_demo.__doc__
+    )
+    demo.add_argument("paths", nargs="*", metavar="RUN|MODEL", help="beside the embedded ones")
+    demo.add_argument("--host", default="127.0.0.1", help="address to listen on (default: local)")
+    demo.add_argument("--port", type=int, default=0, help="default: a free one from 7860 on")
+    demo.add_argument("--share", action="store_true", help="open Gradio's public tunnel")
+    demo.add_argument(
+        "--allow-model-paths", action="store_true", help="let the browser name other models"
+    )
+    demo.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    demo.set_defaults(command=_demo)
+
+    export = commands.add_parser(
+        "export", help="a plain Hugging Face checkpoint, LoRA merged", description=_export.__doc__
+    )
+    export.add_argument("source", help="a checkpoint, a LoRA adapter, or a run folder")
+    export.add_argument("out", help="a new folder")
+    export.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto"
+    )
+    export.set_defaults(command=_export)
+
+    serve = commands.add_parser(
+        "serve",
+        help="a vLLM server for rollout.engine=vllm_server",
+        description=_serve.__doc__,
+        epilog="Further flags go to vLLM as they are.",
+        allow_abbrev=False,
+    )
+    serve.add_argument("model", help="the run's model.path: a model id or a folder")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8000)
+    serve.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    serve.add_argument("--max-model-len", type=int, help="tokens of prompt and completion")
+    serve.add_argument("--memory-fraction", type=float, default=0.9, help="share of the GPU")
+    serve.add_argument("--cache-gib", type=int, default=1, help="KV cache on a CPU")
+    serve.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of the server")
+    serve.add_argument("--lora-rank", type=int, default=0, help="for rollout.vllm.sync=adapter")
+    serve.add_argument("--nccl", action="store_true", help="take weights by NCCL")
+    serve.add_argument("--trust-remote-code", action="store_true")
+    serve.set_defaults(command=_serve, options=[])
+
     tasks = commands.add_parser("tasks", help="list tasks and their options")
     tasks.set_defaults(command=_tasks)
     rules = commands.add_parser("rules", help="list advantage rules and their settings")
     rules.set_defaults(command=_rules)
-    doctor = commands.add_parser("doctor", help="what is installed and what this machine has")
+    doctor = commands.add_parser(
+        "doctor", help="what this machine has, and what a config needs", description=_doctor.__doc__
+    )
+    doctor.add_argument("config", nargs="?", help="a YAML file, see configs/")
+    doctor.add_argument("overrides", nargs="*", metavar=OVERRIDE)
+    doctor.add_argument("--gpus", type=int, help="plan for so many (default: those found here)")
+    doctor.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)"
+    )
     doctor.set_defaults(command=_doctor)
     return parser
 
@@ -106,7 +171,7 @@ def _load(path: str, overrides: Sequence[str]) -> Config:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    """Train a model as a config says; `key=value` changes single settings."""
+    """Train a model as a config says; `key=value` changes single settings, FILE.yaml several."""
     config = _load(arguments.config, arguments.overrides)
     if arguments.plan:
         from mm_agrae import config as configs
@@ -125,7 +190,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
     run_dir = Path(config.run_dir)
     if arguments.overwrite:
-        _delete_run(run_dir)
+        from accelerate import PartialState
+
+        state = PartialState(cpu=config.model.device == "cpu")
+        if state.is_main_process:
+            _delete_run(run_dir)
+        # Nobody may look for checkpoints in a folder that is about to go.
+        state.wait_for_everyone()
     trainer = Trainer(config)
     summary = trainer.train()
     if trainer.is_main:
@@ -210,6 +281,51 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _demo(arguments: argparse.Namespace) -> int:
+    """Playground, run explorer, comparison and advantage lab in one local web page.
+
+    Without arguments it opens on the embedded checkpoints and the example run.
+    """
+    import importlib.util
+
+    missing = [name for name in ("gradio", "mm_agrae_demo") if not importlib.util.find_spec(name)]
+    if missing:
+        raise ConfigError(
+            f"demo: {' and '.join(missing)} not installed; run pip install 'mm-agrae[demo]'"
+        )
+    from mm_agrae_demo.app import launch
+
+    from mm_agrae.demo_settings import settings_for
+
+    launch(
+        settings_for(
+            arguments.paths,
+            host=arguments.host,
+            port=arguments.port,
+            share=arguments.share,
+            allow_model_paths=arguments.allow_model_paths,
+            open_browser=not arguments.no_browser,
+        )
+    )
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    """Write a trained policy as transformers and vLLM load it, LoRA merged into the weights."""
+    from mm_agrae.export import export
+
+    made = export(Path(arguments.source), Path(arguments.out), arguments.dtype)
+    print(f"{arguments.out}  {made['parameters']:,} parameters, {made['dtype']}")
+    return 0
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    """Start a vLLM server that takes its weights from training, and stay until it ends."""
+    from mm_agrae.serve import serve
+
+    return serve(**{name: value for name, value in vars(arguments).items() if name != "command"})
+
+
 def _tasks(arguments: argparse.Namespace) -> int:
     from mm_agrae import tasks
 
@@ -229,7 +345,23 @@ def _rules(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    """Print versions, devices and what optional parts are missing."""
+    """Print versions, devices and what optional parts are missing. With a config: whether this
+    machine has its model, data and disk space, what the run will do, and an estimate of the GPU
+    memory it needs, with settings that fit. Status 1 if something stands in the way of a run.
+    """
+    if arguments.config is None:
+        return _machine()
+    for name in ("gpus", "gpu_memory"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+    config = _load(arguments.config, arguments.overrides)
+    from mm_agrae.doctor import examine
+
+    return int(examine(config, gpus=arguments.gpus, gpu_memory=arguments.gpu_memory) > 0)
+
+
+def _machine() -> int:
     import importlib.util
     import os
     import shutil

@@ -81,7 +81,8 @@ def evaluate_checkpoints(
                 for source in config.data.evaluate:
                     task = load(source, on_bad_row=config.data.on_bad_row)
                     started = time.perf_counter()
-                    total = len(task) * (config.evaluate.samples + config.evaluate.greedy)
+                    section = config.evaluate.for_source(source)
+                    total = len(task) * (section.samples + section.greedy)
                     with reporter.bar(f"{name} on {source.label}", total) as advance:
                         problems = evaluate.run(
                             engine,
@@ -89,7 +90,7 @@ def evaluate_checkpoints(
                             rewarder,
                             task,
                             range(len(task)),
-                            config.evaluate,
+                            section,
                             on_bad_row=config.data.on_bad_row,
                             on_progress=advance,
                         )
@@ -99,7 +100,7 @@ def evaluate_checkpoints(
                             name,
                             source.label,
                             problems,
-                            config.evaluate,
+                            section,
                             time.perf_counter() - started,
                         )
                     )

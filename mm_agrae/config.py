@@ -99,6 +99,8 @@ class PromptSection(Section):
     """Images below this area are enlarged. Not set: the checkpoint's own."""
     max_pixels: PositiveInt | None = None
     """Images above this area are made smaller. Not set: the checkpoint's own."""
+    chat_template: str = ""
+    """A Jinja file, for base models without a chat template. Empty: the checkpoint's own."""
 
 
 class SamplingSection(Section):
@@ -333,6 +335,10 @@ class EvaluateSection(SamplingSection):
     batch_completions: PositiveInt = 256
     seed: int = 1234
 
+    def for_source(self, source: DataSource) -> EvaluateSection:
+        """These settings with the number of samples that `source` asks for."""
+        return self.model_copy(update={"samples": source.samples or self.samples})
+
 
 class CheckpointSection(Section):
     every: Annotated[int, Field(ge=0)] = 0
@@ -385,10 +391,11 @@ class Config(Section):
                     f"reward.overlong.buffer_tokens is {buffer}, more than "
                     f"rollout.max_new_tokens = {self.rollout.max_new_tokens}"
                 )
-        if self.evaluate.temperature == 0 and self.evaluate.samples > 1:
+        most = max([self.evaluate.samples, *(s.samples or 1 for s in self.data.evaluate)])
+        if self.evaluate.temperature == 0 and most > 1:
             raise ValueError(
                 "evaluate.temperature is 0 but evaluate.samples is "
-                f"{self.evaluate.samples}: greedy samples are all the same; set samples=1"
+                f"{most}: greedy samples are all the same; set samples=1"
             )
         if self.evaluate.every and not self.data.evaluate:
             raise ValueError("evaluate.every is set but data.evaluate names no data")
@@ -407,7 +414,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         if "=" not in override and Path(override).suffix in (".yaml", ".yml"):
             values = _merge(values, _read(Path(override)))
         else:
-            _apply_override(values, override)
+            apply_override(values, override)
     return parse(values, source=str(path))
 
 
@@ -563,7 +570,7 @@ def nearest(word: str, choices: typing.Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else "valid: " + ", ".join(names)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise ConfigError(

@@ -7,6 +7,7 @@ own samples is within that, since every problem comes with the samples it happen
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -247,6 +248,7 @@ def run(
     """
     problems: list[Problem] = []
     prompts: list[Prompt] = []
+    refused: set[int] = set()
     for index in indices:
         try:
             prompts.append(processing.prompt(task[index]))
@@ -261,15 +263,23 @@ def run(
     for numbers, sampling in decodings:
         seeds = [derive_seed(section.seed, "evaluate", problem.index) for problem in problems]
         groups = engine.generate(prompts, len(numbers), sampling, seeds, on_progress)
-        scores = rewarder.score(
-            [prompt.example for prompt in prompts for _ in numbers],
-            [completion for group in groups for completion in group],
+        for problem, group in zip(problems, groups, strict=True):
+            if not group:
+                refused.add(problem.index)
+        pairs = zip(problems, groups, strict=True)
+        answered = [(problem, completion) for problem, group in pairs for completion in group]
+        scores = rewarder.score([p.example for p, _ in answered], [c for _, c in answered])
+        # A refused problem has no completions, so that it takes no numbers either.
+        drawn = itertools.chain.from_iterable(numbers for group in groups if group)
+        for (problem, completion), number, score in zip(answered, drawn, scores, strict=True):
+            problem.records.append(_sample_record(problem.example, number, completion, score))
+    if refused and on_bad_row == "error":
+        where = next(problem.example for problem in problems if problem.index in refused)
+        raise DataError(
+            f"{where.origin or where.id}: the rollout server refused this row; its own message is "
+            "in the log. Set data.on_bad_row=skip to go on without it"
         )
-        for row, (problem, group) in enumerate(zip(problems, groups, strict=True)):
-            graded = scores[row * len(numbers) : (row + 1) * len(numbers)]
-            for number, completion, score in zip(numbers, group, graded, strict=True):
-                problem.records.append(_sample_record(problem.example, number, completion, score))
-    return problems
+    return [problem for problem in problems if problem.index not in refused]
 
 
 def summarise_problems(

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import html
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mm_agrae.records import Interval, clean_text
 
@@ -148,13 +149,17 @@ def duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve: (x, y) points in order of x, and (x, low, high) of the band around it."""
+    """A curve: (x, y) points in order of x, and (x, low, high) of the band around it.
+
+    `value` stands beside its name.
+    """
 
     label: str
     points: Points
     band: Sequence[tuple[float, float, float]] = ()
     color: int = 0
     dashed: bool = False
+    value: str = ""
 
     @property
     def css(self) -> str:
@@ -176,11 +181,15 @@ def plot(
     stacked: bool = False,
     zero: bool = False,
     smooth: bool = False,
+    reach: float | None = None,
+    mark: float | None = None,
 ) -> Html:
     """A figure with one SVG plot of at least one point.
 
     shares: y in percent. log2: of x. stacked: areas on top of each other. zero: y begins at 0.
-    smooth: a moving average over the faint curve itself.
+    smooth: a moving average over the faint curve itself, of the points that lie within `reach` on
+    either side (by default a thirtieth of the curve, for curves of 20 points or more). mark: an x
+    to mark with a line.
     """
     lines = [line for line in lines if line.points]
     if stacked:
@@ -205,6 +214,8 @@ def plot(
         text = f"{100 * y:.3g}\N{NO-BREAK SPACE}%" if shares else number(y)
         marks.append(_text(text, LEFT - 6, at(left, y)[1] + 4, "end"))
     x_ticks = [2.0**power for power in range(40)] if log2 else _ticks(left, right, 6)
+    if x_name == "step":
+        x_ticks = [x for x in x_ticks if x == int(x)]
     for x in x_ticks:
         if left <= x <= right:
             px = at(x, low)[0]
@@ -220,10 +231,11 @@ def plot(
             upper = [at(x, top) for x, _, top in line.band]
             lower = [at(x, bottom) for x, bottom, _ in line.band]
             marks.append(_path([*upper, *reversed(lower)], f"{line.css} band"))
-        if smooth and len(points) >= 20:
+        if smooth and (reach or (reach is None and len(points) >= 20)):
             if len(lines) <= 3:
                 marks.append(_path(points, f"{line.css} faint"))
-            points = [at(x, y) for x, y in _moving_average(line.points)]
+            wide = (right - left) / 30 if reach is None else reach
+            points = [at(x, y) for x, y in moving_average(line.points, wide)]
         marks.append(_path(points, f"{line.css} line"))
         if len(points) <= 40:
             for (x, y), (px, py) in zip(line.points, points, strict=True):
@@ -231,14 +243,25 @@ def plot(
                 tip = el("title", f"{line.label}, {x_name} {number(x)}: {value}")
                 dot = f"{line.css} dot"
                 marks.append(el("circle", tip, cx=f"{px:.1f}", cy=f"{py:.1f}", r="2.5", class_=dot))
-    names = [el("span", el("i", class_=line.css), line.label) for line in lines]
+    if mark is not None:
+        px = at(max(left, min(mark, right)), low)[0]
+        marks.append(_path([(px, TOP), (px, HEIGHT - BOTTOM)], "mark"))
+    names = [
+        el(
+            "span",
+            el("i", class_=line.css),
+            line.label,
+            el("b", line.value) if line.value else None,
+        )
+        for line in lines
+    ]
     text = f"{title} by {x_name}: {', '.join(line.label for line in lines)}"
     box = f"0 0 {WIDTH:g} {HEIGHT:g}"
     return el(
         "figure",
         el("figcaption", el("b", title), el("span", note, class_="muted small")),
         el("svg", *marks, viewBox=box, role="img", aria_label=text),
-        el("div", *names, class_="legend") if len(lines) > 1 else None,
+        el("div", *names, class_="legend") if len(lines) > 1 or lines[0].value else None,
     )
 
 
@@ -274,12 +297,12 @@ def _ticks(low: float, high: float, count: int) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def _moving_average(points: Points) -> Points:
-    reach = max(1, len(points) // 30)
-    windows = [points[max(0, i - reach) : i + reach + 1] for i in range(len(points))]
+def moving_average(points: Points, reach: float) -> Points:
+    """Each y as the mean over the points within `reach` of its x. Points in order of x."""
+    xs = [x for x, _ in points]
+    windows = (points[bisect_left(xs, x - reach) : bisect_right(xs, x + reach)] for x in xs)
     return [
-        (x, sum(y for _, y in window) / len(window))
-        for (x, _), window in zip(points, windows, strict=True)
+        (x, sum(y for _, y in window) / len(window)) for x, window in zip(xs, windows, strict=True)
     ]
 
 
@@ -289,19 +312,23 @@ def _stack(lines: Sequence[Line]) -> list[Line]:
     for line in lines:
         for x, y in line.points:
             height[x] += y
-        stacked.append(Line(line.label, list(height.items()), color=line.color))
+        stacked.append(replace(line, points=list(height.items())))
     return stacked
 
 
-_CSS = """
-:root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --text: #1d2430; --muted: #667085;
+_LIGHT = """
+  --bg: #f6f7f9; --card: #fff; --text: #1d2430; --muted: #667085;
   --edge: #dde1e8; --code: #f3f4f7; --right: #16794a; --wrong: #b42318;
   --c0: #2563d8; --c1: #d9700a; --c2: #16875a; --c3: #c0392f; --c4: #8146c9; --c5: #0a8ba1;
-  --c6: #c2408f; --c7: #7b8494; }
-@media (prefers-color-scheme: dark) { :root { --bg: #12151b; --card: #1b2028; --text: #e4e8ef;
+  --c6: #c2408f; --c7: #7b8494;
+"""
+_DARK = """
+  --bg: #12151b; --card: #1b2028; --text: #e4e8ef;
   --muted: #98a2b3; --edge: #2e3541; --code: #151920; --right: #4cc38a; --wrong: #ff8577;
   --c0: #6ea2ff; --c1: #ffa04d; --c2: #4cc38a; --c3: #ff7b72; --c4: #b794f6; --c5: #4fc4d8;
-  --c6: #f08cc4; --c7: #9aa4b5; } }
+  --c6: #f08cc4; --c7: #9aa4b5;
+"""
+_WHOLE_PAGE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--text);
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
@@ -310,7 +337,6 @@ header { padding-top: 24px; }
 h1 { margin: 0 0 8px; font-size: 26px; overflow-wrap: anywhere; }
 h2 { margin: 32px 0 12px; font-size: 20px; }
 h3 { margin: 24px 0 8px; font-size: 17px; }
-h4 { margin: 0 0 6px; font-size: 14px; }
 p { margin: 0 0 10px; }
 nav { position: sticky; top: 0; z-index: 1; display: flex; gap: 4px; overflow-x: auto;
   padding: 6px max(12px, calc((100vw - 1156px) / 2)); background: var(--bg);
@@ -319,6 +345,9 @@ nav a { padding: 4px 10px; border-radius: 6px; color: inherit; text-decoration: 
   white-space: nowrap; }
 nav a:hover { background: var(--card); }
 section { scroll-margin-top: 48px; }
+"""
+_PARTS = """
+h4 { margin: 0 0 6px; font-size: 14px; font-weight: 600; }
 .muted { color: var(--muted); } .small { font-size: 13px; }
 .empty { padding: 14px; border: 1px dashed var(--edge); border-radius: 8px; color: var(--muted); }
 .chips { display: flex; flex-wrap: wrap; gap: 6px; }
@@ -338,6 +367,7 @@ figcaption span { margin-left: 8px; }
 svg { display: block; width: 100%; height: auto; margin-top: 4px; }
 svg text { font-size: 12px; fill: var(--muted); font-variant-numeric: tabular-nums; }
 .grid { stroke: var(--edge); } path { fill: none; }
+.mark { stroke: var(--text); stroke-width: 1; stroke-dasharray: 3 3; }
 .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); }
 .c4 { --c: var(--c4); } .c5 { --c: var(--c5); } .c6 { --c: var(--c6); } .c7 { --c: var(--c7); }
 .line { stroke: var(--c); stroke-width: 2; stroke-linejoin: round; }
@@ -347,6 +377,7 @@ svg text { font-size: 12px; fill: var(--muted); font-variant-numeric: tabular-nu
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 13px; overflow-wrap: anywhere; }
 .legend i { display: inline-block; width: 16px; margin-right: 5px; vertical-align: middle;
   border-top: 3px solid var(--c); }
+.legend b { margin-left: 5px; font-variant-numeric: tabular-nums; }
 .legend i.dashed { border-top-style: dashed; }
 .scroll { overflow-x: auto; margin-bottom: 12px; }
 table { border-collapse: collapse; width: 100%; font-size: 14px; }
@@ -369,7 +400,8 @@ pre { margin: 0; padding: 10px; max-height: 360px; overflow: auto; border-radius
   background: var(--code); white-space: pre-wrap; overflow-wrap: anywhere;
   font: 13px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 .thought { color: var(--muted); }
-.verdict { font-weight: 600; white-space: nowrap; } h4 .verdict { float: right; }
+.verdict { font-weight: 600; white-space: nowrap; }
+.traces h4 { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 12px; }
 .right { color: var(--right); } .wrong { color: var(--wrong); }
 .badge { font-weight: 600; } .all-right { color: var(--right); } .all-wrong { color: var(--wrong); }
 .completion { margin: 0; border-top: 1px solid var(--edge); }
@@ -382,3 +414,15 @@ pre { margin: 0; padding: 10px; max-height: 360px; overflow: auto; border-radius
 .completion > pre { margin-bottom: 10px; }
 :focus-visible { outline: 2px solid var(--c0); outline-offset: 1px; }
 """
+_CSS = f"""
+:root {{ color-scheme: light dark; {_LIGHT} }}
+@media (prefers-color-scheme: dark) {{ :root {{ {_DARK} }} }}
+{_WHOLE_PAGE}{_PARTS}"""
+
+
+def css_inside(scope: str, dark: str) -> str:
+    """The styles for markup of this module inside someone else's page.
+
+    `scope` is the selector of what holds the markup, `dark` that of the dark page around it.
+    """
+    return f"{scope} {{ {_LIGHT} {_PARTS} }}\n{dark} {scope} {{ {_DARK} }}\n"

@@ -74,7 +74,9 @@ def probe(
         }
     )
     groups = engine.generate(prompts, 1, whole, seeds)
-    rows = [Row(index, group[0], 0.0) for index, group in enumerate(groups)]
+    rows = [Row(index, group[0], 0.0) for index, group in enumerate(groups) if group]
+    if not rows:
+        return Parity(0, 0.0, 0.0, 0.0)
     was_training = policy.training
     policy.eval()
     try:

@@ -12,7 +12,6 @@ import contextlib
 import copy
 import inspect
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +22,12 @@ import torch
 from torch import nn
 
 from mm_agrae import shared_prompt as sharing
+from mm_agrae import weights
 from mm_agrae.batching import pad_sequences
 from mm_agrae.compat import prepare
 from mm_agrae.config import LoraSection, ModelSection
 from mm_agrae.errors import ModelError
+from mm_agrae.processing import cannot_load, model_and_adapter, one_line
 from mm_agrae.types import MicroBatch, Prompt
 from mm_agrae.vocab_head import head_logprobs
 
@@ -73,15 +74,9 @@ class Policy(nn.Module):
         self.version = 0
         """Number of optimiser steps taken; completions carry the version that sampled them."""
         self._reference: list[nn.Module] = []  # in a list, so that it is no submodule
+        self._first_adapter: dict[str, torch.Tensor] = {}
         self.to(device)
         head = self.hf.get_output_embeddings()
-        config = self.hf.config.get_text_config()
-        scaled = [name for name in LOGIT_SCALES if getattr(config, name, None) not in (None, 0, 1)]
-        if head is None or scaled:
-            raise ModelError(
-                f"model.path {settings.path!r}: {type(self.hf).__name__} has no plain linear "
-                "vocabulary head, which the log-probabilities are computed from"
-            )
         self._vision_is_frozen = _vision_is_frozen(self.hf)
         self._features: WeakKeyDictionary[Prompt, Sequence[torch.Tensor]] = WeakKeyDictionary()
         self.repeats_because = self._share_prompts(shared_prompt)
@@ -112,10 +107,19 @@ class Policy(nn.Module):
         """Freeze the present weights as the reference policy. LoRA needs no second model."""
         if not hasattr(self.model, "peft_config"):
             self._reference = [copy.deepcopy(self.model).requires_grad_(False).eval()]
+        elif model_and_adapter(self.settings.path)[1]:
+            self._first_adapter = self._adapter()
 
     @torch.no_grad()
     def reference_logprobs(self, batch: MicroBatch) -> torch.Tensor:
         """Log-probabilities [B,T] (nats) under the reference policy."""
+        if self._first_adapter:
+            present = self._adapter()
+            try:
+                self._put(self._first_adapter)
+                return self(batch)[0]
+            finally:
+                self._put(present)
         if hasattr(self.model, "peft_config"):
             with self.model.disable_adapter():
                 return self(batch)[0]
@@ -126,6 +130,22 @@ class Policy(nn.Module):
             return self(batch)[0]
         finally:
             self.model = trained
+
+    def _adapter(self) -> dict[str, torch.Tensor]:
+        named = self.model.named_parameters()
+        return {name: p.detach().clone() for name, p in named if p.requires_grad}
+
+    def _put(self, values: dict[str, torch.Tensor]) -> None:
+        """Set parameters by name: sharding replaces the parameters themselves."""
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
+        for name, parameter in self.model.named_parameters():
+            if name not in values:
+                continue
+            value = values[name]
+            if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
+                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
+            parameter.copy_(value)
 
     def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy (nats, float32) of each completion token: two [B,T].
@@ -294,13 +314,14 @@ class Policy(nn.Module):
             entropy_grad=self.entropy_grad,
         )
 
+    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """All weights as a checkpoint stores them. See `weights.full_weights`."""
+        return weights.full_weights(self)
+
     def load_weights(self, folder: Path) -> None:
         """Take over the weights of a checkpoint of the same architecture, bit for bit."""
         if hasattr(self.model, "peft_config"):
-            from peft import set_peft_model_state_dict
-            from peft.utils import load_peft_weights
-
-            set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"))
+            _load_adapter(self.model, str(folder))
             return
         # transformers may store parameters under other names than it uses, so it reads them too.
         dtype = next(self.model.parameters()).dtype
@@ -311,14 +332,6 @@ class Policy(nn.Module):
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
 
 
-def adapter_base(path: str) -> str | None:
-    """Base model of a LoRA adapter folder, or None if `path` is no adapter."""
-    file = Path(path) / "adapter_config.json"
-    if not file.is_file():
-        return None
-    return json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-
-
 def parts(model: Any) -> dict[str, nn.Module]:
     """The named parts of a transformers model that settings can freeze or adapt."""
     backbone = model.base_model
@@ -327,9 +340,18 @@ def parts(model: Any) -> dict[str, nn.Module]:
     found["language"] = getattr(backbone, "language_model", backbone)
     if visual is not None:
         found["vision"] = visual
-        merger = getattr(visual, "merger", None) or getattr(backbone, "multi_modal_projector", None)
-        if merger is not None:
-            found["merger"] = merger
+        # Qwen3-VL has further mergers for the features it feeds to deeper layers.
+        mergers = [
+            module
+            for owner, name in (
+                (visual, "merger"),
+                (visual, "deepstack_merger_list"),
+                (backbone, "multi_modal_projector"),
+            )
+            if (module := getattr(owner, name, None)) is not None
+        ]
+        if mergers:
+            found["merger"] = nn.ModuleList(mergers)
     return found
 
 
@@ -338,6 +360,8 @@ def _vision_is_frozen(model: Any) -> bool:
     visual = parts(model).get("vision")
     if visual is None or any(parameter.requires_grad for parameter in visual.parameters()):
         return False
+    if hasattr(visual, "deepstack_merger_list"):  # its features are more than one tensor an image
+        return False
     return "mm_encoder_outputs" in inspect.signature(model.base_model.forward).parameters
 
 
@@ -345,9 +369,8 @@ def _load(settings: ModelSection) -> Any:
     prepare()
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-    base = adapter_base(settings.path)
-    path = base or settings.path
-    adapted = settings.lora is not None or base is not None
+    path, adapter = model_and_adapter(settings.path)
+    adapted = settings.lora is not None or adapter is not None
     frozen_dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     options: dict[str, Any] = {
         # What learns stays in float32: at these learning rates bfloat16 rounds updates away.
@@ -357,11 +380,26 @@ def _load(settings: ModelSection) -> Any:
     }
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"model.path {path!r}: {config.model_type} is an encoder and a decoder; only "
+                "models that go on writing their prompt fit"
+            )
         multimodal = hasattr(config, "vision_config")
         loader = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-        model: Any = loader.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"model.path {path!r}: cannot be loaded: {error}") from error
+        loaded: Any = loader.from_pretrained(path, output_loading_info=True, **options)
+    except ModelError:
+        raise
+    except Exception as error:  # other people's files and, if trusted, their code
+        raise cannot_load(settings.path, "model", error) from error
+    model, report = loaded
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(
+            f"model.path {path!r}: its files lack {len(missing)} weights of a "
+            f"{type(model).__name__}, such as {missing[0]}"
+        )
+    if reason := misfit(model):
+        raise ModelError(f"model.path {path!r} ({config.model_type}): {reason}")
     known = parts(model)
     for name in (*settings.freeze, *(settings.lora.parts if settings.lora else ())):
         if name not in known:
@@ -373,15 +411,125 @@ def _load(settings: ModelSection) -> Any:
         known[name].requires_grad_(False)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if base is not None:
-        from peft import PeftModel
-
-        return PeftModel.from_pretrained(model, settings.path, is_trainable=True)
+    if adapter is not None:
+        return _add_adapter(model, adapter, settings.lora)
     if settings.lora is not None:
         return _add_lora(model, settings.lora, known)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("model.freeze leaves nothing to learn; remove one part from it")
     return model
+
+
+def misfit(hf: Any) -> str | None:
+    """Why a transformers model cannot be trained here, in one line; None if it can."""
+    kind, config = type(hf).__name__, hf.config.get_text_config()
+    head = hf.get_output_embeddings()
+    scaled = [field for field in LOGIT_SCALES if getattr(config, field, None) not in (None, 0, 1)]
+    if scaled or not isinstance(head, nn.Linear):
+        because = f" ({scaled[0]} = {getattr(config, scaled[0])})" if scaled else ""
+        return (
+            f"{kind} has no plain linear vocabulary head{because}, which the log-probabilities "
+            "are computed from"
+        )
+    takes = inspect.signature(hf.base_model.forward).parameters
+    lacks = [
+        arg for arg in ("attention_mask", "position_ids", "past_key_values") if arg not in takes
+    ]
+    if lacks:
+        return (
+            f"{type(hf.base_model).__name__} takes no {', '.join(lacks)}; only models with an "
+            "ordinary attention cache fit"
+        )
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        return f"{kind} has layers of kind {', '.join(sorted(other))}; only attention fits"
+    if hasattr(hf.config, "vision_config") and not hasattr(hf.base_model, "get_rope_index"):
+        return (
+            f"{kind} does not number image tokens as Qwen's models do (get_rope_index); Qwen2-VL, "
+            "Qwen2.5-VL and Qwen3-VL fit"
+        )
+    return None
+
+
+def _add_adapter(model: Any, adapter: str, lora: LoraSection | None) -> Any:
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+    where = f"model.path {adapter!r}"
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except Exception as error:
+        raise ModelError(f"{where}: cannot read adapter_config.json: {one_line(error)}") from None
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{where} is an adapter of kind {config.peft_type}; LoRA fits")
+    # What the merged weights and the fused vocabulary head would leave out without a word.
+    unusual = [
+        f"{name}={value}"
+        for name in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
+        if (value := getattr(config, name, None))
+    ]
+    if config.bias != "none":
+        unusual.append(f"bias={config.bias}")
+    if unusual:
+        raise ModelError(
+            f"{where} is not plain LoRA ({', '.join(unusual)}); merge it into its base with "
+            "PEFT's merge_and_unload and name the result"
+        )
+    if lora is not None and (lora.rank, lora.alpha) != (config.r, config.lora_alpha):
+        raise ModelError(
+            f"{where} is a LoRA adapter of rank {config.r} and alpha {config.lora_alpha}, and "
+            f"model.lora asks for {lora.rank} and {lora.alpha}; leave model.lora out to go on "
+            "with the adapter"
+        )
+    config.inference_mode = False
+    try:
+        adapted = PeftModel(model, config)
+    except Exception as error:
+        raise _unfit_adapter(adapter, model, one_line(error)) from None
+    _load_adapter(adapted, adapter)
+    return adapted
+
+
+def _load_adapter(model: Any, folder: str) -> None:
+    """Put an adapter's weights into a model that has LoRA layers. Raises ModelError if not all
+    of them find their place, and leave none empty."""
+    from peft import set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    try:
+        saved = load_peft_weights(folder, device="cpu")
+        result: Any = set_peft_model_state_dict(model, saved)
+    except Exception as error:
+        raise _unfit_adapter(folder, model, one_line(error)) from None
+    missing = [key for key in result.missing_keys if "lora_" in key]
+    if result.unexpected_keys or missing:
+        found = [
+            f"{len(keys)} of its weights {what} (such as {keys[0]})"
+            for keys, what in ((result.unexpected_keys, "have no place there"), (missing, "lack"))
+            if keys
+        ]
+        raise _unfit_adapter(folder, model, " and ".join(found))
+    head = model.get_base_model().get_output_embeddings()
+    other = {
+        type(layer.get_base_layer()).__name__
+        for layer in model.modules()
+        if hasattr(layer, "lora_A") and not isinstance(layer.get_base_layer(), nn.Linear)
+    }
+    if other or hasattr(head, "lora_A"):
+        raise ModelError(
+            f"model.path {folder!r} adapts {', '.join(other) or 'the vocabulary head'}; only "
+            "linear layers below the head fit"
+        )
+
+
+def _unfit_adapter(adapter: str, model: Any, problem: str) -> ModelError:
+    base, _ = model_and_adapter(adapter)
+    hf = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = hf.config.get_text_config()
+    return ModelError(
+        f"model.path {adapter!r} is a LoRA adapter for {base!r}, and does not fit the model there, "
+        f"a {type(hf).__name__} of {config.num_hidden_layers} layers and hidden size "
+        f"{config.hidden_size}: {problem}"
+    )
 
 
 def _add_lora(model: Any, lora: LoraSection, known: dict[str, nn.Module]) -> Any:

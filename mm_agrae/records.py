@@ -6,7 +6,8 @@
     rollouts/step_000001.parquet             every completion of a step, with its advantages
     images/<hash>.png                        each distinct picture once
     evaluations/<name>/result.json           pass@k and the like, see EvaluationResult
-    evaluations/<name>/samples.jsonl         every sample of that evaluation, see SampleRecord
+    evaluations/<name>/samples.jsonl         every sample of that evaluation, see SampleRecord;
+                                             read packed (samples.jsonl.gz) as well
     checkpoints/                             written by `checkpoint`
     summary.json                             the figures of the whole run
     report.html                              written by `report`
@@ -23,6 +24,7 @@ here can hold, are stored as U+FFFD; everything else round-trips.
 from __future__ import annotations
 
 import errno
+import gzip
 import hashlib
 import io
 import json
@@ -30,18 +32,24 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from mm_agrae.errors import RunFolderError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from pyarrow.parquet import ParquetFile
+
+ROWS_PER_GROUP = 512
+"""Completions in one row group of a Parquet file: the least that is decoded to show one of them."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +165,14 @@ class EvaluationResult:
         return cls(**values)
 
 
+class MetricsMark(NamedTuple):
+    """How far metrics.jsonl has been read: which file (inode), bytes and lines of it."""
+
+    file: int
+    end: int
+    lines: int
+
+
 def _intervals(values: Mapping[str, Mapping[str, float]]) -> dict[int, Interval]:
     return {int(k): Interval(**interval) for k, interval in values.items()}
 
@@ -245,26 +261,50 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """All lines in order. A last line that is not whole (yet) is left out."""
         path = self.path / "metrics.jsonl"
-        rows: list[dict[str, Any]] = []
+        with _explained(self.path, f"reading {path.name}"):
+            lines = path.read_bytes().split(b"\n") if path.exists() else []
+        rows = self._parse_metrics(lines[:-1], 0)
+        with suppress(RunFolderError):  # a last line without its newline may be cut short
+            rows += self._parse_metrics(lines[-1:], len(lines) - 1)
+        return rows
+
+    def follow_metrics(
+        self, mark: MetricsMark | None = None
+    ) -> tuple[list[dict[str, Any]], MetricsMark | None, bool]:
+        """Lines finished since `mark`: their rows, the new mark, whether they are all there are.
+
+        They are all if there was no mark, or if a resumed run has written the file anew.
+        """
+        path = self.path / "metrics.jsonl"
         with _explained(self.path, f"reading {path.name}"):
             if not path.exists():
-                return rows
-            lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines, 1):
+                return [], None, True
+            with path.open("rb") as file:
+                state = os.fstat(file.fileno())
+                anew = mark is None or mark.file != state.st_ino or mark.end > state.st_size
+                start = MetricsMark(state.st_ino, 0, 0) if anew or mark is None else mark
+                file.seek(start.end)
+                content, newline, _ = file.read().rpartition(b"\n")
+        lines = content.split(b"\n") if newline else []
+        rows = self._parse_metrics(lines, start.lines)
+        end = start.end + len(content) + len(newline)
+        return rows, MetricsMark(start.file, end, start.lines + len(lines)), anew
+
+    def _parse_metrics(self, lines: Sequence[bytes], before: int) -> list[dict[str, Any]]:
+        rows = []
+        for number, line in enumerate(lines, before + 1):
             if not line:
                 continue
             try:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("not a mapping")
-                rows.append(row)
             except ValueError as error:
-                if number == len(lines):
-                    break
                 raise RunFolderError(
                     f"run folder {self.path}: metrics.jsonl line {number} is damaged ({error}); "
                     "remove that line"
                 ) from None
+            rows.append({sys.intern(name): value for name, value in row.items()})
         return rows
 
     # -- rollouts
@@ -290,17 +330,49 @@ class RunFolder:
             convert, arrow_type = kinds[kind]
             columns[name] = pa.array([convert(getattr(row, name)) for row in rows], arrow_type)
         buffer = io.BytesIO()
-        pq.write_table(pa.table(columns), buffer, compression="zstd")
+        pq.write_table(pa.table(columns), buffer, compression="zstd", row_group_size=ROWS_PER_GROUP)
         self._write(str(self._rollout_path(step).relative_to(self.path)), buffer.getvalue())
 
     def read_rollouts(
-        self, step: int, columns: Sequence[str] | None = None
+        self, step: int, columns: Sequence[str] | None = None, rows: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
         """The rows of a step as dicts with the names of RolloutRecord, in the order written.
 
-        `columns` reads only these, which spares time and memory. Raises ValueError for a column
-        that does not exist, RunFolderError if the step was not kept or its file is damaged.
+        `columns` reads only these, `rows` only the rows at these places (from 0), in that order;
+        both spare time and memory. Raises ValueError for a column that does not exist,
+        RunFolderError if the step or such a row was not kept or its file is damaged.
         """
+        with self._rollout_file(step, columns) as file:
+            if rows is None:
+                return _plain_rows(file.read(columns=columns).to_pylist())
+            sizes = [
+                file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)
+            ]
+            if rows and not 0 <= min(rows) <= max(rows) < sum(sizes):
+                raise RunFolderError(
+                    f"run folder {self.path}: step {step} has been written anew; open it again"
+                )
+            found: dict[int, dict[str, Any]] = {}
+            start = 0
+            for index, size in enumerate(sizes):
+                inside = sorted({row for row in rows if start <= row < start + size})
+                if inside:
+                    part = file.read_row_group(index, columns=columns)
+                    part = part.take([row - start for row in inside])
+                    found |= zip(inside, _plain_rows(part.to_pylist()), strict=True)
+                start += size
+            return [found[row] for row in rows]
+
+    def iter_rollouts(
+        self, step: int, columns: Sequence[str] | None = None
+    ) -> Iterator[list[dict[str, Any]]]:
+        """The same rows, some hundred at a time: for steps too large to hold."""
+        with self._rollout_file(step, columns) as file:
+            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
+                yield _plain_rows(batch.to_pylist())
+
+    @contextmanager
+    def _rollout_file(self, step: int, columns: Sequence[str] | None) -> Iterator[ParquetFile]:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -314,20 +386,30 @@ class RunFolder:
                 kept = f"kept are {steps[0]} to {steps[-1]}" if steps else "none was kept"
                 raise RunFolderError(f"run folder {self.path}: no rollouts of step {step}; {kept}")
             try:
-                rows = pq.ParquetFile(path).read(columns=columns).to_pylist()
-            except pa.ArrowException as error:
+                with pq.ParquetFile(path) as file:
+                    missing = set(columns or _COLUMNS) - set(file.schema_arrow.names)
+                    if missing:
+                        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+                    yield file
+            except (pa.ArrowException, ValueError, TypeError, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # the operating system's; Arrow's own, for damaged pages, have no number
                 raise RunFolderError(
                     f"run folder {self.path}: {path.name} is damaged ({error}); delete it"
                 ) from None
-        for row in rows:
-            for name in row.keys() & {"parts", "meta"}:
-                row[name] = json.loads(row[name])
-        return rows
 
     def rollout_steps(self) -> list[int]:
         """Steps whose rollouts were kept, ascending."""
         names = [path.name for path in (self.path / "rollouts").glob("step_*.parquet")]
         return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"step_(\d+)\.\w+", name)))
+
+    def rollout_stamp(self, step: int) -> tuple[int, int]:
+        """Changes whenever the rollouts of a step are written anew; (0, 0) if there are none."""
+        try:
+            state = self._rollout_path(step).stat()
+        except OSError:
+            return 0, 0
+        return state.st_mtime_ns, state.st_size
 
     # -- pictures
 
@@ -381,7 +463,8 @@ class RunFolder:
         folder = (own + free)[0]
         with _explained(self.path, f"writing the evaluation {result.name!r}"):
             # Without result.json the folder does not count: never new samples by an old result.
-            (folder / "result.json").unlink(missing_ok=True)
+            for old in ("result.json", "samples.jsonl.gz"):
+                (folder / old).unlink(missing_ok=True)
         write_jsonl(folder / "samples.jsonl", samples)
         write_atomic(folder / "result.json", result.to_json())
         return folder
@@ -395,17 +478,27 @@ class RunFolder:
 
     def read_samples(self, result: EvaluationResult) -> Iterator[dict[str, Any]]:
         """The samples of an evaluation one by one, as dicts with the names of SampleRecord."""
+        path = self.samples_path(result)
+        if path is None:
+            return
+        with _explained(self.path, f"reading {path.name}"), open_samples(path) as file:
+            done = 0
+            try:
+                for line in file:
+                    row = json.loads(line)
+                    done += 1
+                    yield row
+            except (ValueError, EOFError, zlib.error) as error:
+                raise RunFolderError(f"{path} line {done + 1} is damaged ({error})") from None
+
+    def samples_path(self, result: EvaluationResult) -> Path | None:
+        """The file with the samples of an evaluation; None if there is no such evaluation."""
         for folder in self._evaluation_folders():
             held = self._read_result(folder)
-            if held is None or _key(held) != _key(result):
-                continue
-            path = folder / "samples.jsonl"
-            with _explained(self.path, f"reading {path.name}"), path.open("rb") as file:
-                for number, line in enumerate(file, 1):
-                    try:
-                        yield json.loads(line)
-                    except ValueError as error:
-                        raise RunFolderError(f"{path} line {number} is damaged ({error})") from None
+            if held is not None and _key(held) == _key(result):
+                packed = folder / "samples.jsonl.gz"
+                return packed if packed.is_file() else folder / "samples.jsonl"
+        return None
 
     def _evaluation_folders(self) -> list[Path]:
         return sorted(path.parent for path in self.path.glob("evaluations/*/result.json"))
@@ -467,6 +560,13 @@ _COLUMNS = {
 }
 
 
+def _plain_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    for row in rows:
+        for name in row.keys() & {"parts", "meta"}:
+            row[name] = json.loads(row[name])
+    return rows
+
+
 def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
@@ -498,6 +598,11 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):  # numpy and torch
         return _plain(value.tolist())
     return clean_text(value)
+
+
+def open_samples(path: Path) -> io.BufferedIOBase:
+    """The lines of samples.jsonl, packed or not."""
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:

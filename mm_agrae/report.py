@@ -5,22 +5,18 @@ The page is one file that can be mailed: pictures are inside, nothing is fetched
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
+from mm_agrae.contrast import Contrast, Evaluation, SampleReader
 from mm_agrae.errors import RunFolderError
-from mm_agrae.evaluate import paired_difference
+from mm_agrae.explorer import RunView, distinct_names, select
 from mm_agrae.page import (
     Html,
     Line,
-    Points,
     duration,
     el,
     empty,
@@ -38,12 +34,22 @@ from mm_agrae.page import (
     tile,
     with_interval,
 )
-from mm_agrae.records import EvaluationResult, RunFolder, clean_text, write_atomic
+from mm_agrae.records import EvaluationResult, RunFolder, write_atomic
+from mm_agrae.views import (
+    ADVANTAGES,
+    CURVES,
+    Pictures,
+    curve_figures,
+    group_card,
+    pass_at_k_plot,
+    pass_at_k_table,
+    series,
+    trace_card,
+)
 
 GROUPS_SHOWN = 6
+EARLIER_GROUPS_SHOWN = 2
 COMPLETIONS_SHOWN = 16
-TEXT_LIMIT = 2400  # characters of one completion
-PICTURE_BUDGET = 1_200_000  # characters of all pictures of a page
 
 Row = Mapping[str, Any]
 
@@ -66,7 +72,7 @@ def write_report(run_dir: str | Path) -> Path:
         ("Results", _results(folder, evaluations, step)),
         ("Curves", _curves(metrics) if trained else None),
         ("Before and after", _traces(folder, evaluations, pictures)),
-        ("Last step", _last_groups(folder, pictures) if trained else None),
+        ("Groups", _groups(folder, pictures) if trained else None),
         ("Time", _time(metrics, summary)),
         ("Setup", _setup(folder)),
     ]
@@ -137,7 +143,7 @@ def _results(folder: RunFolder, evaluations: Sequence[EvaluationResult], last_st
         ends = _ends(results)
         shown = ends or results
         colors = {"before": 7} if ends else {r.name: i % 7 for i, r in enumerate(results)}
-        plots = [_pass_at_k_plot([(r.name, r, colors.get(r.name, 0)) for r in shown])]
+        plots = [pass_at_k_plot([(r.name, r, colors.get(r.name, 0)) for r in shown])]
         if ends and len(results) > 2:
             plots.append(_progress_plot(results, last_step))
         about = (
@@ -149,7 +155,7 @@ def _results(folder: RunFolder, evaluations: Sequence[EvaluationResult], last_st
             el("div", *_key_numbers(folder, ends), class_="tiles") if ends else Html(""),
             note(about),
             el("div", *plots, class_="plots"),
-            _pass_at_k_table([(result.name, result) for result in results]),
+            pass_at_k_table([(result.name, result) for result in results]),
             *_group_tables(shown),
         ]
     return join(parts)
@@ -180,13 +186,13 @@ def _key_numbers(folder: RunFolder, ends: Sequence[EvaluationResult]) -> list[Ht
         return " → ".join(show(read(result)) for result in ends)
 
     when = "" if len(ends) > 1 else f", {ends[-1].name}"
-    verdicts = [_verdicts(folder, result) for result in ends]
+    contrast = _contrast(folder, ends)
     tiles = []
     for k in _first_and_last_k(ends[-1]):
         found = [result.pass_at_k[k] for result in ends if k in result.pass_at_k]
         ranges = " → ".join(map(span, found))
         values = percent(*(interval.mean for interval in found))
-        tiles.append(tile(f"pass@{k}{when}", values, ranges, _gain(verdicts, k)))
+        tiles.append(tile(f"pass@{k}{when}", values, ranges, _gain(contrast, k)))
     greedy = [result.greedy for result in ends if result.greedy is not None]
     if greedy:
         values = percent(*(interval.mean for interval in greedy))
@@ -200,47 +206,25 @@ def _key_numbers(folder: RunFolder, ends: Sequence[EvaluationResult]) -> list[Ht
     return tiles
 
 
-def _gain(verdicts: Sequence[dict[str, list[bool]]], k: int) -> str:
-    """The paired difference, where both evaluations sampled the same problems equally often."""
-    if len(verdicts) < 2:
-        return ""
-    shared = [key for key in verdicts[0] if key in verdicts[1]]
-    for found in verdicts:
-        sizes = {len(found[key]) for key in shared}
-        if len(sizes) != 1 or min(sizes) < k:
-            return ""
-    before_PN, after_PN = (np.array([found[key] for key in shared]) for found in verdicts)
-    gain = paired_difference(before_PN, after_PN, k)
-    return f"{100 * gain.mean:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
-
-
-def _samples(folder: RunFolder, result: EvaluationResult) -> Iterable[Row]:
+def _contrast(folder: RunFolder, ends: Sequence[EvaluationResult]) -> Contrast | None:
+    """The two ends on the problems they share; None where the samples were not kept."""
+    if len(ends) < 2:
+        return None
+    reader = SampleReader()
     try:
-        yield from folder.read_samples(result)
+        first, second = (reader.read(Evaluation(folder, result)) for result in ends)
     except RunFolderError:  # missing or damaged: the report shows what there is
-        return
+        return None
+    contrast = Contrast.of(first, second)
+    return contrast if contrast.problems else None
 
 
-def _verdicts(folder: RunFolder, result: EvaluationResult) -> dict[str, list[bool]]:
-    """Right or wrong of every sample by problem; the greedy ones only if there are no others."""
-    sampled: dict[str, list[bool]] = {}
-    greedy: dict[str, list[bool]] = {}
-    for row in _samples(folder, result):
-        kind = greedy if row.get("sample") == -1 else sampled
-        kind.setdefault(str(row.get("example_id")), []).append(bool(row.get("success")))
-    return sampled or greedy
-
-
-def _pass_at_k_plot(results: Sequence[tuple[str, EvaluationResult, int]]) -> Html:
-    """One curve for each (name, result, colour); those from before training are dashed."""
-    lines = []
-    for name, result, color in results:
-        found = sorted(result.pass_at_k.items())
-        means = [(k, interval.mean) for k, interval in found]
-        band = [(k, interval.low, interval.high) for k, interval in found]
-        lines.append(Line(name, means, band, color, dashed=result.name == "before"))
-    caption = "the chance that one of k samples is right"
-    return plot("pass@k", lines, note=caption, x_name="k", shares=True, log2=True)
+def _gain(contrast: Contrast | None, k: int) -> str:
+    """The paired difference, where both evaluations sampled the same problems equally often."""
+    gain = contrast.gain(k) if contrast else None
+    if gain is None:
+        return ""
+    return f"{100 * gain.mean:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
 
 
 def _progress_plot(results: Sequence[EvaluationResult], last_step: int) -> Html:
@@ -254,15 +238,6 @@ def _progress_plot(results: Sequence[EvaluationResult], last_step: int) -> Html:
         band = [(step, interval.low, interval.high) for step, interval in found]
         lines.append(Line(f"pass@{k}", means, band, color))
     return plot("pass@k during training", lines, shares=True)
-
-
-def _pass_at_k_table(results: Sequence[tuple[str, EvaluationResult]]) -> Html:
-    ks = sorted({k for _, result in results for k in result.pass_at_k})
-    rows = [
-        [name, *(with_interval(r.pass_at_k.get(k)) for k in ks), with_interval(r.greedy)]
-        for name, r in results
-    ]
-    return table(["%", *(f"pass@{k}" for k in ks), "greedy"], rows)
 
 
 def _group_tables(ends: Sequence[EvaluationResult]) -> list[Html]:
@@ -284,47 +259,6 @@ def _group_tables(ends: Sequence[EvaluationResult]) -> list[Html]:
 
 # -- how it went
 
-# fmt: off
-# Title, note, {metric: label}, options of `plot`.
-_CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
-    ("Success", "share of right completions",
-     {"success/mean": "success"}, ("shares", "smooth")),
-    ("ω", "mean reward of the whole step; low: easy groups weigh more, high: hard ones",
-     {"advantage/omega": "ω"}, ("smooth",)),
-    ("Groups", "by how many of their completions are right",
-     {"groups/all_wrong": "none", "groups/mixed": "some", "groups/all_right": "all"},
-     ("stacked", "shares")),
-    ("Entropy", "nats a token",
-     {"policy/entropy": "entropy"}, ("smooth", "zero")),
-    ("Length", "tokens a completion",
-     {"completions/mean_tokens": "mean", "completions/max_tokens": "longest"}, ("smooth",)),
-    ("Truncated", "completions cut off by the token limit",
-     {"completions/truncated": "truncated"}, ("smooth", "shares", "zero")),
-    ("Right completions", "in the step's batch",
-     {"completions/right": "right"}, ("smooth",)),
-    ("Mean |A|", "how strongly the step pushes",
-     {"advantage/mean_abs": "|A|"}, ("smooth", "zero")),
-    ("ΣA", "negative: paths that were not sampled gain (Theorem 1)",
-     {"advantage/sum": "ΣA"}, ("smooth",)),
-    ("Skipped groups", "without signal, left out of the update",
-     {"groups/no_signal": "no signal"}, ("smooth", "zero")),
-    ("Gradient norm", "before clipping",
-     {"update/grad_norm": "norm"}, ("smooth", "zero")),
-    ("Loss", "", {"update/loss": "loss"}, ("smooth",)),
-    ("Learning rate", "", {"update/learning_rate": "rate"}, ("zero",)),
-    ("Clipped tokens", "whose ratio left the trust region",
-     {"policy/clip_low": "below", "policy/clip_high": "above"}, ("smooth", "shares", "zero")),
-    ("Largest ratio", "of new to old policy, of one token",
-     {"policy/ratio_max": "ratio"}, ()),
-    ("KL", "nats a token",
-     {"policy/approx_kl": "from the sampling policy",
-      "policy/kl_reference": "from the starting policy"}, ("smooth", "zero")),
-    ("Reward errors", "completions that a reward function failed on",
-     {"reward/errors": "errors"}, ("zero",)),
-    ("Peak memory", "MB", {"memory/peak_mb": "resident"}, ("zero",)),
-]
-# fmt: on
-_COLORS = {"none": 3, "some": 1, "all": 2}
 _STAGES = (
     *("rollout", "reward", "advantage", "update", "log", "prompts"),
     *("evaluate", "checkpoint"),
@@ -334,31 +268,17 @@ _STAGES = (
 def _curves(metrics: Sequence[Row]) -> Html:
     if not metrics:
         return empty("No step has been logged yet.")
-    keys = sorted({key for row in metrics for key in row if key.startswith("reward/")})
-    parts = [k for k in keys if k not in ("reward/mean", "reward/std", "reward/errors")]
-    reward = {"reward/mean": "reward"} | {key: key.removeprefix("reward/") for key in parts}
-    first = ("Reward", "weighted sum and its parts, step means", reward, ("smooth",))
-    figures, constant = [], []
-    for title, caption, names, options in (first, *_CURVES):
-        lines = []
-        for color, (key, label) in enumerate(names.items()):
-            lines.append(Line(label, _series(metrics, key), color=_COLORS.get(label, color)))
-        values = {y for line in lines for _, y in line.points}
-        if len(metrics) > 1 and len(values) == 1:
-            constant.append(f"{title} {number(values.pop())}")
-        elif values:
-            if max(values) > 1:  # the trainer counts instead
-                options = tuple(option for option in options if option != "shares")
-            figures.append(plot(title, lines, note=caption, **dict.fromkeys(options, True)))  # type: ignore[arg-type]
-    same = note(f"The same at every step: {'; '.join(constant)}.") if constant else None
-    return join([el("div", *figures, *_speed(metrics), class_="plots"), same])
+    figures, same = curve_figures(metrics)
+    return join(
+        [el("div", *figures, *_speed(metrics), class_="plots"), note(same) if same else None]
+    )
 
 
 def _speed(metrics: Sequence[Row]) -> list[Html]:
     figures = []
     # Evaluations and checkpoints come now and then and would dwarf the rest.
     stages = [
-        Line(stage, _series(metrics, f"seconds/{stage}"), color=color)
+        Line(stage, thin(series(metrics, f"seconds/{stage}")), color=color)
         for color, stage in enumerate(_STAGES[:-2])
     ]
     if any(line.points for line in stages):
@@ -371,21 +291,11 @@ def _speed(metrics: Sequence[Row]) -> list[Html]:
             tokens, seconds = row.get("tokens/completion"), row.get(f"seconds/{stage}")
             if tokens and seconds:
                 rows.append({"step": row.get("step"), "rate": tokens / seconds})
-        rates.append(Line(label, _series(rows, "rate"), color=len(rates)))
+        rates.append(Line(label, thin(series(rows, "rate")), color=len(rates)))
     if any(line.points for line in rates):
         caption = "completion tokens"
         figures.append(plot("Tokens a second", rates, note=caption, smooth=True, zero=True))
     return figures
-
-
-def _series(metrics: Sequence[Row], key: str) -> Points:
-    """(step, value) wherever there is a number that can be drawn."""
-    points = []
-    for row in metrics:
-        step, value = row.get("step"), row.get(key)
-        if isinstance(step, int | float) and isinstance(value, int | float) and abs(value) < 1e100:
-            points.append((float(step), float(value)))
-    return thin(points)
 
 
 def _time(metrics: Sequence[Row], summary: Row) -> Html | None:
@@ -418,174 +328,54 @@ def _traces(
     ends = _ends([r for r in evaluations if r.label == evaluations[-1].label])
     if len(ends) < 2:
         return None
-    verdicts = [_verdicts(folder, result) for result in ends]
-    old, new = (
-        {key: sum(found) / len(found) for key, found in verdict.items()} for verdict in verdicts
-    )
-    shared = [key for key in old if key in new]
-    gained = [k for k in sorted(shared, key=lambda k: (old[k], -new[k])) if new[k] > old[k]]
-    lost = [k for k in sorted(shared, key=lambda k: new[k] - old[k]) if new[k] < old[k]]
-    left = [k for k in shared if old[k] == new[k] == 0]
-    # For each: whether to show a right completion before and after.
-    chosen = dict.fromkeys(gained[:3], (False, True)) | dict.fromkeys(lost[:1], (True, False))
-    chosen |= dict.fromkeys(left[:1], (False, False))
-    if not chosen:
+    contrast = _contrast(folder, ends)
+    if contrast is None:
         return empty("The samples of the evaluations were not kept.")
-    texts = [_representatives(folder, result, set(chosen)) for result in ends]
+    kinds = contrast.kinds
+    gained = (kinds["only second"] + kinds["second more"])[:3]
+    lost = (kinds["only first"] + kinds["first more"])[:1]
     cards = []
-    for key, wanted in chosen.items():
-        columns = []
-        for result, verdict, text, want in zip(ends, verdicts, texts, wanted, strict=True):
-            row = text[key].get(want) or next(iter(text[key].values()))
-            count = f"{result.name}: {sum(verdict[key])} of {len(verdict[key])} right "
-            title = el("h4", count, _verdict(bool(row.get("success"))))
-            columns.append(el("div", title, _completion(row.get("completion"), 2 * TEXT_LIMIT)))
-        cards.append(el("article", _problem(row, pictures), *columns, class_="card traces"))
+    for difference in gained + lost + kinds["neither"][:1]:
+        rows = contrast.traces(difference)
+        titles = [
+            f"{result.name}: {right} of {count} right"
+            for result, right, count in zip(ends, difference.right, difference.samples, strict=True)
+        ]
+        cards.append(trace_card(rows[1], pictures, list(zip(titles, rows, strict=True))))
     about = "Problems that training solved, one it lost and one it left, as far as there are any."
     return join([note(about), *cards])
 
 
-def _representatives(
-    folder: RunFolder, result: EvaluationResult, wanted: set[str]
-) -> dict[str, dict[bool, Row]]:
-    """For each wanted problem its first right and its first wrong sample."""
-    found: dict[str, dict[bool, Row]] = {key: {} for key in wanted}
-    for row in _samples(folder, result):
-        key = str(row.get("example_id"))
-        if key in wanted:
-            found[key].setdefault(bool(row.get("success")), row)
-    return found
-
-
-def _last_groups(folder: RunFolder, pictures: Pictures) -> Html:
-    steps = folder.rollout_steps()
-    if not steps:
+def _groups(folder: RunFolder, pictures: Pictures) -> Html:
+    """Groups of the last step kept, and fewer of the first and the one halfway to compare."""
+    view = RunView(folder.path)
+    view.refresh()
+    if not view.steps:
         return empty("No rollouts were kept.")
-    groups: dict[tuple[int, int], list[Row]] = {}
-    for row in folder.read_rollouts(steps[-1]):
-        groups.setdefault((row["draw"], row["prompt_index"]), []).append(row)
-    kinds: dict[str, list[list[Row]]] = {"mixed": [], "all wrong": [], "all right": []}
-    for group in groups.values():
-        right = sum(row["success"] for row in group)
-        kind = "all wrong" if not right else "all right" if right == len(group) else "mixed"
-        kinds[kind].append(group)
+    earlier = sorted({view.steps[0], view.steps[len(view.steps) // 2]} - {view.steps[-1]})
+    parts = [_groups_of(view, view.steps[-1], GROUPS_SHOWN, pictures)]
+    for step in earlier:
+        try:
+            body = _groups_of(view, step, EARLIER_GROUPS_SHOWN, pictures)
+        except RunFolderError as error:
+            body = empty(str(error))
+        parts.append(fold(f"Step {step:,}, to compare", body))
+    return join(parts)
+
+
+def _groups_of(view: RunView, step: int, count: int, pictures: Pictures) -> Html:
+    groups = view.groups(step)
+    kinds = {kind: select(groups, kind) for kind in ("mixed", "all wrong", "all right")}
     # Mixed groups teach; one of each other kind shows what they look like.
     others = kinds["all wrong"][:1] + kinds["all right"][:1]
     rest = kinds["all wrong"][1:] + kinds["all right"][1:]
-    shown = (kinds["mixed"][: GROUPS_SHOWN - len(others)] + others + rest)[:GROUPS_SHOWN]
+    shown = (kinds["mixed"][: count - len(others)] + others + rest)[:count]
     counts = ", ".join(f"{len(found):,} {kind}" for kind, found in kinds.items())
-    text = (
-        f"Step {steps[-1]:,}: {len(groups):,} groups ({counts}), {len(shown)} shown. A is the "
-        "advantage before rescaling → after the sample level → final."
-    )
-    return join([note(text), *(_group_card(group, pictures) for group in shown)])
-
-
-def _group_card(group: Sequence[Row], pictures: Pictures) -> Html:
-    right = sum(row["success"] for row in group)
-    kind = {0: "wrong", len(group): "right"}.get(right, "")
-    title = el("h4", f"{right} of {len(group)} right", class_=kind)
-    completions = [_completion_row(row) for row in group[:COMPLETIONS_SHOWN]]
-    hidden = len(group) - len(completions)
-    more = note(f"and {hidden} more") if hidden else None
-    body = el("div", title, *completions, more)
-    return el("article", _problem(group[0], pictures), body, class_="card group")
-
-
-def _completion_row(row: Row) -> Html:
-    """One line that opens to the whole completion."""
-    levels = [row["advantage_before"], row["advantage_sample_level"], row["advantage"]]
-    advantages = " → ".join("–" if level is None else f"{level:+.2f}" for level in levels)
-    answer = clean_text(row["completion"]).rpartition("</think>")[2]
-    ending = answer.strip()[-50:].replace("\n", " ")
-    details = [f"{shorten(part, 100)} {number(value)}" for part, value in row["parts"].items()]
-    details.append(f"finish: {shorten(row['finish_reason'], 300)}")
-    if row["entropy"] is not None:
-        details.append(f"entropy {number(row['entropy'])} nats")
-    if row["error"]:
-        details.append(f"error: {shorten(row['error'], 300)}")
-    return el(
-        "details",
-        el(
-            "summary",
-            _verdict(row["success"]),
-            el("span", f"reward {number(row['reward'])}"),
-            el("span", f"A {advantages}"),
-            el("span", f"{row['tokens']} tokens", class_="muted"),
-            el("span", f"…{ending}", class_="ending muted", dir="auto"),
-        ),
-        note(" · ".join(details)),
-        _completion(row["completion"], TEXT_LIMIT),
-        class_="completion",
-    )
-
-
-def _problem(row: Row, pictures: Pictures) -> Html:
-    shown = [pictures.show(path) for path in list(row.get("images") or [])[:4]]
-    question = clean_text(row.get("question"))
-    if shown:
-        question = question.replace("<image>", "").strip()
-    gold = el("b", shorten(row.get("answer"), 300))
-    return el(
-        "div",
-        *shown,
-        el("p", shorten(question, TEXT_LIMIT), class_="question", dir="auto"),
-        el("p", el("span", "answer ", class_="muted"), gold, dir="auto"),
-        class_="problem",
-    )
-
-
-def _verdict(success: bool) -> Html:
-    text, kind = ("✓ right", "right") if success else ("✗ wrong", "wrong")
-    return el("span", text, class_=f"verdict {kind}")
-
-
-def _completion(text: object, limit: int) -> Html:
-    """The reasoning set apart from the answer after it."""
-    thought, mark, answer = shorten(text, limit).partition("</think>")
-    body = (
-        [el("span", thought + mark, class_="thought"), answer] if mark else [thought or "(empty)"]
-    )
-    return el("pre", *body, dir="auto", tabindex="0")
-
-
-@dataclass
-class Pictures:
-    """The run's pictures as data URIs: small ones as they are, large ones made smaller."""
-
-    folder: RunFolder
-    spent: int = 0
-
-    def show(self, relative: object) -> Html:
-        path = self.folder.image_path(str(relative))
-        if path is None:
-            return empty("picture missing")
-        try:
-            kind, data = _small_picture(path)
-        except Exception:  # Pillow raises many kinds for a damaged file
-            return empty("picture damaged")
-        source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        if self.spent + len(source) > PICTURE_BUDGET:
-            return empty("picture left out, to keep the page small")
-        self.spent += len(source)
-        return el("img", src=source, alt="picture of the problem")
-
-
-def _small_picture(path: Path) -> tuple[str, bytes]:
-    from PIL import Image
-
-    data = path.read_bytes()
-    with Image.open(path, formats=["PNG"]) as image:
-        if len(data) <= 40_000 and max(image.size) <= 1024:
-            image.load()  # raises if it is damaged
-            return "png", data
-        rgba = image.convert("RGBA")
-    rgba.thumbnail((512, 512))
-    flat = Image.new("RGB", rgba.size, "white")
-    flat.paste(rgba, mask=rgba)
-    buffer = io.BytesIO()
-    flat.save(buffer, "JPEG", quality=75)
-    return "jpeg", buffer.getvalue()
+    text = f"Step {step:,}: {len(groups):,} groups ({counts}), {len(shown)} shown. {ADVANTAGES}"
+    cards = [
+        group_card(rows, pictures, completions=COMPLETIONS_SHOWN) for rows in view.rows(step, shown)
+    ]
+    return join([note(text), *cards])
 
 
 # -- how it was set up
@@ -620,14 +410,10 @@ def _last(metrics: Sequence[Row], key: str) -> float | None:
 
 
 def _distinct_names(runs: Sequence[RunFolder]) -> list[str]:
-    """Folder names, with as many parents as it takes to tell them apart."""
-    parts = [run.path.resolve().parts for run in runs]
-    if len(set(parts)) < len(parts):
+    paths = [run.path for run in runs]
+    if len({path.resolve() for path in paths}) < len(paths):
         raise RunFolderError("the same run folder is given twice; name each run once")
-    depth = 1
-    while len({part[-depth:] for part in parts}) < len(parts):
-        depth += 1
-    return ["/".join(part[-depth:]) for part in parts]
+    return distinct_names(paths)
 
 
 def _compared_results(
@@ -653,8 +439,8 @@ def _compared_results(
         if len(starts) == 1 and len(names) > 1:
             rows = [("before" if r.name == "before" else name, r, c) for name, r, c in rows]
         parts.append(el("h3", label))
-        parts.append(el("div", _pass_at_k_plot(rows), class_="plots wide"))
-        parts.append(_pass_at_k_table([(name, result) for name, result, _ in rows]))
+        parts.append(el("div", pass_at_k_plot(rows), class_="plots wide"))
+        parts.append(pass_at_k_table([(name, result) for name, result, _ in rows]))
     return join(parts)
 
 
@@ -662,15 +448,15 @@ def _compared_curves(names: Sequence[str], metrics: Sequence[Sequence[Row]]) -> 
     titles = {"reward/mean": "Reward", "groups/all_wrong": "Groups without a right completion",
               "groups/all_right": "Groups with right completions only"}  # fmt: skip
     notes = {}
-    for title, caption, keys, options in _CURVES:
+    for title, caption, keys, options in CURVES:
         key = next(iter(keys))
         if "stacked" not in options and (len(keys) == 1 or title == "Length"):
             titles[key], notes[key] = title, caption
     figures = []
     for key, title in titles.items():
-        series = [_series(rows, key) for rows in metrics]
-        lines = [Line(name, series[i], color=i % 7) for i, name in enumerate(names)]
-        if len({y for points in series for _, y in points}) > 1:
+        found = [thin(series(rows, key)) for rows in metrics]
+        lines = [Line(name, found[i], color=i % 7) for i, name in enumerate(names)]
+        if len({y for points in found for _, y in points}) > 1:
             figures.append(plot(title, lines, note=notes.get(key, ""), smooth=True))
     if not figures:
         return empty("None of these runs has logged a step.")

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from mm_agrae import advantage, checkpoint, evaluate, metrics, parity
 from mm_agrae import config as configs
@@ -52,6 +52,9 @@ from mm_agrae.tasks.order import DataOrder
 from mm_agrae.types import Completion, MicroBatch, Prompt
 from mm_agrae.versions import versions
 
+MAX_REFUSALS = 20
+"""Prompts in one place that a rollout server may refuse before the fault is not the rows'."""
+
 
 @dataclass(frozen=True)
 class _Ahead:
@@ -73,7 +76,11 @@ class Trainer:
 
     def __init__(self, config: Config, reporter: Reporter | None = None):
         self.config = config
-        self.accelerator = Accelerator(cpu=config.model.device == "cpu")
+        self.accelerator = Accelerator(
+            cpu=config.model.device == "cpu",
+            # Gradients live in DDP's buckets, of which there would else be a second copy.
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.reporter = reporter or Reporter(enabled=self.is_main)
@@ -98,6 +105,11 @@ class Trainer:
         self.order = DataOrder(len(self.task), config.train.seed, config.data.shuffle)
         self.processing = Processing(
             config.model.path, config.prompt, trust_remote_code=config.model.trust_remote_code
+        )
+        self.reporter.table(
+            f"Prompts for {config.model.path}",
+            ["what", "how"],
+            [list(line) for line in self.processing.describe()],
         )
         self.policy = Policy(
             config.model,
@@ -243,6 +255,7 @@ class Trainer:
             count = len(prompts) * rollout.completions_per_prompt
             with self.stopwatch("rollout"), self.reporter.bar("  rollout", count) as advance:
                 completions = self._generate(prompts, self.steps_done, draw, advance)
+            prompts, completions = self._replace_refused(prompts, completions, draw)
             fresh = self._score(prompts, completions, draw)
             groups.update({group.position: group for group in fresh})
             if draw + 1 == draws:
@@ -260,10 +273,43 @@ class Trainer:
         completions = self._wait(present)
         self._probe(list(present.prompts.values()))
         self._ahead = None
+        if any(self._gather_list([not all(completions)])):
+            raise DataError(
+                "a rollout server refused a row, which rollout.overlap cannot replace in time; "
+                "its message is in the log. Remove the row, or set rollout.overlap=false"
+            )
         if self.steps_done + 1 < self.total_steps:
             self._ahead = self._begin(self.steps_done + 1, positions)
         self._sampled_by = present.version
         return self._score(present.prompts, completions, draw=0)
+
+    def _replace_refused(
+        self, prompts: dict[int, Prompt], completions: list[list[Completion]], draw: int
+    ) -> tuple[dict[int, Prompt], list[list[Completion]]]:
+        """Other prompts in the place of those that a rollout server refused."""
+        found = dict(zip(prompts, completions, strict=True))
+        for attempt in range(1, MAX_REFUSALS + 1):
+            own = [
+                (position, prompts[position].example.origin or prompts[position].example.id)
+                for position, group in found.items()
+                if not group
+            ]
+            refused = sorted(self._gather_list(own))
+            if not refused:
+                return prompts, [found[position] for position in prompts]
+            for _, where in refused:
+                self.reporter.say(f"skipped {where}: the rollout server refused it")
+            if self.config.data.on_bad_row == "error":
+                raise DataError(
+                    f"{refused[0][1]}: the rollout server refused this row; its message is in the "
+                    "log. Mend it or set data.on_bad_row=skip"
+                )
+            self.rows_skipped += len(refused)
+            fresh = self._draw_prompts([position for position, _ in refused])
+            prompts = dict(sorted({**prompts, **fresh}.items()))
+            again = self._generate(fresh, self.steps_done, draw + 1000 * attempt)
+            found |= dict(zip(fresh, again, strict=True))
+        raise EngineError(f"the rollout server refused {MAX_REFUSALS} rows in a row")
 
     def _begin(self, step: int, positions: Sequence[int]) -> _Ahead:
         """Draw the prompts of `step` here, and let the engine sample beside what follows."""
@@ -527,6 +573,8 @@ class Trainer:
             lr=update.learning_rate,
             betas=update.betas,
             weight_decay=update.weight_decay,
+            # Without it AdamW makes a temporary of the size of all parameters on a GPU.
+            fused=True if self.accelerator.device.type == "cuda" else None,
         )
         per_rollout = prompts // (update.mini_batch_prompts or prompts) * update.epochs
         name = "constant_with_warmup" if update.schedule == "constant" else update.schedule
@@ -540,8 +588,10 @@ class Trainer:
     def evaluate(self, name: str) -> None:
         """Sample and grade every evaluation set; results go into the run folder."""
         self._sync()
-        section = self.config.evaluate
+        settings = self.config.evaluate
+        sections = {s.label: settings.for_source(s) for s in self.config.data.evaluate}
         for label, task in self.evaluation_tasks.items():
+            section = sections[label]
             started = time.perf_counter()
             mine = range(self.rank, len(task), self.world)
             with (

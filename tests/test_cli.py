@@ -111,6 +111,26 @@ def test_lists():
     assert "torch" in command("doctor")
 
 
+def test_doctor_looks_at_a_config(tmp_path):
+    (tmp_path / "c.yaml").write_text(configs.dump(run_config(tmp_path / "run")))
+    path = tmp_path / "c.yaml"
+    output = command("doctor", path, "rollout.max_new_tokens=12", "--gpus", 2, "--gpu-memory", 1)
+    assert "64 sampled" not in output
+    assert "up to 192 sampled" in output
+    assert "each of 2 processes with 1.0 GiB" in output
+    assert "nothing stands in the way" in output
+    assert "no config.json" in command("doctor", path, "model.path=no/model", expect=1)
+    assert "--gpus is 0" in command("doctor", path, "--gpus", 0, expect=2)
+
+
+def test_a_second_file_is_laid_over_the_first(tmp_path):
+    (tmp_path / "c.yaml").write_text(configs.dump(run_config(tmp_path / "run")))
+    (tmp_path / "over.yaml").write_text("advantage: {rule: dr_grpo}\n")
+    assert "dr_grpo / grpo" in command(
+        "train", tmp_path / "c.yaml", tmp_path / "over.yaml", "--plan"
+    )
+
+
 @pytest.mark.parametrize(
     ("change", "expected"),
     [

@@ -19,7 +19,7 @@ from PIL import Image
 from mm_agrae.errors import ConfigError, RunFolderError
 from mm_agrae.evaluate import summarise
 from mm_agrae.metrics import MetricLogger, Stopwatch, peak_memory_mb
-from mm_agrae.records import RolloutRecord, RunFolder, SampleRecord
+from mm_agrae.records import ROWS_PER_GROUP, RolloutRecord, RunFolder, SampleRecord
 
 HOSTILE = [
     "\ud800",
@@ -260,6 +260,43 @@ def test_a_step_opens_without_the_others_and_by_column(folder):
     assert [row["completion_index"] for row in folder.read_rollouts(1)] == list(range(10_000))
     (folder.path / "rollouts/step_000002.parquet").write_bytes(b"")
     assert len(folder.read_rollouts(1, ["reward"])) == 10_000
+
+
+def test_some_rows_of_a_step_and_all_of_them_in_parts(folder):
+    count = 2 * ROWS_PER_GROUP + 7
+    folder.write_rollouts(3, [record(completion_index=i, completion=f"c{i}") for i in range(count)])
+    everything = folder.read_rollouts(3)
+    places = [count - 1, 0, ROWS_PER_GROUP, 3, ROWS_PER_GROUP - 1, 3]
+    assert folder.read_rollouts(3, rows=places) == [everything[place] for place in places]
+    assert folder.read_rollouts(3, ["completion"], rows=[700]) == [{"completion": "c700"}]
+    assert folder.read_rollouts(3, rows=[]) == []
+    for place in (-1, count):
+        with pytest.raises(RunFolderError, match="open it again"):
+            folder.read_rollouts(3, rows=[0, place])
+    parts = list(folder.iter_rollouts(3))
+    assert max(map(len, parts)) <= ROWS_PER_GROUP
+    assert [row for part in parts for row in part] == everything
+    with pytest.raises(ValueError, match="no column"):
+        list(folder.iter_rollouts(3, ["password"]))
+
+
+def test_metrics_are_followed_from_a_mark(folder):
+    assert folder.follow_metrics() == ([], None, True)
+    folder.append_metrics({"step": 1})
+    rows, mark, anew = folder.follow_metrics()
+    assert (rows, anew) == ([{"step": 1}], True)
+    assert folder.follow_metrics(mark) == ([], mark, False)
+    for step in (2, 3):
+        folder.append_metrics({"step": step})
+    rows, later, anew = folder.follow_metrics(mark)
+    assert (rows, anew) == ([{"step": 2}, {"step": 3}], False)
+    folder.rewind(2)  # a resumed run: another file
+    rows, _, anew = folder.follow_metrics(later)
+    assert (rows, anew) == ([{"step": 1}, {"step": 2}], True)
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write("nonsense\n")
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl line 3 is damaged"):
+        folder.follow_metrics()
 
 
 # -- pictures

@@ -195,6 +195,25 @@ def test_report_shows_problems_that_training_solved_lost_and_left(tmp_path):
     assert "after 0/0" in traces
 
 
+def test_earlier_steps_are_there_to_compare(tmp_path):
+    run = whole_run(tmp_path / "run")
+    for step in (1, 10, 20, 30):
+        records = run.read_rollouts(40)
+        for record in records:
+            record.update(step=step, images=tuple(record["images"]))
+        run.write_rollouts(step, [RolloutRecord(**record) for record in records])
+    parsed = Parsed(write_report(run.path))
+    titles = ["Step 1, to compare", "Step 20, to compare"]
+    assert [text for text in titles if text in parsed.text] == titles
+    assert "Step 10, to compare" not in parsed.text
+    assert re.findall(r"Step (\d+): 4 groups \(2 mixed, 1 all wrong, 1 all right\), (\d) shown",
+                      parsed.text) == [("40", "4"), ("1", "2"), ("20", "2")]  # fmt: skip
+    (run.path / "rollouts" / "step_000020.parquet").write_bytes(b"PAR1")
+    parsed = Parsed(write_report(run.path))
+    assert "step_000020.parquet is damaged" in parsed.text
+    assert "Step 1: 4 groups" in parsed.text
+
+
 def test_model_text_is_shown_as_characters(tmp_path):
     run = whole_run(tmp_path / "run", text=HOSTILE)
     parsed = Parsed(write_report(run.path))
@@ -298,7 +317,8 @@ def test_a_page_stays_small_however_long_the_run(tmp_path):
     parsed = Parsed(path)
     assert "characters left out" in parsed.text
     assert "and 48 more" in parsed.text
-    assert parsed.all("img", alt="picture of the problem")[-1]["src"].startswith("data:image/jpeg")
+    sources = [attrs["src"] for attrs in parsed.all("img", alt="picture of the problem")]
+    assert any(source.startswith("data:image/jpeg") for source in sources)
     assert "picture left out" in parsed.text
     longest = max(len(attrs["d"]) for attrs in parsed.all("path"))
     assert longest < 8000

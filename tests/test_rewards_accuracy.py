@@ -10,22 +10,45 @@ import sys
 import threading
 from fractions import Fraction
 from functools import cache
-from itertools import product
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mm_agrae.config import RewardSection
 from mm_agrae.rewards import Rewarder
-from mm_agrae.rewards.accuracy import extract_answer, verify
-from mm_agrae.rewards.equivalence import Number, agree, as_text, normalise, number, symbolic
+from mm_agrae.rewards.accuracy import verify
+from mm_agrae.rewards.extraction import extract_answer
 from mm_agrae.rewards.format import follows
+from mm_agrae.rewards.formulas import symbolic
+from mm_agrae.rewards.notation import as_text, normalise
+from mm_agrae.rewards.quantities import Number, agree, number
 from mm_agrae.types import Completion, Example
 
 # gold answer, answer in the box
 RIGHT = r"""
+0.05               | 5\%
+0.111              | 0,111
+0,5                | 0.5
+33.3               | \frac{100}{3}
+\sqrt[3]{8}        | ∛8
+x^{10}             | x¹⁰
+x_2                | x₂
+\frac{2}{5}        | ⅖
+7*sin(pi*x/5)+1    | 7 \sin(\frac{\pi}{5}x) + 1
+x^0*e^(-8*x)*cos(9*x) | e^{-8x} \cos(9x)
+3*cos(sqrt(980/7)*t) | 3\cos(2\sqrt{35}t)
+\left(\frac{1}{5}, 2\right) | \\left( \\frac{1}{5}, 2 \\right)
+A:B = 1:2          | 1:2
+0 < f(x) < 1       | (0, 1)
+p=5,q=2;p=7,q=2    | (5,2), (7,2)
+(1,2),(3,4)        | (1,2), (3,4), (1, 2)
+\text{no solution} | \emptyset
+3:30 PM            | 3:30
+a = b = 2          | 2
+artery             | arteries
+\alpha + \beta     | β + α
 5                  | 5.0
 5                  | x = 5
 5                  | 5=x
@@ -33,7 +56,7 @@ RIGHT = r"""
 5                  | \text{5}
 5                  | about 5
 5                  | 5.
-5                  | 500%
+5                  | 5%
 0.05               | 5%
 50\%               | 1/2
 50\%               | 0.5
@@ -170,7 +193,18 @@ f(3) = 7           | 7
 \frac{6}{3} = 2    | 2
 """
 WRONG = r"""
+1,234              | 1.234
+33.3               | 33
+A:B = 1:2          | 2:1
+p=5,q=2;p=7,q=2    | (5,2), (2,7)
+3:30 PM            | 3:30 AM
+class              | clas
+x^{10}             | x_{10}
+12                 | 1200\%
+4                  | \text{we have to solve } x^2 = 4
 5                  | 500
+5                  | 500%
+5\%                | 500
 5                  | -5
 5                  | 5.0000001
 5                  | 4 or 5
@@ -274,6 +308,37 @@ def test_gold_answer_with_and_without_delimiters(gold):
 
 
 @pytest.mark.parametrize(
+    ("gold", "completion", "right"),
+    [
+        ("5", "It could be 4 or 5.", False),
+        ("5", "The answer is not 5.", False),
+        ("5", "The answer is 5, not 6.", True),
+        ("6", "The answer is 5, not 6.", False),
+        ("3", "The answer is 5x + 3.", False),
+        ("3", "So we have 3 groups of", False),
+        ("4", "So we need to solve $x^2 = 4$.", False),
+        ("2", "Therefore, the answer is 1/2.", False),
+        ("5 cm", "We get $5$ m.", False),
+        ("5 cm", "We get $5$ cm.", True),
+        ("1000.99", "so the number is 10 which is 1,000.99m²", True),
+        ("2/3", "Therefore, the probability that Alice wins the game is 2/3.", True),
+        ("C", "Therefore, the correct option is **C**.", True),
+        ("B", "The answer is not (B).", False),
+        ("B", "It is either (A) or (B).", False),
+        ("yes", "Yes, there is a small effusion. It is on the left side of the image.", True),
+        ("no", "No evidence of pneumothorax.", True),
+        ("yes", "There is no sign of a fracture.", False),
+        ("C. 42", r"\boxed{C}", True),
+        ("C. 42", r"\boxed{42}", True),
+        ("C. 42", r"\boxed{D}", False),
+        ("She has 72 eggs left.\n#### 72", r"\boxed{72}", True),
+    ],
+)
+def test_answers_in_sentences(gold, completion, right):
+    assert verify(gold, completion) is right
+
+
+@pytest.mark.parametrize(
     ("gold", "answer", "choices", "right"),
     [
         ("B", "B", ("1", "2", "3"), True),
@@ -301,6 +366,9 @@ def test_gold_answer_with_and_without_delimiters(gold):
         ("18", "D", ("9", "12", "18", "18"), True),
         ("18", "C, D", ("9", "12", "18", "18"), False),
         ("C\nD", "C", ("a", "b", "c", "d"), False),
+        ("AC", "C, A", ("a", "b", "c", "d"), True),
+        ("AC", "A", ("a", "b", "c", "d"), False),
+        ("B", "BC", ("AB", "BC", "CA"), True),
         ("B", "B) 15", (), True),
         ("B", "B, C", (), False),
         ("B", "Both A and B", (), False),
@@ -381,7 +449,22 @@ def test_number_settings(gold, answer, options, right):
         ("<answer> 5 </answer>", "5"),
         ("42", "42"),
         ("A sentence that is far too long to be an answer by itself, for it goes on and on.", None),
-        ("one line\n42", None),
+        ("one line\n42", "42"),
+        (r"\boxed{1} papers and \boxed{2} bins", "1, 2"),
+        (r"\boxed{5} and adding one gives \boxed{6}", "6"),
+        (r"\boxed{\boxed{7}}", "7"),
+        (r"\boxed{255} to begin with. Final Answer: The final answer is $10,455$.", "$10,455$"),
+        ("### Final Answer\n\n7", "7"),
+        ("The answer is 6.<|im_end|>\n<|im_start|>user\nIs it 7?", "6"),
+        ("So we get\n$$\n5 + 6 = 11.\n$$", "\n5 + 6 = 11.\n".strip()),
+        ("He spent all of it in the end, so the price of the whole set is **$12.50**.", "$12.50"),
+        ("A sum over all of the rows of the table that was given: 3 + 4 = 7.", "7"),
+        ("Because of that there are 12 ways to do what the question asks for here.", "12"),
+        ("Two of the choices are clearly excluded by the picture. I would go with (B) here.", "B"),
+        ("Weighing them all against each other...\n\nC", "C"),
+        ("There are 12 ways to do it, of which 5 are counted twice, as you can see.", None),
+        ("This text was cut off while it was saying that there are 3 groups, each of", None),
+        ("It may well be any of 4 or 5.", "It may well be any of 4 or 5"),
         ("", None),
     ],
 )
@@ -394,7 +477,7 @@ def test_places_are_settings():
     assert extract_answer(text, answer_in=("tag", "boxed")) == "4"
     assert extract_answer(text, answer_in=("answer_is",)) == "3"
     assert extract_answer("<final>6</final>", answer_in=("tag",), answer_tag="final") == "6"
-    assert extract_answer("42", bare_limit=0) is None
+    assert extract_answer("42", answer_in=("boxed", "answer_is")) is None
     with pytest.raises(ValueError, match=r"answer_in is 'box'; valid: boxed"):
         extract_answer(text, answer_in=("box",))
     with pytest.raises(ValueError, match="kind is 'maths'"):
@@ -454,140 +537,13 @@ def test_format_with_other_tags():
     assert not follows(r"</think> \boxed{4}", open_tag="")
 
 
-# ------------------------------------------------------------------------------ hostile text
-
 HARD = ("x^2 + 2x + 1", r"\boxed{(x+1)^2}")  # needs sympy, so a worker process
-MARK = "hostile_code_ran"
-HOSTILE = [
-    *("", " ", r"\boxed{}", "{}", "{", "}", "{" * 1900, "(" * 900 + "1" + ")" * 900),
-    *("9**9**9**9", "9^{9^{9^9}}", r"9^{9^9}", "10^{10^{10}}", r"(10^9)!", "99999!", "5!!!!!!!!"),
-    *("factorial(10**9)", r"\binom{10^{9}}{5\cdot 10^8}", r"\sum_{i=1}^{10^{9}} \frac{1}{i}"),
-    *(r"\int_0^{\infty} x^{x^{x}} \sin(e^{x}) dx", r"\prod_{k=1}^{10^8} k", r"2^{99999999}"),
-    *(r"\lim_{x \to 0} \frac{\sin(\tan(\sin x))}{x^{99}}", r"\sqrt[99999]{2}", "7" * 1900),
-    *("9" * 1_000_000, r"\frac{1}{" * 150 + "1" + "}" * 150, r"\text{" * 200 + "}" * 200),
-    *(
-        f"__import__('os').system('touch {MARK}')",
-        f"open('{MARK}','w')",
-        "exit()",
-        "1;1",
-        "lambda: 5",
-    ),
-    *(
-        f"exec(\"open('{MARK}', 'w')\")",
-        "().__class__.__bases__[0].__subclasses__()",
-        "${6*6}",
-        "{{7*7}}",
-    ),
-    *("5\x00", "\x005", "\ud8005", "5\udfff", "\u202e5", "5\u200f", "\u06615", "٥", "५"),
-    *(
-        "x" * 1500,
-        "a " * 900,
-        "1 " * 900,
-        "5," * 900,
-        "5%" * 900,
-        "x=" * 900,
-        "1:" * 900,
-        "x<" * 900,
-    ),
-    *(" and " * 400, r"\cup" * 400, r"\pm" * 600, r"5^\circ" * 250, r"\begin{pmatrix}" * 100),
-    *(
-        r"\begin{pmatrix}" + "1&" * 600 + r"\end{pmatrix}",
-        r"\def\a{\a\a}\a",
-        r"\input{/etc/passwd}",
-    ),
-    *(
-        "nan",
-        r"\text{nan}",
-        "zoo",
-        "oo",
-        r"\infty - \infty",
-        r"\frac{0}{0}",
-        "-",
-        "+",
-        ".",
-        ",",
-        "$",
-    ),
-    *(
-        r"\left" * 300,
-        "sqrt(" * 300,
-        r"\sqrt" * 300,
-        r"\frac" * 300,
-        "^" * 900,
-        "_" * 900,
-        "|" * 900,
-    ),
-    *("True", "5 if True else 4", "5 or 1234", "5, 1234", "1e999", "1e9999999", "0x5", "5e", "- -"),
-]
-GOLDS = ["5", r"\frac{1}{2}", "(1,2)", r"x^2+1", "B", "Evelyn", "0.25", r"(-\infty,2)"]
-
-
-@pytest.mark.parametrize("gold", GOLDS)
-def test_hostile_answers_are_wrong_and_harmless(gold, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert len(HOSTILE) * len(GOLDS) > 300
-    for answer in HOSTILE:
-        assert not verify(gold, f"\\boxed{{{answer}}}", time_limit_s=0.5), answer[:80]
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("kind", ["math", "number", "choice", "yes_no", "text"])
-def test_hostile_answers_of_every_kind(kind):
-    choices = ("12", r"\frac{1}{3}", "no") if kind == "choice" else ()
-    for gold, answer in product(["12", "yes"], HOSTILE):
-        settings = {"kind": kind, "choices": choices, "time_limit_s": 0.5}
-        assert not verify(gold, f"\\boxed{{{answer}}}", **settings), answer[:80]
-
-
-def test_hostile_completions():
-    million = 1_000_000
-    for text in (
-        r"\boxed{" * 100_000,
-        r"\boxed{" * 50_000 + "}" * 50_000,
-        "{" * 100_000,
-        "answer is " * 100_000,
-        "answer to " * 100_000,
-        "<think>" * 100_000,
-        "<answer>" * 100_000,
-        r"\boxed" + " " * million,
-        r"\boxed " + "a" * million,
-        "\\" * million,
-        "$" * million,
-        "\n" * million,
-        "5 " * million,
-    ):
-        assert not verify("5", text)
-        assert not follows(text)
-        follows("<think>a</think>" + text)  # comes to an end
-
-
-def test_a_formula_that_sympy_cannot_decide_in_time_is_wrong():
-    endless = [rf"\sum_{{k=1}}^{{10^{{9}}}} \sqrt{{k + {a}}}" for a in (1, 2)]
-    assert not verify(endless[0], rf"\boxed{{{endless[1]}}}", time_limit_s=0.3)
-    assert verify(*HARD)
 
 
 def test_an_empty_gold_answer_is_never_matched():
     for gold in ("", " ", r"\boxed{}", "$$"):
         for answer in ("", " ", "0", "{}", "$$"):
             assert not verify(gold, rf"\boxed{{{answer}}}")
-
-
-PIECES = r"""\boxed{ \fbox{ \boxed \frac \sqrt \text{ \left( \right) \{ \} \begin{pmatrix} \\ & \pm
-\end{pmatrix} \cup \infty \le < > = \approx \circ ^\circ % \% \$ $ 1 23 4.5 , . and or ( ) [ ] { }
-x y e i A B) (C) yes No cm ^2 ^ _ / : - + * ** ! | two π √ ½ ° square per feet Answer: <think>
-</think> <answer> </answer> answer is"""
-TOKENS = st.sampled_from([*PIECES.split(), " ", "\n", "\0"])
-ANYTHING = st.lists(TOKENS | st.characters(), max_size=14).map("".join)
-KINDS = st.sampled_from(["auto", "number", "choice", "yes_no", "text"])
-
-
-@settings(max_examples=400, deadline=None)
-@given(gold=ANYTHING, completion=ANYTHING, kind=KINDS)
-def test_never_raises(gold, completion, kind):
-    for text in (completion, rf"\boxed{{{completion}}}"):
-        assert verify(gold, text, kind=kind, choices=("12", "x + 1")) in (True, False)
-        assert follows(text) in (True, False)
 
 
 # ----------------------------------------------------------------------------------- numbers

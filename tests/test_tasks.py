@@ -3,7 +3,9 @@ import io
 import json
 import os
 import string
+import threading
 from collections import Counter
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -268,6 +270,91 @@ def test_markers_stand_for_pictures_in_order(folder, question, images, want_text
 )
 def test_markers_that_do_not_fit_the_pictures(folder, question):
     refused(folder, {"problem": question, "answer": "1", "images": RED_LIME}, "2 images")
+
+
+def test_text_and_several_pictures_in_one_source(folder):
+    rows = [
+        {"problem": "1 + 1?", "answer": "2"},
+        {"problem": "Which is red, <image> or <image>?", "answer": "first", "images": RED_LIME},
+        {"problem": "2 + 2?", "answer": "4", "images": []},
+        {"problem": "Which?", "answer": "third", "images": [*RED_LIME, "images/blue.png"]},
+        {"problem": "3 + 3?", "answer": "6", "images": None},
+    ]
+    mixed = DataSource(task="files", path=write(folder / "mixed.jsonl", rows))
+    text = DataSource(task="files", path=write(folder / "text.jsonl", [GOOD, GOOD]), limit=1)
+    task = tasks.load_all([text, mixed, text])
+    assert [len(example.images) for example in task] == [0, 0, 2, 0, 3, 0, 0]
+    assert [open_image(image).getpixel((0, 0)) for image in task[4].images] == [
+        (255, 0, 0),
+        (0, 255, 0),
+        (0, 0, 255),
+    ]
+    import pyarrow
+
+    bytes_of = {name: (folder / name).read_bytes() for name in [*RED_LIME, "images/blue.png"]}
+    stored = [
+        row
+        | {"images": [{"bytes": bytes_of[name], "path": name} for name in row.get("images") or []]}
+        for row in rows
+    ]
+    path = folder / "mixed.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(stored), path)
+    embedded = FileTask(str(path))
+    assert [len(example.images) for example in embedded] == [0, 2, 0, 3, 0]
+    assert [example.question for example in embedded] == [row["problem"] for row in rows]
+
+
+# Pictures by URL
+
+
+@pytest.fixture
+def server(folder):
+    """An HTTP server on this machine that counts what is asked for."""
+    asked = []
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, directory=str(folder))
+
+        def log_message(self, *_):
+            asked.append(self.path)
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{http.server_port}", asked
+        http.shutdown()
+
+
+def test_pictures_are_fetched_where_it_is_allowed(folder, server):
+    address, asked = server
+    row = GOOD | {"images": [f"{address}/images/lime.png", "images/red.png"]}
+    options = {"allow_urls": True, "allow_private_urls": True}
+    task = FileTask(write(folder / "x.jsonl", [row, row]), **options)
+    assert asked == []  # nothing is fetched before a row is used
+    image, file = task[1].images
+    assert image.getpixel((0, 0)) == (0, 255, 0)
+    assert file == str(folder / "images" / "red.png")
+    assert asked == ["/images/lime.png"]
+    gone = FileTask(write(folder / "x.jsonl", [GOOD | {"image": f"{address}/gone.png"}]), **options)
+    with pytest.raises(
+        DataError, match=r"x\.jsonl, line 1: image http.*gone\.png: cannot be fetched"
+    ):
+        gone[0]
+
+
+def test_private_addresses_only_if_said(folder, server):
+    address, asked = server
+    for host in (address, address.replace("127.0.0.1", "localhost")):
+        path = write(folder / "x.jsonl", [GOOD | {"image": f"{host}/images/red.png"}])
+        task = FileTask(path, allow_urls=True)
+        with pytest.raises(DataError, match="private network"):
+            task[0]
+    assert asked == []
+    for other in ("ftp://example.org/x.png", "file:///etc/passwd"):
+        with pytest.raises(DataError, match="line 1: image"):
+            FileTask(write(folder / "x.jsonl", [GOOD | {"image": other}]), allow_urls=True)[0]
+    with pytest.raises(ConfigError, match="allow_private_urls: needs allow_urls"):
+        tasks.check(DataSource(task="files", path="x", allow_private_urls=True))
 
 
 # Choices
@@ -577,8 +664,11 @@ def test_check_reads_no_data():
 
 @pytest.mark.parametrize("name", tasks.TASKS)
 def test_every_named_task_exists(name):
-    source = DataSource(task=name, **({"path": "x.jsonl"} if name == "files" else {}))
-    tasks.check(source)
+    if name == "gym":
+        pytest.importorskip("reasoning_gym")
+    required = {"files": {"path": "x.jsonl"}, "gym": {"names": "countdown"}}
+    tasks.check(DataSource(task=name, **required.get(name, {})))
+    assert tasks.describe(name).startswith(name)
 
 
 def test_own_task_and_concatenation(tmp_path, monkeypatch):

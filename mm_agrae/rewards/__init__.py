@@ -7,6 +7,11 @@ A part is a function `(example, completion) -> float`. `PARTS` holds those of th
 other name in `reward.parts` is one's own, as "package.module:function" or
 "path/to/file.py:function". Its example comes without pictures.
 
+The part `accuracy` is `accuracy.verify`, unless an example's grading names a function of its own:
+`{"grader": "module:function", **settings}` calls `function(example, text, after_thinking=...,
+**settings)`, which returns a number from 0 to 1, 1 for success. Such names come from a task's code
+or from the config, never from a row of data.
+
 A part that fails, on one completion, costs that completion alone: the part counts 0 there, the
 completion as unsolved, and `Score.error` and `Rewarder.error_counts` say what happened.
 """
@@ -42,6 +47,10 @@ Part = Callable[[Example, Completion], float]
 
 def _accuracy(example: Example, completion: Completion) -> float:
     settings = {"after_thinking": _answer_after_thinking, **example.grading}
+    grader = settings.pop("grader", None)
+    if grader:
+        function: Callable[..., float] = _own.get(grader) or load_function(grader)
+        return float(function(example, completion.text, **settings))
     return float(accuracy.verify(example.answer, completion.text, **settings))
 
 
@@ -62,8 +71,6 @@ class Rewarder:
     """
 
     def __init__(self, config: RewardSection, max_new_tokens: int):
-        from mm_agrae.rewards.pool import WorkerPool
-
         self.config = config
         self.max_new_tokens = max_new_tokens
         self.error_counts: Counter[str] = Counter()
@@ -76,12 +83,9 @@ class Rewarder:
                     'a function as "package.module:function" or "path/to/file.py:function"'
                 )
         self._text_only = not own
-        self._pool: WorkerPool = WorkerPool(
-            config.workers,
-            config.memory_limit_mb,
-            _prepare_worker,
-            (own, config.answer_after_thinking),
-        )
+        self._imports = own
+        self._retired: list[WorkerPool] = []
+        self._pool: WorkerPool = self._start_pool()
         if own:
             self._check_imports(own)
 
@@ -93,7 +97,31 @@ class Rewarder:
 
     def close(self) -> None:
         """End the worker processes."""
-        self._pool.close()
+        for pool in (self._pool, *self._retired):
+            pool.close()
+
+    def _start_pool(self) -> WorkerPool:
+        from mm_agrae.rewards.pool import WorkerPool
+
+        return WorkerPool(
+            self.config.workers,
+            self.config.memory_limit_mb,
+            _prepare_worker,
+            (self._imports, self.config.answer_after_thinking),
+        )
+
+    def _import_graders(self, examples: Sequence[Example]) -> None:
+        """Have workers that import the examples' graders before their first call.
+
+        Raises ConfigError if one cannot be imported.
+        """
+        named = {str(e.grading["grader"]) for e in examples if "grader" in e.grading}
+        if new := sorted(named.difference(self._imports)):
+            # Another thread may be waiting for the old workers; idle ones cost only memory.
+            self._retired.append(self._pool)
+            self._imports = [*self._imports, *new]
+            self._pool = self._start_pool()
+            self._check_imports(new)
 
     def _check_imports(self, names: Sequence[str]) -> None:
         from mm_agrae.rewards.pool import CallFailed
@@ -109,16 +137,21 @@ class Rewarder:
         if errors:
             self.close()
             raise ConfigError(
-                "\n".join(f"reward.parts.{name}: {problem}" for name, problem in errors.items())
+                "\n".join(f"{self._where(name)}: {problem}" for name, problem in errors.items())
             )
+
+    def _where(self, name: str) -> str:
+        return f"reward.parts.{name}" if name in self.config.parts else f"grader {name}"
 
     def score(self, examples: Sequence[Example], completions: Sequence[Completion]) -> list[Score]:
         """One score per completion, in order; `examples[i]` is what `completions[i]` answers.
 
-        Raises ValueError if their numbers differ; nothing a reward part does raises.
+        Raises ValueError if their numbers differ, ConfigError if a grader cannot be imported;
+        nothing a reward part does raises.
         """
         if len(examples) != len(completions):
             raise ValueError(f"{len(examples)} examples for {len(completions)} completions")
+        self._import_graders(examples)
         light = {id(example): _light(example) for example in examples}
         trimmed = [self._trim(completion) for completion in completions]
         jobs = [
@@ -214,7 +247,7 @@ def _light(example: Example) -> Example:
 # ------------------------------------------------------------------------ in the worker
 
 _answer_after_thinking = True
-_own: dict[str, Part] = {}
+_own: dict[str, Callable[..., float]] = {}
 _own_errors: dict[str, str] = {}
 
 

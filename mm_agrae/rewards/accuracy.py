@@ -3,10 +3,10 @@ r"""Is the final answer of a completion right?
     >>> verify("1/2", r"<think>a quarter, twice</think> It is \boxed{\dfrac{1}{2}}.")
     True
 
-`verify` finds the final answer (`extract_answer`), decides what kind of answer the gold one is,
-and compares the two (`mm_agrae.rewards.equivalence`). It can be called from any thread with any
-text: text is never evaluated, and a formula that needs sympy is decided in a worker process
-with a time and a memory limit, started on first use.
+`verify` finds the final answer (`mm_agrae.rewards.extraction`), decides what kind of answer the
+gold one is, and compares the two (`mm_agrae.rewards.equivalence`). It can be called from any
+thread with any text: text is never evaluated, and a formula that needs sympy is decided in a
+worker process with a time and a memory limit, started on first use.
 
 Inside the worker processes of `mm_agrae.rewards.Rewarder` the pool's own limits hold instead.
 """
@@ -18,17 +18,18 @@ import re
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
-from mm_agrae.rewards import equivalence
-from mm_agrae.rewards.equivalence import Rules, Symbolic, Units, same
+from mm_agrae.rewards import formulas
+from mm_agrae.rewards.equivalence import Symbolic, same
+from mm_agrae.rewards.extraction import PLACES, Place, check, final_answer, readings
+from mm_agrae.rewards.notation import as_text, normalise
+from mm_agrae.rewards.quantities import Rules, Units
 
 if TYPE_CHECKING:
     from mm_agrae.rewards.pool import WorkerPool
 
 Kind = Literal["auto", "math", "number", "choice", "yes_no", "text"]
-Place = Literal["boxed", "answer_is", "tag"]
 
 MEMORY_LIMIT_MB = 2048
 """What one comparison may take in the worker that `verify` starts by itself."""
@@ -40,7 +41,7 @@ def verify(
     *,
     kind: Kind = "auto",
     choices: Sequence[str] = (),
-    answer_in: Sequence[Place] = ("boxed", "answer_is", "tag"),
+    answer_in: Sequence[Place] = PLACES,
     after_thinking: bool = True,
     think_tags: tuple[str, str] = ("<think>", "</think>"),
     answer_tag: str = "answer",
@@ -51,9 +52,11 @@ def verify(
 ) -> bool:
     r"""Whether the completion's final answer is the gold answer.
 
-    `gold` may be bare (`\frac12`, `12 cm`), in math delimiters, or in a box. An empty one is
-    never matched. `answer_in`, `after_thinking`, `think_tags`, `answer_tag` and `bare_limit`
-    say where the final answer stands: see `extract_answer`.
+    `gold` may be bare (`\frac12`, `12 cm`), in math delimiters, or the end of a solution: in a box,
+    after "answer is" or "####". An empty one is never matched. `answer_in`, `after_thinking`,
+    `think_tags`, `answer_tag` and `bare_limit` say where the final answer stands: see
+    `extraction.extract_answer`. Of an answer that is a sentence, what it says ("There are 12
+    ways") counts as well as the whole.
 
     `kind` says how the two are compared:
 
@@ -63,13 +66,13 @@ def verify(
     * `number`: as math, and if the answer is a sentence with a single number in it, that number.
     * `choice`: by letter, or by the text of a choice; wrong if the two disagree.
     * `yes_no`: the first word, unless the opposite one follows as an alternative.
-    * `text`: words without case, punctuation, articles and spaces; nothing else is dropped.
-    * `auto`: choice if there are `choices` or the gold answer is one letter A to J, yes_no if it
-      is yes or no, else math.
+    * `text`: words without case, punctuation, articles, plural s and spaces.
+    * `auto`: choice if there are `choices` or the gold answer is one letter A to J or a choice
+      such as "C. 42", yes_no if it is yes or no, else math.
 
     `tolerance` is relative to the gold number. Without one integers and fractions are exact, and
-    rounding is forgiven as `equivalence.agree` says. A percent sign on one side is either a unit
-    left out (50% and 50) or a hundredth (50% and 1/2).
+    rounding is forgiven as `quantities.agree` says. A percent sign on one side is either a unit
+    left out (50% and 50) or a hundredth (50% and 1/2); 500% is not taken for 5.
 
     `units`: auto compares them where both sides have one and converts (5 m is 500 cm, not
     5 cm), required wants the gold's unit in the answer, ignore drops them.
@@ -78,9 +81,9 @@ def verify(
 
     Raises ValueError for a setting that is not one of the above, never for the text.
     """
-    _check("kind", kind, get_args(Kind))
-    _check("units", units, get_args(Units))
-    answer = extract_answer(
+    check("kind", kind, get_args(Kind))
+    check("units", units, get_args(Units))
+    answers = readings(
         completion,
         answer_in=answer_in,
         after_thinking=after_thinking,
@@ -88,10 +91,15 @@ def verify(
         answer_tag=answer_tag,
         bare_limit=bare_limit,
     )
-    gold = (_from_boxes(gold) or gold).strip()
-    if not gold or answer is None or _too_odd(answer, gold):
-        return False
+    gold = final_answer(gold).strip()
     question = _Question(gold, kind, tuple(choices), Rules(tolerance, units))
+    return gold != "" and any(
+        not _too_odd(answer, gold) and _is_right_within(question, answer, time_limit_s)
+        for answer in answers
+    )
+
+
+def _is_right_within(question: _Question, answer: str, time_limit_s: float) -> bool:
     if _limits_hold_here:
         return _decide(question, answer)
     try:
@@ -105,182 +113,12 @@ def verify(
             return False
 
 
-def _check(name: str, value: str, valid: Sequence[str]) -> None:
-    if value not in valid:
-        raise ValueError(f"{name} is {value!r}; valid: {', '.join(valid)}")
-
-
-# ------------------------------------------------------------------------ finding the answer
-
-
-class Box(NamedTuple):
-    start: int
-    end: int
-    content: str | None  # None: never closed
-
-
-def boxes(text: str, at_most: int) -> list[Box]:
-    r"""The last \boxed{…} and \fbox{…}, from the end; `\boxed 5` counts. Nested: the inner one."""
-    found: list[Box] = []
-    end = len(text)
-    while len(found) < at_most:
-        start, command = max((text.rfind(c, 0, end), c) for c in (r"\boxed", r"\fbox"))
-        if start < 0:
-            break
-        found.append(_box(text, start, start + len(command)))
-        end = start
-    return found
-
-
-_TOKEN = re.compile(r"[ \t]*([^\s${}]*[^\s${}.,;:)\]\\])")
-
-
-def _box(text: str, start: int, position: int) -> Box:
-    opening = re.compile(r"\s*\{").match(text, position)
-    if opening is None:
-        token = _TOKEN.match(text, position)
-        return Box(start, token.end(), token[1]) if token else Box(start, position, None)
-    depth = 1
-    for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening.end()):
-        depth += (brace[0] == "{") - (brace[0] == "}")
-        if depth == 0:
-            return Box(start, brace.end(), text[opening.end() : brace.start()])
-    return Box(start, len(text), None)
-
-
-def extract_answer(
-    completion: str,
-    *,
-    answer_in: Sequence[Place] = ("boxed", "answer_is", "tag"),
-    after_thinking: bool = True,
-    think_tags: tuple[str, str] = ("<think>", "</think>"),
-    answer_tag: str = "answer",
-    bare_limit: int = 64,
-) -> str | None:
-    r"""The final answer of a completion as written, or None if there is none.
-
-    `answer_in` lists where it is looked for; the first place that the completion has decides:
-
-    * `boxed`: the last `\boxed{…}` or `\fbox{…}`, nested braces and `\boxed 5` included. Boxes
-      joined by nothing but "and", "or" or a comma are one answer with several parts. An empty or
-      unclosed last box is no answer.
-    * `answer_is`: what follows the last "answer is", "Answer:" or "####", up to the end of the
-      sentence.
-    * `tag`: the last `<answer>…</answer>`.
-
-    Failing all, a completion of one line and at most `bare_limit` characters is itself the
-    answer; 0 turns that off.
-
-    `after_thinking`: only text outside the reasoning part counts, and a part that is not closed
-    means no answer. A closing tag alone ends a part that the prompt has opened; without any
-    tag the whole completion counts.
-
-    Time is linear in the text. Raises ValueError for an unknown place.
-    """
-    for place in answer_in:
-        _check("answer_in", place, get_args(Place))
-    text: str | None = completion
-    if after_thinking:
-        text = _outside_thinking(completion, *think_tags)
-    if text is None:
-        return None
-    for place in answer_in:
-        if place == "boxed":
-            found = _from_boxes(text)
-        elif place == "answer_is":
-            found = _after_answer_is(text)
-        else:
-            found = _in_tag(text, answer_tag)
-        if found is not None:
-            return found.strip() or None
-    text = text.strip()
-    return _said(text) if 0 < len(text) <= bare_limit and "\n" not in text else None
-
-
-def _outside_thinking(text: str, open_tag: str, close_tag: str) -> str | None:
-    kept: list[str] = []
-    inside, position = False, 0
-    for tag in re.finditer(f"{re.escape(open_tag)}|{re.escape(close_tag)}", text):
-        if tag[0] == close_tag:
-            if not inside:
-                kept.clear()  # the prompt had opened it
-            inside = False
-        else:
-            if not inside:
-                kept.append(text[position : tag.start()])
-            inside = True
-        position = tag.end()
-    return None if inside else "\n".join([*kept, text[position:]])
-
-
-_GAP = r"(?:[\s$]|\\[()\[\]]|\\q?quad(?![a-z]))*"
-_JOINED = re.compile(rf"{_GAP}(?:[,;]|,?\s*(?:\\text\s*\{{\s*)?(?:and|or)(?:\s*\}})?){_GAP}")
-_MOST_BOXES = 20
-
-
-def _from_boxes(text: str) -> str | None:
-    found = boxes(text, _MOST_BOXES)
-    if not found:
-        return None
-    parts = [found[0].content or ""]
-    for later, earlier in pairwise(found):
-        between = text[earlier.end : later.start]
-        if not earlier.content or len(between) > 40 or not _JOINED.fullmatch(between):
-            break
-        parts.append(earlier.content)
-    return ", ".join(reversed(parts))
-
-
-_ANSWER_IS = re.compile(
-    r"(?:\banswers?\b(?:\s+(?:to|for|of|choice|option)\b[^.:\n]{0,60}?)?[\s*_]*(?:\b(?:is|are|was)\b"
-    r"|[:=：])|####)[\s*_:：]*",
-    re.IGNORECASE,
-)
-_DELIMITED = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
-_SENTENCE_END = re.compile(r"[.?](?=\s|$)|\n|,?\s+(?:because|since|which|so that|where)\b|,\s+so\b")
-
-
-_TAIL = 20_000  # the final answer stands in the last so many characters
-
-
-def _after_answer_is(text: str) -> str | None:
-    text = text[-_TAIL:]
-    ends = [marker.end() for marker in _ANSWER_IS.finditer(text)]
-    if not ends:
-        return None
-    rest = text[ends[-1] :]
-    if delimited := _DELIMITED.match(rest):
-        return next(group for group in delimited.groups() if group is not None)
-    end = _SENTENCE_END.search(rest)
-    return _said(rest[: end.start() if end else None]).strip('*`"“”')
-
-
-_FORMULA = re.compile(r"\$\$?([^$]+)\$?\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
-
-
-def _said(sentence: str) -> str:
-    """The answer in a sentence that names it: "The largest n is 34", "so we get $x = 3$"."""
-    sentence = sentence.strip()
-    if re.match(r"the\b.*\s(?:is|are)\s", sentence, re.IGNORECASE | re.DOTALL):
-        return re.split(r"\s(?:is|are)\s", sentence)[-1]
-    formulas = list(_FORMULA.finditer(sentence))
-    if len(formulas) == 1 and re.search(r"[a-z]{2}", sentence[: formulas[0].start()]):
-        return next(group for group in formulas[0].groups() if group is not None)
-    return sentence
-
-
-def _in_tag(text: str, tag: str) -> str | None:
-    end = text.rfind(f"</{tag}>")
-    start = text.rfind(f"<{tag}>", 0, max(end, 0))
-    return None if start < 0 else text[start + len(tag) + 2 : end]
-
-
 # --------------------------------------------------------------------------- comparing it
 
 # Characters that no answer holds: controls, halves of surrogate pairs, and marks that make a
 # text read otherwise than it is stored.
 _FORBIDDEN = re.compile(
-    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    "[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
 
 
@@ -296,6 +134,7 @@ class _Question(NamedTuple):
 
 
 _LETTER = re.compile(r"\(?\s*([A-J])\s*\)?")
+_LETTERED_GOLD = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])\s+(?=\S)")  # "C. 42"
 
 
 def _is_right(question: _Question, answer: str, symbolic: Symbolic) -> bool:
@@ -307,20 +146,20 @@ def _is_right(question: _Question, answer: str, symbolic: Symbolic) -> bool:
     if kind == "yes_no":
         return _yes_or_no(answer) == _yes_or_no(gold) is not None
     if kind == "text":
-        return equivalence.as_text(gold) == equivalence.as_text(answer) != ""
+        return as_text(gold) == as_text(answer) != ""
     if same(gold, answer, rules, symbolic):
         return True
     return kind == "number" and _same_single_number(gold, answer, rules, symbolic)
 
 
 def _kind_of(gold: str, choices: Sequence[str]) -> Kind:
-    if choices or _LETTER.fullmatch(_plain(gold)):
+    if choices or _LETTER.fullmatch(_plain(gold)) or _LETTERED_GOLD.match(gold):
         return "choice"
     return "yes_no" if _plain(gold).lower() in ("yes", "no") else "math"
 
 
 def _plain(text: str) -> str:
-    text = equivalence.normalise(text)
+    text = normalise(text)
     return re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(" .,")
 
 
@@ -337,7 +176,7 @@ _NUMBER_IN_TEXT = re.compile(r"(?<![\w.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d
 
 
 def _same_single_number(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
-    text = re.sub(r"\^\s*\{?[23]\}?", "", equivalence.normalise(answer))
+    text = re.sub(r"\^\s*\{?[23]\}?", "", normalise(answer))
     if "\\" in text or "/" in text:
         return False
     found = {match[0] for match in _NUMBER_IN_TEXT.finditer(text) if re.search(r"\d", match[0])}
@@ -355,7 +194,17 @@ _MORE = re.compile(r"(?:or|and|not)\b|[^\w\s$\\(\[]", re.IGNORECASE)
 def _same_choice(
     gold: str, answer: str, choices: tuple[str, ...], rules: Rules, symbolic: Symbolic
 ) -> bool:
+    if not choices and (lettered := _LETTERED_GOLD.match(gold)):
+        letter = lettered[1] or lettered[2]
+        choices = ("",) * (ord(letter) - ord("A")) + (gold[lettered.end() :],)
+        gold = letter
     choices = tuple(_without_letter(choice, index) for index, choice in enumerate(choices))
+    run_together = re.compile(rf"[A-{chr(ord('A') + max(1, min(len(choices), 26)) - 1)}]{{2,}}")
+    if choices and not {normalise(gold), normalise(answer)} & set(map(normalise, choices)):
+        gold, answer = (
+            ", ".join(text) if run_together.fullmatch(text) else text
+            for text in (_strip_text(gold), _strip_text(answer))
+        )
     right = _letters(gold, len(choices)) or _letter_of_text(gold, choices, rules, symbolic)
     if not right:
         return same(gold, answer, rules, symbolic)
@@ -407,8 +256,8 @@ def _letter_of_text(
     text: str, choices: tuple[str, ...], rules: Rules, symbolic: Symbolic
 ) -> set[str]:
     """The first letter of the choice with this text; as written, or else of the same value."""
-    written = [equivalence.normalise(choice) for choice in choices[:26]]
-    if (plain := equivalence.normalise(text)) in written:
+    written = [normalise(choice) for choice in choices[:26]]
+    if (plain := normalise(text)) in written:
         return {chr(ord("A") + written.index(plain))}
     for index, choice in enumerate(choices[:26]):
         if same(choice, text, rules, symbolic):
@@ -434,7 +283,7 @@ def _ask_a_worker(gold: str, answer: str, tolerance: float | None) -> bool:
 @lru_cache(maxsize=4096)
 def _decide(question: _Question, answer: str) -> bool:
     """Decide in this process, however long it takes. A group often gives one answer many times."""
-    return _is_right(question, answer, equivalence.symbolic)
+    return _is_right(question, answer, formulas.symbolic)
 
 
 @lru_cache(maxsize=4096)
@@ -463,4 +312,4 @@ def prepare_worker() -> None:
     """Run once in each worker process: load what a comparison needs."""
     global _limits_hold_here
     _limits_hold_here = True
-    equivalence.warm_up()
+    formulas.warm_up()

@@ -54,7 +54,7 @@ class Engine(Protocol):
         seeds: Sequence[int],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """`count` completions of each prompt, in prompt order.
+        """`count` completions of each prompt, in prompt order; none of one that a server refused.
 
         The samples of a prompt depend on its seed alone, not on its neighbours. Ids that stand
         for images, videos or padding are never sampled. `on_progress` is told how many

@@ -20,6 +20,9 @@ from mm_agrae.processing import Processing
 from mm_agrae.rollout import Sync
 from mm_agrae.types import Completion, Prompt
 
+OnTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""Told the tokens of one step: output rows [B], token ids [B], logits [B,V] they were drawn by."""
+
 DROP_SHARE = 0.25
 """Ended rows leave the batch once they are this share of it: dropping copies the cache."""
 
@@ -60,8 +63,13 @@ class HFEngine:
         sampling: SamplingSection,
         seeds: Sequence[int],
         on_progress: Callable[[int], None] | None = None,
+        on_tokens: OnTokens | None = None,
     ) -> list[list[Completion]]:
-        """See `rollout.Engine.generate`."""
+        """See `rollout.Engine.generate`.
+
+        `on_tokens` sees every token as it is drawn, for completion `row % count` of the prompt
+        `row // count`; the logits are before the temperature. What it raises ends the sampling.
+        """
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         groups: list[list[Completion]] = []
@@ -71,7 +79,10 @@ class HFEngine:
         try:
             for start in range(0, len(prompts), prompts_at_once):
                 part = slice(start, start + prompts_at_once)
-                groups += self._generate(prompts[part], count, sampling, seeds[part], on_progress)
+                watch = on_tokens and _shifted(on_tokens, start * count)
+                groups += self._generate(
+                    prompts[part], count, sampling, seeds[part], on_progress, watch
+                )
         finally:
             self.policy.train(was_training)
         return groups
@@ -84,6 +95,7 @@ class HFEngine:
         sampling: SamplingSection,
         seeds: Sequence[int],
         on_progress: Callable[[int], None] | None,
+        on_tokens: OnTokens | None,
     ) -> list[list[Completion]]:
         policy, device = self.policy, self.policy.device
         limit = sampling.max_new_tokens
@@ -104,6 +116,8 @@ class HFEngine:
                 target = live[running]
                 token_BT[target, step] = token[running]
                 logp_BT[target, step] = logp[running]
+                if on_tokens:
+                    on_tokens(target, token[running], logits[running])
                 ended = running & torch.isin(token, self._eos)
                 length_B[live[ended]] = step + 1
                 stopped_B[live[ended]] = True
@@ -191,6 +205,11 @@ class HFEngine:
             for row in range(len(tokens))
         ]
         return [flat[start : start + count] for start in range(0, len(flat), count)]
+
+
+def _shifted(on_tokens: OnTokens, first_row: int) -> OnTokens:
+    """For prompts decoded in several parts: rows are counted over all of them."""
+    return lambda row_B, token_B, logits_BV: on_tokens(row_B + first_row, token_B, logits_BV)
 
 
 def sample(

@@ -19,9 +19,26 @@ from mm_agrae.config import DataSource, nearest
 from mm_agrae.errors import ConfigError
 from mm_agrae.types import Example
 
+NAMED = (
+    "geometry3k",
+    "math",
+    "math500",
+    "gsm8k",
+    "aime2024",
+    "aime2025",
+    "amc23",
+    "mathvision",
+    "mathverse",
+    "vqa_rad",
+)
+MEDICAL = ("medical_mri", "medical_ct", "medical_xray")
+
 TASKS: dict[str, str] = {
     "synthetic": "mm_agrae.tasks.synthetic:SyntheticTask",
     "files": "mm_agrae.tasks.files:FileTask",
+    "gym": "mm_agrae.tasks.gym:GymTask",
+    **{name: f"mm_agrae.tasks.catalog:{name}" for name in NAMED},
+    **{name: f"mm_agrae.tasks.medical:{name}" for name in MEDICAL},
 }
 
 FILLED_IN = ("limit", "on_bad_row")

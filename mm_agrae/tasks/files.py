@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import Any, Literal
 
 from mm_agrae.config import nearest
 from mm_agrae.errors import ConfigError, DataError
-from mm_agrae.images import find_file, is_url
+from mm_agrae.images import find_file, is_url, open_image
 from mm_agrae.tasks import check_arguments
 from mm_agrae.tasks.rows import LazyRow, Row, listing, read_rows, show
 from mm_agrae.types import Example, ImageSource
@@ -53,10 +54,13 @@ class FileTask:
     well, for tables that hold each picture or choice in a column of its own.
     `where`: keep only rows with these values, such as `{answer_type: closed, level: [4, 5]}`.
     `grading`: arguments of `rewards.accuracy.verify` for every row. Rows with choices are graded
-    as `{"kind": "choice", "choices": [...]}` under these.
+    as `{"kind": "choice", "choices": [...]}` under these. With `grader: "module:function"` that
+    function grades instead (see `rewards`); it gets the other keys as they are.
     `show_choices`: append the choices to the question as lines "(A) …", unless it has them.
     `answer_after`: the answer is what follows the last such text, "####" for GSM8K.
     `image_root`: folder that all pictures must lie in; not set: the folder of the data file.
+    `allow_urls`: fetch pictures given as http(s) URLs, anew each time the row is used;
+    `allow_private_urls`: from addresses of private networks, too.
     `meta`: columns carried into the rollout records.
     `limit`: stop after so many examples. `on_bad_row`: raise, or leave the row out and put the
     reason into `skipped`.
@@ -77,17 +81,28 @@ class FileTask:
         show_choices: bool = True,
         answer_after: str = "",
         image_root: str | None = None,
+        allow_urls: bool = False,
+        allow_private_urls: bool = False,
         meta: Sequence[str] = (),
         limit: int | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
     ):
+        self.split, self.subset = split, subset
         self.columns = dict(columns or {})
         self.where = dict(where or {})
         self.grading = dict(grading or {})
-        self.check_options({"columns": self.columns, "grading": self.grading})
+        self.check_options(
+            {
+                "columns": self.columns,
+                "grading": self.grading,
+                "allow_urls": allow_urls,
+                "allow_private_urls": allow_private_urls,
+            }
+        )
         self.show_choices = show_choices
         self.answer_after = answer_after
         self.image_root = image_root
+        self.allow_urls, self.allow_private_urls = allow_urls, allow_private_urls
         self.meta = tuple(meta)
         self.skipped: list[str] = []
         self._rows: list[LazyRow] = []
@@ -95,12 +110,12 @@ class FileTask:
         self._find_file = lru_cache(maxsize=None)(find_file)
 
         seen: dict[str, None] = {}
-        for lazy in read_rows(path, split, subset):
+        for lazy in self._read_rows(path):
             if len(self._rows) == limit:
                 break
             origin, folder, read = lazy
             try:
-                row = read()
+                row = self._prepare(read())
                 seen.update(dict.fromkeys(row))
                 if self._wanted(row, origin):
                     self._example(row, origin, folder)
@@ -116,10 +131,16 @@ class FileTask:
         """Look into the nested options. Raises ConfigError naming the key."""
         from mm_agrae.rewards.accuracy import verify
 
+        grading = options.get("grading") or {}
         try:
-            check_arguments(verify, options.get("grading") or {}, ("gold", "completion"))
+            if "grader" not in grading:
+                check_arguments(verify, grading, ("gold", "completion"))
+            elif not re.fullmatch(r".+:\w+", str(grading["grader"])):
+                raise ConfigError(f'grader: {grading["grader"]!r} is not "module:function"')
         except ConfigError as error:
             raise ConfigError(f"grading: {error}") from None
+        if options.get("allow_private_urls") and not options.get("allow_urls"):
+            raise ConfigError("allow_private_urls: needs allow_urls as well")
         for key in options.get("columns") or {}:
             if key not in COLUMNS:
                 raise ConfigError(f"columns: no field {key!r}; {nearest(str(key), COLUMNS)}")
@@ -134,7 +155,29 @@ class FileTask:
 
     def __getitem__(self, index: int) -> Example:
         origin, folder, read = self._rows[index]
-        return self._example(read(), origin, folder)
+        example = self._example(self._prepare(read()), origin, folder)
+        return replace(example, images=tuple(self._fetched(i, origin) for i in example.images))
+
+    def _fetched(self, source: ImageSource, origin: str) -> ImageSource:
+        if not is_url(source):
+            return source
+        return open_image(
+            source, origin=origin, allow_urls=True, allow_private_urls=self.allow_private_urls
+        )
+
+    # What a task for one data set may say otherwise.
+
+    candidates: Mapping[str, tuple[str, ...]] = COLUMNS
+
+    def _read_rows(self, path: str) -> Iterator[LazyRow]:
+        return read_rows(path, self.split, self.subset)
+
+    def _prepare(self, row: Row) -> Row:
+        return row
+
+    def _kind(self, answer: str) -> Mapping[str, Any]:
+        """Grading of a row without choices, by its gold answer."""
+        return {}
 
     def _check_found(self, path: str, seen: Sequence[str]) -> None:
         for field, column in self.columns.items():
@@ -166,11 +209,11 @@ class FileTask:
         choices = self._choices(row, origin)
         question = self._question(row, origin, bool(images))
         answer = self._answer(row, origin)
-        grading = self.grading
+        grading: Mapping[str, Any] = {**self._kind(answer), **self.grading}
         if choices:
             answer = _choice_letters(answer, choices, origin)
             texts = [text or LETTERS[i] for i, text in enumerate(choices)]
-            grading = {"kind": "choice", "choices": texts, **grading}
+            grading = {"kind": "choice", "choices": texts, **self.grading}
         lines = [f"({LETTERS[i]}) {text}".rstrip() for i, text in enumerate(choices)]
         if not self.show_choices or _has_choices(question, choices):
             lines = []
@@ -203,14 +246,15 @@ class FileTask:
             if column not in row and required:
                 raise DataError(f"{required}: {field}: {_no_column(column, row)}")
             return row.get(column)
-        for candidate in COLUMNS[field]:
+        for candidate in self.candidates[field]:
             for name in (candidate, candidate.capitalize(), candidate.upper()):
                 if name in row:
                     return row[name]
         if required:
+            tried = ", ".join(self.candidates[field])
             raise DataError(
-                f"{required}: no {field}: none of {', '.join(COLUMNS[field])} among the columns "
-                f"{listing(row)}; name the right one by the option columns.{field}"
+                f"{required}: no {field}: none of {tried} among the columns {listing(row)}; "
+                f"name the right one by the option columns.{field}"
             )
         return None
 
@@ -267,9 +311,12 @@ class FileTask:
         if not isinstance(source, str) or not source:
             raise DataError(f"{origin}: image: expected a path or bytes, got {show(source)}")
         if is_url(source):
-            raise DataError(
-                f"{origin}: image: {show(source)} is a URL; download the pictures first"
-            )
+            if not self.allow_urls:
+                raise DataError(
+                    f"{origin}: image: {show(source)} is a URL; download the pictures first, or "
+                    "set allow_urls"
+                )
+            return source
         try:
             return str(self._find_file(source, self.image_root or folder))
         except DataError as error:

@@ -1,0 +1,241 @@
+r"""Written answers in one notation, and their parts.
+
+`normalise` brings LaTeX, Unicode and plain writing to one form; `split` and `enclosed` take it
+apart at brackets; `as_text` is for answers in words. Plain string work, linear in the text.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+# ------------------------------------------------------------------------- one notation
+
+_UNICODE = {
+    **{"−": "-", "–": "-", "‐": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/"},
+    **{"π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "√": r"\sqrt ", "°": r"^\circ "},
+    **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∠": r"\angle "},
+    **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}"},
+    **{
+        "∛": r"\sqrt[3] ",
+        "∜": r"\sqrt[4] ",
+        "⁄": "/",
+        "∕": "/",
+        "∶": ":",
+        "，": ",",
+        "：": ":",
+        "（": "(",
+        "）": ")",
+        "％": "%",
+    },
+    **{"€": "", "£": "", "’": "'", **dict.fromkeys("\u00a0\u2002\u2003\u2009\u202f", " ")},
+    **{
+        char: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", char).split("⁄"))
+        for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+    },
+    **{
+        char: rf"\{unicodedata.name(char).split()[-1].replace('LAMDA', 'LAMBDA').lower()} "
+        for char in "αβγδεζηικλμνξρστφχψω"
+    },
+    **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
+    **{chr(0x1D7CE + place): str(place % 10) for place in range(50)},  # bold, double-struck, ...
+    # Invisible and harmless: soft hyphen, zero-width space and joiners, byte order mark.
+    **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", ""),
+}
+_TRANSLATE = str.maketrans(_UNICODE)
+
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
+
+_NOT_LETTER = r"(?![a-zA-Z])"
+_REWRITES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in [
+        (  # \\frac, as in a text whose backslashes were escaped once too often
+            r"(?<!\\)\\\\(?=(?:[dt]?frac|left|right|sqrt|pi|text|mathrm|cdot|times|leq?|geq?|infty|cup|circ"
+            r"|pm|begin|end)(?![a-zA-Z]))",
+            r"\\",
+        ),
+        (r"(?<!\\)\\[()\[\]]|\\?\$", ""),  # math delimiters and the dollar sign of money
+        (r"\\(?:left|right)\s*\.", ""),
+        (rf"\\(?:left|right|[bB]igg?[lr]?|middle){_NOT_LETTER}\s*", ""),
+        (r"(?<=\d)(?:,\s*\\!|\{\s*,\s*\}|\\,)\s*(?=\d{3}(?!\d))", ""),  # marked thousands
+        (r"\\!", ""),
+        (
+            r"(?:(?<!\\)\\[,:;> ]|~|\s|\\(?:q?quad|displaystyle|textstyle|limits|phantom|hline)"
+            + _NOT_LETTER
+            + ")+",
+            " ",
+        ),
+        (r"\\[dtc]frac", r"\\frac"),
+        (
+            r"\\(?:text(?:normal|bf|it|rm|sf|tt|up)|math(?:rm|bf|it|sf|tt|normal)|mbox|hbox"
+            r"|boldsymbol|bm|text)\s*(?=\{)|\\operatorname\*?\s*(?=\{(?!\w+\}\s*[({\\\[]))",
+            r"\\text",
+        ),
+        (r"\{\s*\\(?:rm|bf|it)\s+", r"\\text{"),
+        (r"\\%", "%"),
+        (r"(?i)(?<![a-z])\s*(?:per\s?cent(?:age)?|pct)(?![a-z])", "%"),
+        (r"\\text\{\s*%\s*\}", "%"),
+        (r"\^\s*\{?\s*\\circ\s*\}?|\\degree(?![a-z])", r"^\\circ "),
+        (rf"\\leqq|\\leq(?:slant)?{_NOT_LETTER}|<=", r"\\le "),
+        (rf"\\geqq|\\geq(?:slant)?{_NOT_LETTER}|>=", r"\\ge "),
+        (rf"\\(?:neq){_NOT_LETTER}|!=", r"\\ne "),
+        (r"\\varnothing", r"\\emptyset"),
+        (rf"\\lt{_NOT_LETTER}", "<"),
+        (rf"\\gt{_NOT_LETTER}", ">"),
+        (rf"\\lbrace{_NOT_LETTER}", r"\\{"),
+        (rf"\\rbrace{_NOT_LETTER}", r"\\}"),
+        (rf"\\langle{_NOT_LETTER}", "("),
+        (rf"\\rangle{_NOT_LETTER}", ")"),
+        (rf"\\[lr]vert{_NOT_LETTER}", "|"),
+        (r"(?i)(?<=\d)\s*(?:\\text\{\s*)?([ap])(?:\.\s?)?m\b\.?(?:\s*\})?", r" \1m"),
+        (r"\*\*", "^"),
+        (r"\*", r"\\cdot "),
+        (r"(?<![\\a-zA-Z])pi(?![a-zA-Z])", r"\\pi "),
+        (r"(?<![\\a-zA-Z])(?:infinity|inf|oo)(?![a-zA-Z])", r"\\infty "),
+        (r"\\?(?<![a-zA-Z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\sqrt\s*(\[[^\[\]]*\])?\s*(\d+|[a-z](?![a-z]))", r"\\sqrt\1{\2}"),
+        (
+            r"(?<![\\a-zA-Z])((?:arc(?=[sct]))?)(sinh?|cosh?|tanh?|cot|sec|csc|ln|log|exp)"
+            r"(?=\s*[(^_\\]|\s+[a-z\d](?![a-z]))",
+            r"\\\1\2 ",
+        ),
+        (r"\^\s*(-\s*(?:\d+|[a-z])|\d{2,}|\([^()]*\))", r"^{\1}"),
+        (r"\.{3,}|\\(?:[lc]?dots)(?![a-z])", r" \\dots "),
+        (r"\\frac\s*(\w)\s*(\w)", r"\\frac{\1}{\2}"),
+        (r"\\frac\s*(\w)\s*(?=\{)", r"\\frac{\1}"),
+        (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
+        (r"\\text\s*\{\s*\}", " "),
+        # "a, b and c", "a or b": one way of writing a list
+        (r"\s*,?\s*\\text\{\s*,?\s*(?:and|or)?\s*,?\s*\}\s*", ", "),
+        (r"\s*,?\s*(?<![a-zA-Z\\])(?:and|or)(?![a-z])\s*", ", "),
+        (r"\s*;\s*", ", "),
+        (r" {2,}", " "),
+    ]
+]
+
+
+# "for all n", ", k \in \mathbb{Z}": for which unknowns a formula holds, said after it.
+_UNKNOWNS = r"[a-zA-Z](?:\s*,\s*[a-zA-Z])*"
+_IN_NUMBERS = r"\s*\\in\s*\\mathbb\s*\{?\s*[A-Z]\s*\}?[\^_+*\s{}\d]*"
+_QUALIFIER = re.compile(
+    rf"(?:\s*,?\s*(?:\\text\{{\s*,?\s*(?:for|where|with)(?: all| any| every| some)?\s*\}}|\\forall)"
+    rf"\s*{_UNKNOWNS}(?:{_IN_NUMBERS})?|\s*,\s*{_UNKNOWNS}{_IN_NUMBERS})$"
+)
+
+
+@lru_cache(maxsize=4096)
+def normalise(text: str) -> str:
+    """One notation for LaTeX, Unicode and plain writing: spacing, sizes, fonts, short forms."""
+    text = re.sub("[⁰¹²³⁴-⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
+    text = re.sub("[₀-₋ₙ]+", lambda m: f"_{{{m[0].translate(_LOWERED)}}}", text)
+    text = _grouped(text.translate(_TRANSLATE))
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    text = re.sub(r"^\s*(?:=|\\approx|(?:approximately|about) )\s*", "", text)
+    text = re.sub(r"(?:(?<!\\)[\s.,:]|\\\\)+$", "", text).strip()
+    text = _QUALIFIER.sub("", text)
+    while (inner := enclosed(text, "{", "}")) is not None:
+        text = inner.strip()
+    # A list or a number set in text as a whole is a list or a number.
+    inner = enclosed(text, r"\text{", "}")
+    return text if inner is None or not re.match(r"[^{}]*,|\s*[\d.+-]", inner) else inner.strip()
+
+
+def _grouped(text: str) -> str:
+    """With semicolons between equal numbers of items: (p=5, q=2), (p=7, q=2)."""
+    groups = text.strip("$ ").split(";")
+    commas = {group.count(",") for group in groups}
+    if len(groups) < 2 or commas in ({0}, set()) or len(commas) > 1 or re.search(r"[()\[\]]", text):
+        return text
+    return ", ".join(f"({group.strip()})" for group in groups)
+
+
+def enclosed(text: str, opening: str, closing: str) -> str | None:
+    """What stands between the brackets if one pair encloses the whole text."""
+    if not (text.startswith(opening) and text.endswith(closing)):
+        return None
+    inner = text[len(opening) : len(text) - len(closing)]
+    depth = 0
+    for token in re.findall(r"\\?.", inner, re.DOTALL):
+        depth += (token[-1] in "([{") - (token[-1] in ")]}")
+        if depth < 0:
+            return None
+    return inner if depth == 0 else None
+
+
+def split(text: str, separator: str) -> list[str]:
+    """Split at a separator (regex) outside of all brackets; no split if they do not match up."""
+    parts, depth, start = [], 0, 0
+    for match in re.finditer(rf"({separator})|\\?[([{{]|\\?[)\]}}]", text):
+        if match[1] is not None:
+            if depth == 0:
+                parts.append(text[start : match.start()].strip())
+                start = match.end()
+        else:
+            depth += 1 if match[0][-1] in "([{" else -1
+            if depth < 0:
+                return [text]
+    parts.append(text[start:].strip())
+    return parts if depth == 0 else [text]
+
+
+def compact(text: str) -> str:
+    """No spaces, save between digits, and no text mark-up: for telling identical writing."""
+    text = re.sub(r"\\text\{\s*(.*?)\s*\}|(?<!\d)\s+|\s+(?!\d)", r"\1", text)
+    return re.sub(r"([_^])\{(\w)\}(?!\w)", r"\1\2", text)
+
+
+# ---------------------------------------------------------------------------------- text
+
+_ARTICLES = {"a", "an", "the"}
+_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen twenty"
+)
+_NUMBER_WORDS = {word: str(value) for value, word in enumerate(_WORDS.split())}
+_FUNCTIONS = re.compile(
+    r"\\(?:begin|end)\{\w+\}|\\(?!text)[a-zA-Z]+|(?<![a-zA-Z])(?:a?(?:rc)?(?:sin|cos|tan|cot|sec|csc)h?|sqrt|log|ln|exp"
+    r"|max|min|gcd|lcm|mod)(?![a-zA-Z])"
+)
+
+
+def as_text(text: str) -> str:
+    """Words alone: no case, articles, punctuation or spaces; "four" is 4 and "4th" is 4."""
+    text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).lower()
+    text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text)
+    text = re.sub(r"[^\w.:%+\-]+", " ", text)
+    text = re.sub(r"(?<!\d)[.:]|[.:](?!\d)", "", text)
+    text = re.sub(r"-(?!\d)|(?<=\w)-", " ", text)
+    words = [word for word in text.split() if word not in _ARTICLES]
+    return "".join(_NUMBER_WORDS.get(word) or _singular(word) for word in words)
+
+
+def _singular(word: str) -> str:
+    if len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is")):
+        return word
+    if word.endswith("ies"):
+        return word[:-3] + "y"
+    return word[:-2] if word.endswith(("sses", "xes", "ches", "shes")) else word[:-1]
+
+
+def wordy(text: str) -> bool:
+    """Whether this is words and not a formula. Short lower-case runs like xy are products."""
+    if re.search(r"\\text\{[^{}]*[^\W\d_]{2}|\d [APap]m$", text):
+        return True
+    if re.fullmatch(r"[^\W\d_]{3,}", text):
+        return True
+    formula = re.search(r"[\d+=^{}/\\|<>]", text) is not None
+    for word in re.findall(r"[^\W\d_]+", _FUNCTIONS.sub(" ", text)):
+        if len(word) > 3 or not word.isascii() or word.lower() in _NUMBER_WORDS:
+            return True
+        if len(word) > 1 and not word.islower() and not formula:
+            return True
+    return False
+
+
+def letters_in(text: str) -> set[str]:
+    """The Latin letters of a formula, those of its commands aside."""
+    return set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text)))

@@ -1,0 +1,27 @@
+# Sourced by train_vlm.sh, train_llm.sh and evaluate.sh: installs, and starts mm-agrae in as many
+# processes as there are GPUs, or as PROCESSES says.
+source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+wants_help() { [ $# -eq 0 ] || [ "$1" = "--help" ] || [ "$1" = "-h" ]; }
+
+show_help() { # the comment at the head of a script
+    awk 'NR > 1 { if (!sub(/^# ?/, "")) exit; print }' "scripts/$(basename "$1")"
+}
+
+count_gpus() { python -c 'import torch; print(torch.cuda.device_count())'; }
+
+launch() { # arguments of mm-agrae
+    local gpus processes
+    gpus="$(count_gpus)"
+    processes="${PROCESSES:-$((gpus > 0 ? gpus : 1))}"
+    echo "processes: $processes, GPUs: $gpus"
+    # On a CPU more threads than cores in all slow every process down.
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    if [ "$gpus" -eq 0 ] && [ "$processes" -gt 1 ]; then
+        # accelerate starts several processes on a CPU only with an MPI.
+        exec torchrun --standalone --nproc_per_node "$processes" -m mm_agrae.cli "$@"
+    fi
+    exec accelerate launch --num_processes "$processes" --config_file \
+        "configs/accelerate/$([ "$processes" -eq 1 ] && echo one || echo multi_gpu).yaml" \
+        -m mm_agrae.cli "$@"
+}

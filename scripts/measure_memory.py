@@ -1,0 +1,171 @@
+"""Doctor's estimate of memory beside what one rollout and one update really take.
+
+    python scripts/measure_memory.py CONFIG [key=value | FILE.yaml ...]
+
+Prompts are noise of exactly prompt.max_tokens, for a vision-language model mostly a picture;
+completions are as long as they may be. So the estimate's assumptions hold, and what is compared is
+its arithmetic. A phase is measured as the peak of what torch's allocator gave out above what it
+held before: by its own statistics on a GPU, by the profiler's events on a CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mm_agrae import config as configs
+from mm_agrae import doctor
+from mm_agrae.loss import Denominator, policy_loss
+from mm_agrae.policy import Policy
+from mm_agrae.processing import Processing
+from mm_agrae.rollout.hf import HFEngine
+from mm_agrae.types import Example, MicroBatch, Prompt
+
+MB = 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args()
+    config = configs.load(options.config, options.overrides)
+    device = "cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu"
+    processing = Processing(config.model.path, config.prompt)
+    model_config, _ = doctor.find_config(config.model.path)
+    expected = doctor.estimate(config, doctor.measure(config, model_config), device=device)
+    policy = Policy(
+        config.model,
+        forbidden_ids=processing.forbidden_ids,
+        pad_id=processing.pad_id,
+        temperature=config.rollout.temperature,
+        shared_prompt=config.update.shared_prompt,
+        device=device,
+    )
+    optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=0.0)
+    row = doctor.row_tokens(config)
+    prompts = [make_prompt(config, processing, index) for index in range(row.prompts)]
+    group = config.rollout.completions_per_prompt
+    # What a first use allocates once belongs to no phase.
+    update(policy, prompts[:1], 1, 8, config)
+    policy.zero_grad()
+    found = {}
+    rows = max(1, config.rollout.batch_completions // group)
+    engine = HFEngine(policy, processing, batch_completions=config.rollout.batch_completions)
+    asked = [make_prompt(config, processing, index) for index in range(rows)]
+    engine._eos = torch.tensor([-1], device=device)  # nobody stops early
+    with Peak(device) as peak:
+        engine.generate(asked, group, config.rollout, list(range(rows)))
+    found["rollout"] = peak.bytes
+    with Peak(device) as peak:
+        completions = row.predicted // config.rollout.max_new_tokens
+        update(policy, prompts, completions, config.rollout.max_new_tokens, config)
+    found["update"] = peak.bytes
+    with Peak(device) as peak:
+        optimizer.step()
+    found["optimiser step"] = peak.bytes
+    print(f"{config.model.path}: {row.tokens} tokens in a row of {row.prompts} prompts, {device}")
+    print(f"{'phase':16}{'estimate':>12}{'measured':>12}{'ratio':>8}")
+    for name, measured in found.items():
+        parts = dict(expected.phases[name])
+        if name == "optimiser step":  # the gradients are there already; Adam's state is new
+            parts.pop("gradients")
+            parts["optimiser"] = expected.always["optimiser (Adam)"]
+        total = sum(parts.values())
+        print(
+            f"{name:16}{total / MB:9.0f} MB{measured / MB:9.0f} MB{total / max(1, measured):8.2f}"
+        )
+
+
+def make_prompt(config: Any, processing: Processing, seed: int) -> Prompt:
+    """Noise of exactly prompt.max_tokens tokens, with a picture if the model sees."""
+    want = config.prompt.max_tokens
+    images: tuple[Any, ...] = ()
+    if processing.is_multimodal:
+        side = 28 * int((want * 0.8) ** 0.5)
+        noise = np.random.default_rng(seed).integers(0, 255, (side, side, 3), dtype=np.uint8)
+        images = (Image.fromarray(noise),)
+    prompt = processing.prompt(Example(f"noise-{seed}", "?", "", images=images))
+    more = want - len(prompt.token_ids)
+    filler = torch.full((more,), int(prompt.token_ids[-1]))
+    kinds = prompt.mm_token_type_ids
+    return Prompt(
+        example=prompt.example,
+        text=prompt.text,
+        token_ids=torch.cat([prompt.token_ids, filler]),
+        mm_token_type_ids=None
+        if kinds is None
+        else torch.cat([kinds, torch.zeros(more, dtype=kinds.dtype)]),
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.image_grid_thw,
+        images=prompt.images,
+    )
+
+
+def update(policy: Policy, prompts: list[Prompt], rows: int, length: int, config: Any) -> None:
+    group = config.rollout.completions_per_prompt
+    ones = torch.ones(rows, length, device=policy.device)
+    batch = MicroBatch(
+        prompts=prompts,
+        prompt_index_B=torch.arange(rows)
+        .div(group, rounding_mode="floor")
+        .clamp(max=len(prompts) - 1),
+        token_BT=torch.randint(5, 100, (rows, length), device=policy.device),
+        mask_BT=ones,
+        advantage_B=torch.linspace(-1, 1, rows, device=policy.device),
+        sampling_logp_BT=-ones,
+    )
+    policy.train()
+    logp_BT, entropy_BT = policy(batch)
+    policy_loss(
+        config.update.loss,
+        logp_BT=logp_BT,
+        entropy_BT=entropy_BT,
+        advantage_B=batch.advantage_B,
+        mask_BT=batch.mask_BT,
+        denominator=Denominator(rows, rows * length, length),
+    ).loss.backward()
+
+
+class Peak:
+    """`bytes`: the most that was in use within the block above what was in use before it."""
+
+    def __init__(self, device: str):
+        self.cuda = device == "cuda"
+        self.bytes = 0
+
+    def __enter__(self) -> Peak:
+        gc.collect()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            self.profile = torch.profiler.profile(
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+            )
+            self.profile.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.cuda:
+            self.bytes = torch.cuda.max_memory_allocated() - self.before
+            return
+        self.profile.__exit__(*error)
+        events = self.profile.profiler.kineto_results.events()
+        sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
+        self.bytes = max(itertools.accumulate(sizes), default=0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Run folders for tests of what shows them, written by the package's own writers."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from mm_agrae.evaluate import summarise
+from mm_agrae.records import RolloutRecord, RunFolder, SampleRecord
+
+HOSTILE = (
+    "<script>window.broken=1</script><img src=x onerror='window.broken=2'>"
+    "</pre></details><style>*{display:none}</style>${window.broken=3}{{broken}}&lt;b&gt;"
+)
+CONFIG = "model: {path: m}\ntrain: {steps: 40}\nadvantage: {rule: agrae}\n"
+
+
+def picture(seed: int, size: int = 24) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def metrics(step: int) -> dict[str, float]:
+    return {
+        "step": step,
+        "reward/mean": 0.01 * step,
+        "reward/accuracy": 0.02 * step,
+        "success/mean": 0.015 * step,
+        "advantage/omega": 0.012 * step,
+        "policy/entropy": 1 / step,
+        "groups/all_wrong": 0.5,
+        "groups/mixed": 0.25 + 0.001 * step,
+        "groups/all_right": 0.25 - 0.001 * step,
+        "completions/mean_tokens": 20.0 + step,
+        "completions/right": 3.0 * step,
+        "completions/truncated": 0.0,
+        "update/grad_norm": 1.0 + step,
+    }
+
+
+def rollouts(
+    run: RunFolder,
+    step: int,
+    groups: int = 4,
+    size: int = 4,
+    *,
+    text: str = "so it is",
+    image: bool = True,
+    **special,
+) -> list[RolloutRecord]:
+    """Group p has p right completions of `size`, modulo size + 1.
+
+    special: name of a field -> {(prompt, completion): value}.
+    """
+    shown = (run.store_image(picture(step)),) if image else ()
+    records = []
+    for prompt in range(groups):
+        for index in range(size):
+            right = index < prompt % (size + 1)
+            values = {
+                "step": step,
+                "prompt_index": prompt,
+                "completion_index": index,
+                "example_id": f"example {prompt}",
+                "question": f"<image> Question {prompt}?",
+                "prompt_text": "prompt",
+                "answer": f"gold {prompt}",
+                "completion": f"<think>{text} {step}.{prompt}.{index}</think> \\boxed{{{index}}}",
+                "tokens": 9,
+                "finish_reason": "stop",
+                "reward": float(right),
+                "success": right,
+                "images": shown,
+                "parts": {"accuracy": float(right), "format": 1.0},
+                "error": "",
+                "advantage_before": 1.5 if right else -0.5,
+                "advantage_sample_level": 1.25 if right else -0.75,
+                "advantage": (0.75 if right else -0.25) * (prompt % 5),
+                "entropy": 0.25,
+            }
+            for name, cells in special.items():
+                values[name] = cells.get((prompt, index), values.get(name))
+            values = {name: value for name, value in values.items() if value is not None}
+            records.append(RolloutRecord(**values))
+    return records
+
+
+def train(run: RunFolder, steps, **settings) -> None:
+    """Log these steps and keep their rollouts."""
+    for step in steps:
+        run.append_metrics(metrics(step))
+        run.write_rollouts(step, rollouts(run, step, **settings))
+
+
+def make_run(path: Path, steps=(), **settings) -> RunFolder:
+    run = RunFolder(path).create(CONFIG, {"torch": "2"})
+    train(run, steps, **settings)
+    return run
+
+
+def evaluate(
+    run: RunFolder, name: str, right, samples: int = 4, label: str = "test", text: str = "so"
+) -> None:
+    """`right`: for each problem, how many of its samples are."""
+    correct = np.arange(samples)[None] < np.array(right)[:, None]
+    length = np.full(correct.shape, 12)
+    meta = [{} for _ in right]
+    result = summarise(name, label, correct, None, length, ~correct, None, meta, 3.0, 99, 50)
+    image = run.store_image(picture(1))
+    run.write_evaluation(
+        result,
+        [
+            SampleRecord(
+                *(f"problem {i}", j, f"<image> Question {i}?", f"gold {i}"),
+                f"<think>{text} of {name}</think> {i}/{j}",
+                *(bool(correct[i, j]), 12, "stop", (image,)),
+            )
+            for i in range(len(right))
+            for j in range(samples)
+        ],
+    )

@@ -1,0 +1,338 @@
+"""Doctor's counts against what a model really holds, and its report on what is and isn't there."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TEXT, VL, engine, examples, policy, processing, run_config
+
+from mm_agrae import activations, doctor
+from mm_agrae import config as configs
+from mm_agrae.policy import Policy
+from mm_agrae.types import MicroBatch
+
+SHAPES = Path(__file__).parent.parent / "data" / "model_shapes"
+PAPER = Path(__file__).parent.parent / "configs" / "paper"
+PUBLISHED = {
+    "Qwen/Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8_292_166_656,
+    "Qwen/Qwen2.5-Math-7B": 7_615_616_512,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": 7_615_616_512,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+}
+LORA = {"lora": {"rank": 4, "alpha": 8}}
+SETTINGS = {
+    "full": {},
+    "frozen": {"freeze": ["vision", "embeddings"]},
+    "lora": LORA,
+    "lora_vision": {"lora": {"rank": 4, "alpha": 8, "parts": ["language", "vision", "merger"]}},
+    "bf16": {"dtype": "bfloat16"},
+    "bf16_lora": {"dtype": "bfloat16", **LORA},
+}
+
+
+def shape_of(config):
+    return doctor.measure(config, doctor.find_config(config.model.path)[0])
+
+
+def batch_of(made, path, completions=2, length=6):
+    prompt = processing(path).prompt(examples(path, 1)[0])
+    ones = torch.ones(completions, length)
+    return MicroBatch(
+        prompts=[prompt],
+        prompt_index_B=torch.zeros(completions, dtype=torch.long),
+        token_BT=torch.randint(20, 200, (completions, length)),
+        mask_BT=ones,
+        advantage_B=torch.ones(completions),
+        sampling_logp_BT=-ones,
+    )
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes(name):
+    file = SHAPES / f"{name.replace('/', '--')}.json"
+    found, source = doctor.find_config(name)
+    assert source == "the published shape"
+    assert doctor.measure(run_config("x", name), found).parameters == PUBLISHED[name]
+    assert json.loads(file.read_text())["architectures"][0] == type_of(found)
+
+
+def type_of(found):
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    loader = (
+        AutoModelForImageTextToText if hasattr(found, "vision_config") else AutoModelForCausalLM
+    )
+    return loader._model_mapping[type(found)].__name__
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_weights_gradients_and_optimiser_are_exact(name, tmp_path):
+    config = run_config(tmp_path, VL, model=SETTINGS[name])
+    made = policy(VL, **config.model.model_dump(exclude={"path"}, mode="python"))
+    shape = shape_of(config)
+    parameters = list(made.model.parameters())
+    assert shape.parameters == sum(p.numel() for p in parameters)
+    assert shape.trainable == sum(p.numel() for p in made.trainable_parameters())
+    assert shape.weight_bytes == sum(p.numel() * p.element_size() for p in parameters)
+    optimizer = torch.optim.AdamW(made.trainable_parameters())
+    logp_BT, _ = made(batch_of(made, VL))
+    logp_BT.sum().backward()
+    optimizer.step()
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    found = doctor.estimate(config, shape, device="cpu")
+    assert found.update["gradients"] == sum(g.numel() * g.element_size() for g in gradients)
+    moments = [
+        value
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if key.startswith("exp_avg")
+    ]
+    size = sum(m.numel() * m.element_size() for m in moments)
+    assert found.always["optimiser (Adam)"] == size
+
+
+@pytest.mark.parametrize("name", ["full", "lora", "bf16", "bf16_lora"])
+@pytest.mark.parametrize("path", [VL, TEXT], ids=["vl", "text"])
+def test_the_cache_is_exact(path, name, tmp_path):
+    config = run_config(tmp_path, path, model=SETTINGS[name])
+    made = policy(path, **config.model.model_dump(exclude={"path"}, mode="python"))
+    made.eval()
+    prompt = processing(path).prompt(examples(path, 1)[0])
+    with torch.no_grad(), made.autocast():
+        _, cache, *_ = engine(made)._prefill([prompt], 3)
+    held = sum(
+        part.numel() * part.element_size()
+        for layer in cache.layers
+        for part in (layer.keys, layer.values)
+    )
+    shape = shape_of(config)
+    size = doctor.kv_element_bytes(config, shape)
+    assert doctor.kv_cache_bytes(shape, 3, len(prompt), size) == held
+
+
+def test_a_sliding_window_keeps_no_more_than_itself():
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    kinds = ["sliding_attention", "full_attention"]
+    found = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, vocab_size=64, sliding_window=8, layer_types=kinds,
+    )  # fmt: skip
+    model = Gemma3ForCausalLM(found).eval()
+    shape = doctor.measure(run_config("x", TEXT), found)
+    for length in (5, 20):
+        with torch.no_grad():
+            cache = model(torch.ones(2, length, dtype=torch.long), use_cache=True).past_key_values
+        held = sum(4 * (la.keys.numel() + la.values.numel()) for la in cache.layers)
+        assert doctor.kv_cache_bytes(shape, 2, length, 4) == held
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A random Qwen2 with the embedded tokenizer, wide enough for activations to matter."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("qwen")
+    processing(TEXT).save(str(folder))
+    own = json.loads((Path(TEXT) / "config.json").read_text())
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, vocab_size=own["vocab_size"], tie_word_embeddings=True,
+            eos_token_id=own.get("eos_token_id"),
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("name", ["full", "lora", "bf16", "bf16_lora"])
+def test_kept_activations(name, checkpointing, qwen, tmp_path, monkeypatch):
+    """What autograd holds between forward and backward, tensor by tensor: within a fifth."""
+    sections = SETTINGS[name] | {"gradient_checkpointing": checkpointing}
+    group, length = 4, 128
+    config = run_config(
+        tmp_path, qwen, model=sections, prompt={"max_tokens": 256},
+        rollout={"completions_per_prompt": group, "max_new_tokens": length},
+        update={"micro_batch_completions": group},
+    )  # fmt: skip
+    made = Policy(config.model, forbidden_ids=(), pad_id=0, shared_prompt="on")
+    made.train()
+    batch = batch_of(made, TEXT, group, length)
+    prompt = batch.prompts[0]
+    prompt = type(prompt)(prompt.example, "", torch.randint(20, 200, (256,)))
+    batch.prompts[0] = prompt
+    weights = {p.untyped_storage().data_ptr() for p in made.model.parameters()}
+    held, kept, pack = {}, [], activations._pack
+
+    def counting(tensor):
+        packed = pack(tensor)
+        if isinstance(packed, torch.Tensor):
+            kept.append(packed)
+            held[packed.untyped_storage().data_ptr()] = packed.untyped_storage().nbytes()
+        return packed
+
+    monkeypatch.setattr(activations, "_pack", counting)
+    made(batch)
+    measured = sum(size for address, size in held.items() if address not in weights)
+    shape = shape_of(config)
+    row = doctor.row_tokens(config)
+    assert row.tokens == 256 + group * length
+    assert row.predicted == group * length
+    expected = doctor.kept_activations(config, shape, row, cuda=False)
+    if config.model.dtype == "bfloat16" and not checkpointing:
+        expected += 2 * shape.cast_parameters
+    assert measured == pytest.approx(expected, rel=0.15)
+
+
+def test_more_processes_and_a_reference_take_more(tmp_path):
+    config = run_config(tmp_path, VL)
+    shape = shape_of(config)
+    one = doctor.estimate(config, shape)
+    many = doctor.estimate(config, shape, processes=8)
+    # DDP's buckets hold the gradients, in the rollout as well.
+    added = sum(many.always.values()) - sum(one.always.values())
+    assert added == 4 * shape.trainable == one.update["gradients"]
+    assert sum(many.update.values()) + added == sum(one.update.values())
+    anchored = run_config(tmp_path, VL, update={"kl_coef": 0.01})
+    assert doctor.estimate(anchored, shape).peak - one.peak == shape.weight_bytes
+    adapted = run_config(tmp_path, VL, update={"kl_coef": 0.01}, model=LORA)
+    assert "reference model" not in doctor.estimate(adapted, shape_of(adapted)).always
+
+
+def test_vllm_takes_its_share_asleep_or_not(tmp_path):
+    def found(**vllm):
+        config = run_config(tmp_path, VL, rollout={"engine": "vllm", "vllm": vllm})
+        return doctor.estimate(config, shape_of(config), device_bytes=1000)
+
+    asleep, awake = found(memory_fraction=0.5), found(memory_fraction=0.5, sleep=False)
+    assert 500 in asleep.rollout.values()
+    assert 500 in awake.always.values()
+    assert 500 not in awake.rollout.values()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["math_qwen2.5_math_7b", "math_llama_3.2_3b", "geometry3k_qwen2.5_vl_3b",
+     "geometry3k_qwen2.5_vl_7b"],
+)  # fmt: skip
+def test_the_lora_variants_fit(name):
+    shape = None
+    for gib in (24, 80):
+        config = configs.load(
+            PAPER / f"{name}.yaml", [str(PAPER.parent / "with" / f"lora_{gib}gb.yaml")]
+        )
+        shape = shape or shape_of(config)
+        assert shape.rank == config.model.lora.rank
+        found = doctor.estimate(config, shape, device_bytes=gib * doctor.GIB)
+        assert found.peak < gib * doctor.GIB * (1 - doctor.RESERVE)
+
+
+def test_suggestions_fit_and_none_is_superfluous():
+    config = configs.load(PAPER / "geometry3k_qwen2.5_vl_3b.yaml", ["rollout.engine=hf"])
+    shape, memory = shape_of(config), 80 * doctor.GIB
+    limit = memory * (1 - doctor.RESERVE)
+    assert doctor.estimate(config, shape, processes=8).peak > limit
+    changes, after = doctor.suggest(config, shape, processes=8, device_bytes=memory)
+    assert after.peak <= limit
+
+    def peak(overrides):
+        changed = configs.load(
+            PAPER / "geometry3k_qwen2.5_vl_3b.yaml", ["rollout.engine=hf", *overrides]
+        )
+        return doctor.estimate(changed, shape_of(changed), processes=8, device_bytes=memory).peak
+
+    assert peak(changes) == after.peak
+    for left_out in changes:
+        assert peak([change for change in changes if change != left_out]) > limit
+
+
+def test_nothing_is_suggested_where_nothing_helps():
+    config = configs.load(PAPER / "math_qwen2.5_math_7b.yaml")
+    memory = 8 * doctor.GIB
+    assert doctor.suggest(config, shape_of(config), processes=1, device_bytes=memory) is None
+
+
+def report(capsys, config, **options):
+    problems = doctor.examine(config, **options)
+    return problems, " ".join(capsys.readouterr().out.split())
+
+
+def test_a_run_that_can_start(capsys, tmp_path):
+    problems, text = report(capsys, run_config(tmp_path / "run", VL), gpus=1, gpu_memory=1.0)
+    assert problems == 0, text
+    for expected in (
+        "full tuning", "train synthetic: 8,192 rows", "per step: 4 prompts × 4", "KV cache",
+        "tokenizer", "checkpoints of", "nothing stands in the way",
+    ):  # fmt: skip
+        assert expected in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_everything_that_is_missing_is_named_at_once(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = configs.load(PAPER / "geometry3k_qwen2.5_vl_3b.yaml", ["rollout.engine=vllm"])
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    problems, text = report(capsys, config, gpus=8, gpu_memory=40)
+    assert problems >= 6
+    for expected in (
+        "hf download Qwen/Qwen2.5-VL-3B-Instruct", "3,754,622,976 parameters",
+        "train geometry3k:", "evaluate mathverse:", "pip install 'mm-agrae[vllm]'",
+        "per step: 512 prompts × 5 completions = 2560 on 8 processes", "problems to mend",
+    ):  # fmt: skip
+        assert expected in text
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"model": {"path": "no/such-model"}}, "no config.json there"),
+        ({"model": {"freeze": ["merger", "language", "vision"]}}, None),
+        ({"data": {"train": [{"task": "files", "path": "absent.jsonl"}]}}, "absent.jsonl"),
+    ],
+)
+def test_one_thing_missing_does_not_hide_the_rest(capsys, tmp_path, change, expected):
+    problems, text = report(capsys, run_config(tmp_path / "run", VL, **change))
+    assert problems == (expected is not None), text
+    assert expected is None or expected in text
+    assert "disk" in text
+    assert "per step" in text
+
+
+def test_a_folder_without_weights_and_one_with_a_shard_missing(capsys, tmp_path):
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(VL, folder)
+    (folder / "model.safetensors").unlink()
+    assert "no *.safetensors" in report(capsys, run_config(tmp_path / "r", str(folder)))[1]
+    index = {"weight_map": {"a": "model-00001.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert (
+        "model-00001.safetensors missing"
+        in report(capsys, run_config(tmp_path / "r", str(folder)))[1]
+    )
+    (folder / "config.json").write_text("{not json")
+    assert report(capsys, run_config(tmp_path / "r", str(folder)))[0] >= 1
+
+
+def test_an_adapter_is_counted_on_its_base(tmp_path, capsys):
+    from mm_agrae.checkpoint import save
+
+    config = run_config(tmp_path / "run", VL, model=LORA)
+    made = policy(VL, **config.model.model_dump(exclude={"path"}, mode="python"))
+    folder = tmp_path / "adapter"
+    save(folder, made, processing(VL), config_yaml="", state={}, training={})
+    found = run_config(tmp_path / "run", str(folder))
+    shape = doctor.measure(found, doctor.find_config(VL)[0])
+    assert shape.rank == 4
+    assert shape.trainable == sum(p.numel() for p in made.trainable_parameters())
+    assert "LoRA of rank 4" in report(capsys, found)[1]
+
+
+def test_more_tokens_than_positions_is_noted(capsys, tmp_path):
+    config = run_config(tmp_path, VL, evaluate={"max_new_tokens": 1_000_000})
+    assert "more than the model's" in report(capsys, config)[1]

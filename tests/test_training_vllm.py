@@ -1,0 +1,107 @@
+"""Whole runs with the real vLLM engine: what it samples from is what is learnt from."""
+
+import pytest
+import torch
+from helpers import TEXT, VL, run_config
+
+from mm_agrae import checkpoint, evaluate
+from mm_agrae.compare import build
+from mm_agrae.errors import EngineError
+from mm_agrae.progress import Reporter
+from mm_agrae.records import RunFolder
+from mm_agrae.rewards import Rewarder
+from mm_agrae.tasks import load_all
+from mm_agrae.trainer import Trainer
+
+pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'mm-agrae[vllm]'")
+pytestmark = pytest.mark.timeout(400)
+
+LORA = {"lora": {"rank": 4, "parts": ["language"]}}
+
+
+def config_for(tmp_path, path, engine, **sections):
+    rollout = {"engine": engine, **sections.pop("rollout", {})}
+    return run_config(
+        tmp_path / engine,
+        path,
+        rollout=rollout,
+        # Every completion teaches, so that two steps move the weights visibly.
+        advantage={"rule": "w_reinforce"},
+        evaluate={"before": False, "samples": 1},
+        **sections,
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "model"), [(VL, {}), (TEXT, {}), (VL, LORA)], ids=["vl", "text", "vl-lora"]
+)
+def test_a_run_whose_greedy_evaluation_is_that_of_its_checkpoint(tmp_path, path, model):
+    fast = {"learning_rate": 3e-2 if model else 1e-2}  # so that greedy answers change
+    config = config_for(tmp_path, path, "vllm", model=model, update=fast)
+    trainer = Trainer(config, Reporter(enabled=False))
+    trainer.train()
+    run = RunFolder(config.run_dir)
+    steps = list(run.read_metrics())
+    assert [row["policy/lag"] for row in steps] == [0, 0]
+    assert steps[0]["mismatch/probe_max"] < 1e-4
+    assert all(row["mismatch/mean_abs"] < 1e-5 and row["mismatch/cut"] == 0 for row in steps)
+    # The second step was sampled with the weights of the first update.
+    assert steps[1]["sync/megabytes"] > 0.1
+    assert steps[1]["seconds/sync"] > 0
+
+    saved = str(checkpoint.newest(trainer._checkpoints))
+    reference = config_for(tmp_path, path, "hf", model=model)
+    found = {}
+    for name, source in (("trained", saved), ("untrained", path)):
+        processing, _, engine = build(reference, source)
+        with Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder:
+            problems = evaluate.run(
+                engine,
+                processing,
+                rewarder,
+                load_all(config.data.evaluate),
+                range(4),
+                config.evaluate,
+            )
+        found[name] = [problem.records[0].completion for problem in problems]
+    (result,) = run.read_evaluations()
+    by_vllm = [
+        sample["completion"] for sample in run.read_samples(result) if sample["sample"] == -1
+    ]
+    assert by_vllm == found["trained"]
+    assert by_vllm != found["untrained"]
+
+
+def test_stale_weights_are_found_out(tmp_path, monkeypatch):
+    """An engine that says it took the weights, but did not, stops the run at the next probe."""
+    config = config_for(
+        tmp_path,
+        TEXT,
+        "vllm",
+        rollout={"mismatch": {"probe_every": 1, "warn_above": 0.001, "stop_above": 0.02}},
+        update={"learning_rate": 0.05},
+    )
+    trainer = Trainer(config, Reporter(enabled=False))
+
+    def forgetful():
+        trainer.engine.version = trainer.policy.version
+        return type("Sync", (), {"megabytes": 0.0})()
+
+    monkeypatch.setattr(trainer.engine, "sync", forgetful)
+    with pytest.raises(EngineError, match=r"rollout\.mismatch\.stop_above"):
+        trainer.train()
+    assert trainer.steps_done == 1
+
+
+def test_shifted_weights_are_corrected_by_importance(tmp_path):
+    """With an engine that lags, the weight of each token is π_policy / π_engine, bounded."""
+    config = config_for(tmp_path, TEXT, "vllm", rollout={"mismatch": {"probe_every": 0}})
+    trainer = Trainer(config, Reporter(enabled=False))
+    with torch.no_grad():
+        for parameter in trainer.policy.parameters():
+            parameter += 0.01 * torch.randn_like(parameter)
+    trainer.train()
+    first = next(iter(RunFolder(config.run_dir).read_metrics()))
+    assert first["mismatch/mean_abs"] > 0.01
+    assert first["mismatch/kl"] > 0
+    assert 0.5 < first["mismatch/weight"] < 2

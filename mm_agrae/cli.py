@@ -286,27 +286,25 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     Without arguments it opens on the embedded checkpoints and the example run.
     """
-    import importlib.util
-
-    missing = [name for name in ("gradio", "mm_agrae_demo") if not importlib.util.find_spec(name)]
-    if missing:
-        raise ConfigError(
-            f"demo: {' and '.join(missing)} not installed; run pip install 'mm-agrae[demo]'"
-        )
-    from mm_agrae_demo.app import launch
-
     from mm_agrae.demo_settings import settings_for
 
-    launch(
-        settings_for(
-            arguments.paths,
-            host=arguments.host,
-            port=arguments.port,
-            share=arguments.share,
-            allow_model_paths=arguments.allow_model_paths,
-            open_browser=not arguments.no_browser,
-        )
+    settings = settings_for(
+        arguments.paths,
+        host=arguments.host,
+        port=arguments.port,
+        share=arguments.share,
+        allow_model_paths=arguments.allow_model_paths,
+        open_browser=not arguments.no_browser,
     )
+    try:
+        from mm_agrae_demo.app import launch
+    except ModuleNotFoundError as error:
+        if error.name not in ("gradio", "mm_agrae_demo"):
+            raise
+        raise ConfigError(
+            f"demo: {error.name} is not installed; run pip install 'mm-agrae[demo]'"
+        ) from None
+    launch(settings)
     return 0
 
 

@@ -2,7 +2,9 @@
 
 A CPU build of torch next to the default torchvision wheel leaves torchvision's compiled library
 unloadable; importing torchvision then fails with "operator torchvision::nms does not exist".
-None of its operators is used here, so declaring their schemas is enough.
+None of its operators is used here, so declaring their schemas is enough. The default wheels of
+torchaudio and torchcodec, which vLLM brings along and transformers imports if they are there,
+fail likewise; they are not used at all and count as not installed.
 """
 
 from __future__ import annotations
@@ -31,6 +33,23 @@ def prepare() -> None:
                 library.define(schema)
         _kept_alive.append(library)
         import torchvision  # noqa: F401
+
+        for name in ("torchaudio", "torchcodec"):
+            _leave_out_if_broken(name)
+
+
+def _leave_out_if_broken(name: str) -> None:
+    import importlib
+    import sys
+
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return
+    except (OSError, RuntimeError):
+        for module in [known for known in sys.modules if known.split(".")[0] == name]:
+            del sys.modules[module]
+        sys.modules[name] = None  # type: ignore[assignment]  # counts as not installed
 
 
 _kept_alive: list[object] = []

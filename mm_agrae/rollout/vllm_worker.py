@@ -193,24 +193,8 @@ def mend_seeds(runner: Any) -> None:
 
 
 def mend_install() -> None:
-    """`compat.prepare` for vLLM's processes, which need more of the same broken install mended.
-
-    A CPU build of torch next to default wheels of torchaudio and torchcodec cannot import them,
-    nor can the subprocess in which vLLM looks at a model's class import torchvision.
-    """
+    """`compat.prepare` for vLLM's processes, and for the one in which it looks at model classes."""
     prepare()
-    import torch
-
-    if torch.version.cuda is None:
-        for name in ("torchaudio", "torchcodec"):
-            try:
-                importlib.import_module(name)
-            except ImportError:
-                continue
-            except (OSError, RuntimeError):
-                for module in [known for known in sys.modules if known.split(".")[0] == name]:
-                    del sys.modules[module]
-                sys.modules[name] = None  # type: ignore[assignment]  # counts as not installed
     registry: Any = importlib.import_module("vllm.model_executor.models.registry")
     program = f"import {__package__}.vllm_worker as worker; worker.mend_install(); "
     program += f"import runpy; runpy.run_module({registry.__name__!r}, run_name='__main__')"

@@ -1,0 +1,70 @@
+"""The app: four tabs over one `DemoSettings`. It listens on this machine alone by default."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+
+import gradio as gr
+
+from mm_agrae.demo_settings import DemoSettings
+
+from . import compare, explorer, lab, playground, style
+
+TABS = {
+    "Playground": playground,
+    "Runs": explorer,
+    "Compare": compare,
+    "Advantage lab": lab,
+}
+SYSTEM_FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
+"""Fonts of the reader's machine: the page asks no other server for anything."""
+
+
+def build(settings: DemoSettings) -> gr.Blocks:
+    """The whole app, not yet listening."""
+    with gr.Blocks(title="mm-agrae", analytics_enabled=False, delete_cache=(3600, 6 * 3600)) as app:
+        gr.Markdown("# mm-agrae: see it think")
+        for name, tab in TABS.items():
+            with gr.Tab(name, id=name):
+                tab.build(settings)
+    app.queue(max_size=settings.max_waiting, api_open=False)
+    return app
+
+
+def launch(settings: DemoSettings, *, block: bool = True) -> gr.Blocks:
+    """Serve the app; with `block` until it is interrupted. Returns it, with its `local_url`.
+
+    Uploads above `max_upload_mb` are refused by the server. Gradio's own list of readable paths
+    stays empty: pictures of runs reach the page inside it.
+    """
+    app = build(settings)
+    app.launch(
+        server_name=settings.host,
+        server_port=settings.port or None,
+        share=settings.share,
+        inbrowser=settings.open_browser,
+        prevent_thread_lock=not block,
+        max_file_size=int(settings.max_upload_mb * 2**20),
+        footer_links=[],
+        ssr_mode=False,
+        mcp_server=False,
+        pwa=False,
+        enable_monitoring=False,
+        quiet=not block,
+        **_look(),
+    )
+    return app
+
+
+def _look() -> dict[str, Any]:
+    theme = gr.themes.Default(
+        primary_hue="blue", font=SYSTEM_FONT, font_mono=("ui-monospace", "Menlo", "monospace")
+    ).set(  # Gradio's own greys and blues are too pale to read for many
+        body_text_color_subdued="*neutral_500",
+        button_primary_background_fill_hover="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_700",
+    )
+    return {"theme": theme, "head": style.head()}

@@ -1,0 +1,112 @@
+"""Pictures of the demo's screens for the documentation: docs/screens/*.png.
+
+    python scripts/screenshots.py [--run RUN] [--out docs/screens]
+
+Needs gradio, playwright and Chromium. The run shown is the one in data/example_run unless
+another is named; without either, a few steps of the quickstart are run first. All pictures
+together stay under 1.5 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from browser import DESK, PHONE, chromium, open_tab, served, settle, visit  # noqa: E402
+
+from mm_agrae.demo_settings import embedded_runs, settings_for  # noqa: E402
+
+LIMIT_BYTES = 1_500_000
+COLOURS = 128
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--run", help="a run folder to show")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "screens")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [arguments.run] if arguments.run else []
+        if not runs and not embedded_runs():
+            runs = [make_run(Path(folder) / "quickstart")]
+        with served(settings_for(runs, device="cpu")) as address, chromium() as browser:
+            sizes = [
+                save(arguments.out / f"{name}.png", picture)
+                for name, picture in shots(browser, address)
+            ]
+    print(f"{len(sizes)} pictures, {sum(sizes) / 1e6:.2f} MB, in {arguments.out}")
+    if sum(sizes) > LIMIT_BYTES:
+        print(f"error: more than {LIMIT_BYTES:,} bytes", file=sys.stderr)
+        return 1
+    return 0
+
+
+def make_run(folder: Path) -> str:
+    """The first steps of the quickstart, with small evaluations."""
+    from mm_agrae import config as configs
+    from mm_agrae.trainer import Trainer
+
+    changes = ["train.steps=12", "evaluate.samples=8", f"run_dir={folder}"]
+    changes += [f"model.path={ROOT / 'data' / 'warm_start' / 'vl'}"]
+    Trainer(configs.load(str(ROOT / "configs" / "quickstart.yaml"), changes)).train()
+    return str(folder)
+
+
+def shots(browser: Any, address: str) -> Any:
+    """(name, PNG) of each screen."""
+    page = visit(browser, address)
+    answer(page, ["base", "GRPO", "A-GRAE"])
+    yield "playground", page.screenshot(full_page=True)
+    for tab, name in (("Runs", "runs"), ("Compare", "compare"), ("Advantage lab", "lab")):
+        open_tab(page, tab)
+        settle(page)
+        yield name, page.screenshot(full_page=name == "lab")
+        if name == "runs":
+            page.locator("#explorer-cards").evaluate("cards => cards.scrollIntoView()")
+            settle(page)
+            yield "runs-groups", page.screenshot()
+    page.context.close()
+    page = visit(browser, address, dark=True)
+    answer(page, ["base", "A-GRAE"])
+    page.locator("#pg-by").get_by_text("entropy").click()
+    settle(page)
+    page.locator("#pg-tokens").scroll_into_view_if_needed()
+    yield "playground-dark", page.screenshot()
+    page.context.close()
+    page = visit(browser, address, size=PHONE)
+    answer(page, ["base"])
+    page.locator("#pg-status").scroll_into_view_if_needed()
+    yield "playground-phone", page.screenshot()
+    page.context.close()
+
+
+def answer(page: Any, names: list[str]) -> None:
+    """Ask the chosen checkpoints about the first problem; of those that are there."""
+    for box in page.locator("#pg-models label").all():
+        box.locator("input").set_checked(box.inner_text().strip() in names)
+    page.locator("#pg-go").click()
+    page.locator("#pg-tokens .tokens").wait_for()
+    settle(page)
+
+
+def save(path: Path, png: bytes) -> int:
+    """Write with a palette of few colours, at most twice as high as the screen; its size."""
+    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image = image.crop((0, 0, image.width, min(image.height, 2 * DESK["height"])))
+    image.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path.name:24} {path.stat().st_size / 1000:6.0f} kB")
+    return path.stat().st_size
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -2,11 +2,11 @@ import json
 
 import numpy as np
 import pytest
+from run_folders import evaluate, make_run
 
 from mm_agrae.contrast import KINDS, Contrast, Evaluation, SampleReader, Samples, find_evaluations
 from mm_agrae.errors import RunFolderError
 from mm_agrae.evaluate import paired_difference
-from runs import evaluate, make_run
 
 
 @pytest.fixture

@@ -2,9 +2,9 @@
 
 import pytest
 from browser import PHONE, chromium, demo, fits, low_contrast, needs_browser, served, visit
+from run_folders import HOSTILE, evaluate, make_run
 
 from mm_agrae.demo_settings import DemoSettings
-from runs import HOSTILE, evaluate, make_run
 
 pytestmark = needs_browser
 

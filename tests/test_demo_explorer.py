@@ -13,9 +13,9 @@ from browser import (
     served,
     visit,
 )
+from run_folders import HOSTILE, evaluate, make_run, rollouts, train
 
 from mm_agrae.demo_settings import DemoSettings
-from runs import HOSTILE, evaluate, make_run, rollouts, train
 
 pytestmark = needs_browser
 GROUPS = 11  # more than one page

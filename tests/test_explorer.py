@@ -9,12 +9,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from run_folders import evaluate, make_run, metrics, rollouts, train
 
 from mm_agrae.errors import RunFolderError
 from mm_agrae.explorer import FILTERS, ORDERS, Library, RunView, find_runs, select
 from mm_agrae.records import ROWS_PER_GROUP, RunFolder
 from mm_agrae.report import write_report
-from runs import evaluate, make_run, metrics, rollouts, train
 
 
 def opened(run):

@@ -358,3 +358,33 @@ def test_data_order_visits_every_row_once_an_epoch():
     later.position = 14
     assert later.next() == epochs[1][4]
     assert [DataOrder(3, 0, shuffle=False).next() for _ in range(1)] == [0]
+
+
+@pytest.mark.parametrize("on_bad_row", ["skip", "error"])
+def test_a_row_that_the_engine_refuses(tmp_path, on_bad_row):
+    """No completions, as from a server: another row takes its place, or the run ends."""
+    config = run_config(
+        tmp_path / "run", TEXT, data={"on_bad_row": on_bad_row}, evaluate={"before": False}
+    )
+    trainer = Trainer(config, Reporter(enabled=False))
+    trainer._probed = True
+    sample, refused = trainer.engine.generate, []
+
+    def refusing(prompts, *arguments, **options):
+        groups = sample(prompts, *arguments, **options)
+        if len(refused) < 2 and len(groups) > len(refused):
+            refused.append(prompts[0].example.id)
+            groups[0] = []
+        return groups
+
+    trainer.engine.generate = refusing
+    if on_bad_row == "error":
+        with pytest.raises(DataError, match="the rollout server refused this row"):
+            trainer.train()
+        return
+    summary = trainer.train()
+    assert len(refused) == 2
+    assert summary["rows_skipped"] == 2
+    rows = RunFolder(config.run_dir).read_rollouts(1)
+    assert len(rows) == 16
+    assert not set(refused) & {row["example_id"] for row in rows if row["step"] == 1}

@@ -10,7 +10,7 @@ ruff format --check .
 mypy
 python -m pytest --numprocesses 2 "$@"
 if [ $# -eq 0 ] && [ "${MM_AGRAE_VLLM:-1}" != 0 ] && prepare_vllm; then
-    # Servers need both cores for themselves, and find files by their names.
-    "$(vllm_environment)/bin/python" -m pytest --numprocesses 2 --dist loadgroup \
+    # The tests of a file share engines and servers, and their order matters.
+    "$(vllm_environment)/bin/python" -m pytest --numprocesses 2 --dist loadfile \
         tests/test_rollout_vllm.py tests/test_rollout_vllm_server.py tests/test_training_vllm.py
 fi

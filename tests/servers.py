@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,6 +19,9 @@ MAX_TOKENS = 256
 PROGRAM = (
     "import sys, json; from mm_agrae.serve import serve; sys.exit(serve(**json.loads(sys.argv[1])))"
 )
+
+
+SOCKETS = tempfile.gettempdir()
 
 
 class Server:
@@ -36,7 +40,8 @@ class Server:
                 [sys.executable, "-c", PROGRAM, json.dumps(arguments)],
                 env=os.environ
                 | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-                | {KEY_VARIABLE: key, "TMPDIR": str(folder)},
+                # Sockets are files, and their paths must be short.
+                | {KEY_VARIABLE: key, "TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": SOCKETS},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
+import pyarrow.parquet
 import pytest
 from helpers import REAL_DATA
 

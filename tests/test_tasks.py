@@ -290,6 +290,7 @@ def test_text_and_several_pictures_in_one_source(folder):
         (0, 0, 255),
     ]
     import pyarrow
+    import pyarrow.parquet
 
     bytes_of = {name: (folder / name).read_bytes() for name in [*RED_LIME, "images/blue.png"]}
     stored = [

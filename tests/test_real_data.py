@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
-import pyarrow.parquet
 import pytest
 from helpers import REAL_DATA
 

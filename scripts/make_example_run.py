@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import gzip
+import re
 import shutil
 import sys
 import tempfile
@@ -67,7 +68,10 @@ def make(run_dir: Path, out: Path, count: int, limit: int) -> None:
 def cut_down(run: RunFolder, small: Path, steps: Sequence[int]) -> None:
     for folder in ("rollouts", "images"):
         (small / folder).mkdir(parents=True)
-    for name in ("config.yaml", "versions.json", "summary.json"):
+    # The folder that the run was made in is nobody else's.
+    config = re.sub(r"(?m)^run_dir: .*", "run_dir: runs/example", run.read_config())
+    write_atomic(small / "config.yaml", config)
+    for name in ("versions.json", "summary.json"):
         if (run.path / name).is_file():
             shutil.copyfile(run.path / name, small / name)
     rows = ({name: short(value) for name, value in row.items()} for row in run.read_metrics())

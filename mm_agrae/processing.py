@@ -12,13 +12,18 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 from mm_agrae.compat import prepare
 from mm_agrae.config import PromptSection
 from mm_agrae.errors import DataError, ModelError
 from mm_agrae.images import open_image
 from mm_agrae.types import Example, Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
 
 IMAGE_MARKER = "<image>"
 
@@ -87,6 +92,7 @@ class Processing:
         if self.is_multimodal:
             self._require_patches()
         self._control = _control_tokens(self.tokenizer)
+        self._pixels: WeakValueDictionary[bytes, torch.Tensor] = WeakValueDictionary()
         self.template = self._chat_template()
         self.image_token_id: int | None = getattr(config, "image_token_id", None)
         self._try_template()
@@ -162,10 +168,18 @@ class Processing:
             text=text,
             token_ids=token_ids,
             mm_token_type_ids=inputs["mm_token_type_ids"][0] if images else None,
-            pixel_values=inputs["pixel_values"] if images else None,
+            pixel_values=self._one_copy(images, inputs["pixel_values"]) if images else None,
             image_grid_thw=inputs["image_grid_thw"] if images else None,
             images=tuple(images),
         )
+
+    def _one_copy(self, images: Sequence[Image.Image], pixel_values: torch.Tensor) -> torch.Tensor:
+        """The same tensor for the same pictures, while one of their prompts is alive."""
+        digest = hashlib.sha256()
+        for image in images:
+            digest.update(repr(image.size).encode())
+            digest.update(image.tobytes())
+        return self._pixels.setdefault(digest.digest(), pixel_values)
 
     @property
     def opens_thinking(self) -> bool:
@@ -409,6 +423,10 @@ def cannot_load(path: str, what: str, error: Exception) -> ModelError:
     # Hub ids have one slash at most, and what transformers says of longer ones is no help.
     if not Path(base).exists() and (base.count("/") > 1 or base.startswith((".", "/", "~"))):
         problem = "there is no such folder"
+    elif "contains custom code" in str(error):
+        problem = "it brings code of its own; set model.trust_remote_code=true if you trust it"
+    elif "no file named model.safetensors" in str(error):
+        problem = "it has no model.safetensors, and weights in other formats are not loaded"
     if adapter is None:
         return ModelError(f"model.path {path!r}: its {what} cannot be loaded: {problem}")
     return ModelError(

@@ -16,33 +16,25 @@ registry that does what `sdpa` does unless a forward call brings a `Layout` as k
     logp_N, entropy_N = head_logprobs(hf.get_output_embeddings(), hidden_NH, packed.target_N)
     logp_BT = packed.unpack(logp_N)
 
-A prompt token attends to its prompt, causally; a completion token to the whole prompt and,
-causally, to its own completion. On a CPU the last two are two calls of the flash kernel without
-a copy of the prompt's keys, merged by their log-normalisers:
+How a completion attends to its prompt and itself is `shared_attention`'s business; `last_layer`
+leaves out what nothing is predicted from.
 
-    lse = log(exp lse_1 + exp lse_2),   out = out_1 · exp(lse_1 − lse) + out_2 · exp(lse_2 − lse)
-
-Given the merged `out` and `lse`, the kernel's backward of each part is the exact gradient of that
-part (as in Ring Attention, arXiv 2310.01889). On other devices, and in layers whose sliding
-window cuts a sequence, completions attend to [prompt keys; own keys] under a mask instead.
-
-Shapes: S tokens of the row, N predicted tokens, n completions padded to R tokens, H heads of
-size D (K key heads); B and T as in a MicroBatch.
+Shapes: S tokens of the row, N predicted tokens; H heads of size D; B and T as in a MicroBatch.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
+from mm_agrae import last_layer, shared_attention
 from mm_agrae.activations import recompute_elementwise
 from mm_agrae.errors import DataError, ModelError
+from mm_agrae.shared_attention import Group, Layout
 from mm_agrae.types import Example, MicroBatch, Prompt
 
 ATTENTION = "mm_agrae_shared_prompt"
@@ -51,127 +43,8 @@ ATTENTION = "mm_agrae_shared_prompt"
 PLACEHOLDERS = ("image_token_id", "video_token_id")
 """Config fields that name the tokens which stand for image features."""
 
-LEAST_FILL = 0.75
-"""Completions are padded into one batch if none is shorter than this share of the longest."""
-
-_flash: Any = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_flash_backward: Any = getattr(
-    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None
-)
-
 
 # ------------------------------------------------------------------------------------- packing
-
-
-@dataclass(frozen=True)
-class Group:
-    """Half-open ranges of the row: one prompt, and its completions right after it."""
-
-    prompt: tuple[int, int]
-    completions: tuple[tuple[int, int], ...]
-
-    @property
-    def end(self) -> int:
-        return self.completions[-1][1] if self.completions else self.prompt[1]
-
-
-@dataclass(frozen=True, eq=False)
-class Bucket:
-    """Completions of similar length as one batch of row indices, padded with their last token.
-
-    `tokens` are the real ones, a slice where they lie one after another without padding. `real`
-    and `padding` are flat positions in [n,R]; both are None if there is no padding.
-    """
-
-    index_nR: torch.Tensor
-    tokens: torch.Tensor | slice
-    real: torch.Tensor | None = None
-    padding: torch.Tensor | None = None
-
-    def gather(self, x_SHD: torch.Tensor) -> torch.Tensor:
-        """[S,H,…] -> [n,H,R,…]"""
-        if isinstance(self.tokens, slice):
-            picked = x_SHD[self.tokens]
-        else:
-            picked = x_SHD.index_select(0, self.index_nR.flatten())
-        return picked.unflatten(0, self.index_nR.shape).transpose(1, 2)
-
-    def flatten(self, x_nHRD: torch.Tensor) -> torch.Tensor:
-        """[n,H,R,…] -> [tokens,H,…]"""
-        flat = x_nHRD.transpose(1, 2).flatten(0, 1)
-        return flat if self.real is None else flat.index_select(0, self.real)
-
-
-class Layout:
-    """Which tokens of a row belong together."""
-
-    def __init__(self, groups: Sequence[Group], device: torch.device | str = "cpu"):
-        self.groups = tuple(groups)
-        self.length = max((group.end for group in groups), default=0)
-        ranges = [each for group in groups for each in group.completions]
-        self.device = device
-        self.buckets = tuple(_bucket(part, device) for part in _by_length(ranges))
-        self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
-        self.longest = max(
-            (
-                g.prompt[1] - g.prompt[0] + end - start
-                for g in groups
-                for start, end in g.completions
-            ),
-            default=self.length,
-        )
-
-    @functools.cached_property
-    def by_group(self) -> tuple[Bucket | None, ...]:
-        """All completions of each group as one bucket."""
-        return tuple(
-            _bucket(group.completions, self.device) if group.completions else None
-            for group in self.groups
-        )
-
-    def mask(
-        self, past: int, own: int, window: int | None, repeats: int, like: torch.Tensor
-    ) -> torch.Tensor:
-        """Additive mask [repeats · own, past + own]: causal, at most `window` tokens back.
-
-        One tensor serves all layers, which keeps it out of each layer's saved activations.
-        """
-        key = (past, own, window, repeats, like.dtype)
-        if key not in self._masks:
-            query_R1 = torch.arange(past, past + own, device=like.device)[:, None]
-            key_1S = torch.arange(past + own, device=like.device)[None]
-            hidden = key_1S > query_R1
-            if window is not None:
-                hidden |= key_1S <= query_R1 - window
-            mask = torch.zeros(hidden.shape, dtype=like.dtype, device=like.device)
-            self._masks[key] = mask.masked_fill(hidden, float("-inf")).repeat(repeats, 1)
-        return self._masks[key]
-
-
-def _by_length(ranges: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    part: list[tuple[int, int]] = []
-    for start, end in sorted(ranges, key=lambda each: each[0] - each[1]):
-        if part and end - start < LEAST_FILL * (part[0][1] - part[0][0]):
-            yield part
-            part = []
-        part.append((start, end))
-    if part:
-        yield part
-
-
-def _bucket(ranges: Sequence[tuple[int, int]], device: torch.device | str) -> Bucket:
-    ranges = sorted(ranges)
-    start_n1, end_n1 = torch.tensor(ranges, device=device).unsqueeze(-1).unbind(1)
-    longest = max(end - start for start, end in ranges)
-    step_1R = torch.arange(longest, device=device)[None]
-    index_nR = torch.minimum(start_n1 + step_1R, end_n1 - 1)
-    if min(end - start for start, end in ranges) == longest:
-        first, last = ranges[0][0], ranges[-1][1]
-        together = last - first == index_nR.numel()
-        return Bucket(index_nR, slice(first, last) if together else index_nR.flatten())
-    inside = (start_n1 + step_1R < end_n1).flatten()
-    real = inside.nonzero().squeeze(-1)
-    return Bucket(index_nR, index_nR.flatten()[real], real, (~inside).nonzero().squeeze(-1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -475,11 +348,13 @@ def install(hf: Any) -> None:
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
     _set_attention(hf, ATTENTION)
+    last_layer.install(hf)
 
 
 def uninstall(hf: Any) -> None:
     """Undo `install`."""
     _set_attention(hf, "sdpa")
+    last_layer.uninstall(hf)
 
 
 def _set_attention(hf: Any, name: str) -> None:
@@ -516,157 +391,14 @@ def attention(
         for name in ("softcap", "s_aux", "sinks", "position_bias")
         if others.get(name) is not None
     ]
-    if asked or query.shape[0] != 1 or query.shape[2] != shared_prompt.length:
+    if asked:
         raise ModelError(
-            f"{type(module).__name__} cannot share prompts: query {tuple(query.shape)} for a row "
-            f"of {shared_prompt.length} tokens, {', '.join(asked) or 'no'} extras; "
-            "set update.shared_prompt=off"
+            f"{type(module).__name__} cannot share prompts: its attention has "
+            f"{', '.join(asked)}; set update.shared_prompt=off"
         )
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    last_layer.announce(module, shared_prompt.predicting, shared_prompt.length)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = sliding_window if sliding_window and sliding_window < shared_prompt.longest else None
-    merged = (
-        query.device.type == "cpu"
-        and _flash is not None
-        and window is None
-        and dropout == 0
-        and query.shape[-1] == value.shape[-1]
-    )
-    if merged:
-        return _MergedAttention.apply(query, key, value, shared_prompt, scale), None
-    return masked_attention(query, key, value, shared_prompt, scale, window, dropout), None
-
-
-class _MergedAttention(torch.autograd.Function):
-    """Two flash calls per completion token, over the prompt and over its own completion."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layout: Layout,
-        scale: float,
-    ) -> torch.Tensor:
-        out_SHD = torch.empty_like(q[0].transpose(0, 1), memory_format=torch.contiguous_format)
-        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        lse_SH = q.new_empty(out_SHD.shape[:2], dtype=wide)
-        for tokens, keys, causal in _prompt_parts(layout):
-            out, lse = _flash(
-                q[:, :, tokens], k[:, :, keys], v[:, :, keys], 0.0, causal, scale=scale
-            )
-            out_SHD[tokens] = out[0].transpose(0, 1)
-            lse_SH[tokens] = lse[0].T
-        q_SHD, k_SKD, v_SKD = (x[0].transpose(0, 1) for x in (q, k, v))
-        for bucket in layout.buckets:
-            parts = (bucket.gather(x) for x in (q_SHD, k_SKD, v_SKD))
-            own, own_lse = (bucket.flatten(x) for x in _flash(*parts, 0.0, True, scale=scale))
-            old, old_lse = out_SHD[bucket.tokens], lse_SH[bucket.tokens]
-            lse = torch.logaddexp(own_lse, old_lse)
-            own = own * (own_lse - lse).exp().unsqueeze(-1)
-            own += old * (old_lse - lse).exp().unsqueeze(-1)
-            out_SHD[bucket.tokens] = own.to(out_SHD.dtype)
-            lse_SH[bucket.tokens] = lse
-        out = out_SHD.unsqueeze(0)
-        ctx.save_for_backward(q, k, v, out, lse_SH)
-        ctx.layout, ctx.scale = layout, scale
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_1SHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out_1SHD, lse_SH = ctx.saved_tensors
-        grad_1SHD = grad_1SHD.contiguous()
-        grad, out = grad_1SHD.transpose(1, 2), out_1SHD.transpose(1, 2)
-        lse_1HS = lse_SH.T[None]
-        q_SHD, k_SKD, v_SKD = (x[0].transpose(0, 1) for x in (q, k, v))
-        grad_q, grad_k, grad_v = (x.new_zeros(x.shape) for x in (q_SHD, k_SKD, v_SKD))
-        for tokens, keys, causal in _prompt_parts(ctx.layout):
-            parts = _flash_backward(
-                grad[:, :, tokens], q[:, :, tokens], k[:, :, keys], v[:, :, keys],
-                out[:, :, tokens], lse_1HS[:, :, tokens], 0.0, causal, scale=ctx.scale,
-            )  # fmt: skip
-            grad_q[tokens] = parts[0][0].transpose(0, 1)
-            grad_k[keys] += parts[1][0].transpose(0, 1)
-            grad_v[keys] += parts[2][0].transpose(0, 1)
-        for bucket in ctx.layout.buckets:
-            grad_nHRD = bucket.gather(grad_1SHD[0])
-            if bucket.padding is not None:
-                # Whatever a padding query attended to, it passes nothing back.
-                grad_nHRD.transpose(1, 2).flatten(0, 1).index_fill_(0, bucket.padding, 0)
-            parts = _flash_backward(
-                grad_nHRD, bucket.gather(q_SHD), bucket.gather(k_SKD), bucket.gather(v_SKD),
-                bucket.gather(out_1SHD[0]), bucket.gather(lse_SH), 0.0, True, scale=ctx.scale,
-            )  # fmt: skip
-            for total, part in zip((grad_q, grad_k, grad_v), parts, strict=True):
-                total[bucket.tokens] += bucket.flatten(part)
-        return *(x.transpose(0, 1)[None] for x in (grad_q, grad_k, grad_v)), None, None
-
-
-def _prompt_parts(layout: Layout) -> Iterator[tuple[slice, slice, bool]]:
-    """(queries, keys, causal) of all attention to prompts."""
-    for group in layout.groups:
-        keys = slice(*group.prompt)
-        yield keys, keys, True
-        if group.completions:
-            yield slice(group.prompt[1], group.end), keys, False
-
-
-def masked_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    layout: Layout,
-    scale: float,
-    window: int | None = None,
-    dropout: float = 0.0,
-) -> torch.Tensor:
-    """The same by `scaled_dot_product_attention` over [prompt keys; own keys], on any device."""
-    repeats = q.shape[1] // k.shape[1]
-    q_SHD, k_SKD, v_SKD = (x[0].transpose(0, 1) for x in (q, k, v))
-    parts = []
-    for group, bucket in zip(layout.groups, layout.by_group, strict=True):
-        start, end = group.prompt
-        k_P, v_P = k[:, :, start:end], v[:, :, start:end]
-        if window is None:
-            out = F.scaled_dot_product_attention(
-                q[:, :, start:end], k_P, v_P, dropout_p=dropout, is_causal=True, scale=scale,
-                enable_gqa=repeats > 1,
-            )  # fmt: skip
-        else:
-            mask = layout.mask(0, end - start, window, repeats, q)
-            out = _sdpa(q[:, :, start:end], k_P, v_P, mask, dropout, scale)
-        parts.append(out[0].transpose(0, 1))
-        if bucket is None:
-            continue
-        n, longest = bucket.index_nR.shape
-        k_all = torch.cat([k_P.expand(n, -1, -1, -1), bucket.gather(k_SKD)], dim=2)
-        v_all = torch.cat([v_P.expand(n, -1, -1, -1), bucket.gather(v_SKD)], dim=2)
-        mask = layout.mask(end - start, longest, window, repeats, q)
-        out = _sdpa(bucket.gather(q_SHD), k_all, v_all, mask, dropout, scale)
-        parts.append(bucket.flatten(out))
-    return torch.cat(parts)[None]
-
-
-def _sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    dropout: float,
-    scale: float,
-) -> torch.Tensor:
-    """Masked attention of H heads with K key heads, the keys not copied.
-
-    The heads that share a key head are stacked along the queries instead (the mask's rows are
-    repeated to match): kernels that take a mask do not all take grouped heads.
-    """
-    repeats = q.shape[1] // k.shape[1]
-    stacked = q.unflatten(1, (k.shape[1], repeats)).flatten(2, 3)
-    out = F.scaled_dot_product_attention(
-        stacked, k, v, attn_mask=mask, dropout_p=dropout, scale=scale
-    )
-    return out.unflatten(2, (repeats, q.shape[2])).flatten(1, 2)
+    return shared_attention.attention(
+        query, key, value, shared_prompt,
+        scale=scale, window=sliding_window or None, dropout=dropout,
+    ), None  # fmt: skip

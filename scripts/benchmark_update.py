@@ -9,9 +9,13 @@ ours is `pack`, `hidden_states`, `head_logprobs`, `policy_loss` and backward. Re
     memory    peak above the model, its gradients included, ours / TRL's
     gradient  relative difference of all gradients of the two, in the same run
 
-Random weights, so that it runs anywhere; `--preset 3b` has the shape of Qwen2.5-VL-3B.
+`--repeated` measures our own code with the prompt repeated for each completion as well. Tokens a
+second and, where the device's peak is known or given, the utilisation of model FLOPs (what our
+update needs, without what checkpointing computes again) are in the JSON file and, on a GPU,
+printed. Random weights, so that it runs anywhere; `--preset 3b` has the shape of Qwen2.5-VL-3B.
 
     python scripts/benchmark_update.py --shapes 64x64,256x64 --kinds text,vl --tuning full,lora
+    python scripts/benchmark_update.py --preset 3b --dtype bfloat16 --checkpointing --repeated
 """
 
 from __future__ import annotations
@@ -53,6 +57,18 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "out_hidden_size": 512, "patch_size": 14, "fullatt_block_indexes": [3, 6],
         },
     },
+    # 59 M parameters with a heavier tower: 30 % of the weights, a picture costs 1.5 of the text
+    # layers per image token.
+    "59m": {
+        "text": {
+            "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 10,
+            "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 4096,
+        },
+        "vision": {
+            "depth": 8, "hidden_size": 384, "intermediate_size": 1037, "num_heads": 6,
+            "out_hidden_size": 512, "patch_size": 14, "fullatt_block_indexes": [3, 7],
+        },
+    },
     "3b": {
         "text": {
             "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
@@ -64,6 +80,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
 }  # fmt: skip
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L40S": 362.0, "4090": 165.0}
+"""Dense bfloat16 operations a second that the makers state, by a part of the device's name."""
+
 IMAGE, START, END = 4, 5, 6
 FIRST_WORD = 10
 """Token ids below this one are special."""
@@ -94,19 +113,37 @@ def compare(
     inputs = trl_inputs(batch)
     hf = model.get_base_model() if hasattr(model, "peft_config") else model
 
+    def loss(logp_BT: torch.Tensor, entropy_BT: torch.Tensor) -> torch.Tensor:
+        return policy_loss(
+            "grpo",
+            logp_BT=logp_BT,
+            advantage_B=batch.advantage_B,
+            mask_BT=batch.mask_BT,
+            entropy_BT=entropy_BT,
+            denominator=Denominator(len(batch.mask_BT), int(batch.mask_BT.sum()), response),
+        ).loss
+
     def ours() -> None:
         shared_prompt.install(hf)
         packed = shared_prompt.pack(hf.base_model, batch)
         hidden_NH = shared_prompt.hidden_states(hf.base_model, packed)
         logp_N, entropy_N = head_logprobs(hf.get_output_embeddings(), hidden_NH, packed.target_N)
-        policy_loss(
-            "grpo",
-            logp_BT=packed.unpack(logp_N),
-            advantage_B=batch.advantage_B,
-            mask_BT=batch.mask_BT,
-            entropy_BT=packed.unpack(entropy_N),
-            denominator=Denominator(len(batch.mask_BT), int(batch.mask_BT.sum()), response),
-        ).loss.backward()
+        loss(packed.unpack(logp_N), packed.unpack(entropy_N)).backward()
+
+    def repeated() -> None:
+        shared_prompt.uninstall(hf)
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        images: dict[str, Any] = {}
+        if kind == "vl":
+            names = ("pixel_values", "image_grid_thw", "mm_token_type_ids")
+            images = {name: inputs[name] for name in names}
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        hidden = hf.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **images)
+        hidden_NH = hidden.last_hidden_state[:, prompt - 1 : -1].flatten(0, 1)
+        logp_N, entropy_N = head_logprobs(
+            hf.get_output_embeddings(), hidden_NH, batch.token_BT.flatten()
+        )
+        loss(logp_N.view_as(batch.mask_BT), entropy_N.view_as(batch.mask_BT)).backward()
 
     def theirs() -> None:
         shared_prompt.uninstall(hf)
@@ -121,16 +158,26 @@ def compare(
     theirs()
     difference = relative_difference(mine, gradients(model))
     del mine
-    times: dict[str, list[float]] = {"trl": [], "ours": []}
-    memory: dict[str, list[float]] = {"trl": [], "ours": []}
+    sides = {"trl": theirs, "ours": ours}
+    if options.repeated:
+        repeated()
+        sides["repeated"] = repeated
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    memory: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(options.repeats):
-        for name, run in (("trl", theirs), ("ours", ours)):
+        for name, run in sides.items():
             taken, high = measure(run, model, options.device)
             times[name].append(taken)
             memory[name].append(high)
     seconds = {name: statistics.median(values) for name, values in times.items()}
     peak = {name: statistics.median(values) for name, values in memory.items()}
     flops = flop_count(model, batch)
+    tflops = flops["ours"] / seconds["ours"] / 1e12
+    beside: dict[str, Any] = {}
+    if "repeated" in sides:
+        beside = {"repeated_s": seconds["repeated"], "repeated_mb": peak["repeated"]}
+    if options.peak_tflops:
+        beside["model_flops_utilisation"] = tflops / options.peak_tflops
     return {
         "prompt": prompt,
         "response": response,
@@ -142,8 +189,10 @@ def compare(
         "ours_mb": peak["ours"],
         "memory": peak["ours"] / peak["trl"],
         "gradient_difference": difference,
-        "tflops_per_s": flops["ours"] / seconds["ours"] / 1e12,
+        "tflops_per_s": tflops,
         "tokens_per_s": float(batch.mask_BT.sum()) / seconds["ours"],
+        "all_seconds": times,
+        **beside,
     }
 
 
@@ -370,6 +419,7 @@ def flop_count(model: Any, batch: MicroBatch) -> dict[str, float]:
 
     language = getattr(hf.base_model, "language_model", hf.base_model)
     per_token = size(language)
+    last_mlp = size(language.layers[-1].mlp)
     per_pair = 3.5 * 4 * text.hidden_size * text.num_hidden_layers
     per_score = 2.0 * text.vocab_size * text.hidden_size * (1 + learns)
     visual = getattr(hf.base_model, "visual", None)
@@ -396,6 +446,7 @@ def flop_count(model: Any, batch: MicroBatch) -> dict[str, float]:
         pairs = p**2 / 2 + sum(length * p + length**2 / 2 for length in inside)
         total["ours"] += (
             (p + sum(inside)) * per_token
+            - (p - 1) * last_mlp  # the last layer's MLP runs where something is predicted
             + pairs * per_pair
             + tokens * per_score
             + patches * per_patch
@@ -418,6 +469,18 @@ def print_row(row: dict[str, Any], header: bool) -> None:
         f"| {row['gradient_difference']:.1e} |",
         flush=True,
     )
+    if "repeated_s" in row:
+        print(
+            f"  our own update with the prompt repeated: {row['repeated_s']:.2f} s, "
+            f"{row['repeated_mb']:.0f} MB",
+            flush=True,
+        )
+    if "model_flops_utilisation" in row:
+        print(
+            f"  ours: {row['tokens_per_s']:.0f} completion tokens/s, {row['tflops_per_s']:.1f} "
+            f"TFLOP/s, {row['model_flops_utilisation']:.1%} of the device's peak",
+            flush=True,
+        )
 
 
 def write(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
@@ -474,9 +537,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeated", action="store_true", help="our repeated batch as well")
+    parser.add_argument("--peak-tflops", type=float, help="of the device, in this precision")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", default="runs/benchmark_update")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.device.startswith("cuda") and not options.peak_tflops:
+        name = torch.cuda.get_device_name()
+        known = [peak for part, peak in PEAK_TFLOPS.items() if part in name]
+        options.peak_tflops = known[0] if known and options.dtype == "bfloat16" else None
+    return options
 
 
 if __name__ == "__main__":

@@ -10,15 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mm_agrae import activations, shared_prompt
+from mm_agrae import activations, shared_attention
 from mm_agrae.errors import DataError, ModelError
+from mm_agrae.shared_attention import Layout
 from mm_agrae.shared_prompt import (
-    Group,
-    Layout,
-    attention,
     hidden_states,
     install,
-    masked_attention,
     pack,
     require_agreement,
     split_by_tokens,
@@ -283,55 +280,10 @@ def _model(family: str = "qwen2_5_vl"):
     return model
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(
-    groups=st.lists(
-        st.tuples(st.integers(1, 9), st.lists(st.integers(1, 20), max_size=5)),
-        min_size=1,
-        max_size=3,
-    ),
-    grouped=st.booleans(),
-)
-def test_merged_and_masked_attention_agree_with_gradients(groups, grouped):
-    made, end = [], 0
-    for prompt, lengths in groups:
-        start, end = end, end + prompt
-        ranges = []
-        for length in lengths:
-            ranges.append((end, end + length))
-            end += length
-        made.append(Group((start, start + prompt), tuple(ranges)))
-    layout = Layout(made)
-    torch.manual_seed(end)
-    heads = (4, 2, 2) if grouped else (4, 4, 4)
-    inputs = [torch.randn(1, h, end, 8, dtype=torch.float64, requires_grad=True) for h in heads]
-    direction = torch.randn(1, end, 4, 8, dtype=torch.float64)
-    results = []
-    for function in (
-        lambda: attention(torch.nn.Identity(), *inputs, None, shared_prompt=layout)[0],
-        lambda: masked_attention(*inputs, layout, 8**-0.5),
-    ):
-        out = function()
-        results.append((out, *torch.autograd.grad((out * direction).sum(), inputs)))
-    for ours, theirs in zip(*results, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-
-
-def test_merged_attention_gradcheck():
-    layout = Layout([Group((0, 3), ((3, 5), (5, 9), (9, 10))), Group((10, 11), ((11, 13),))])
-    torch.manual_seed(0)
-    inputs = [torch.randn(1, h, 13, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
-
-    def run(*tensors):
-        return attention(torch.nn.Identity(), *tensors, None, shared_prompt=layout)[0]
-
-    assert torch.autograd.gradcheck(run, inputs)
-
-
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2", "gemma3"])
 def test_masked_attention_serves_whole_models(family, monkeypatch):
     """What runs on other devices, here on the CPU."""
-    monkeypatch.setattr(shared_prompt, "_flash", None)
+    monkeypatch.setattr(shared_attention, "_cpu_flash", None)
     model = build(family)
     install(model)
     assert_same(model, make_batch(prompts_for(family), RAGGED), 2e-6)

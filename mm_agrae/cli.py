@@ -156,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument(
         "--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)"
     )
+    doctor.add_argument("--fsdp2", action="store_true", help="the model spread over the GPUs")
     doctor.set_defaults(command=_doctor)
     return parser
 
@@ -190,9 +191,9 @@ def _train(arguments: argparse.Namespace) -> int:
 
     run_dir = Path(config.run_dir)
     if arguments.overwrite:
-        from accelerate import PartialState
+        from mm_agrae.distributed import start
 
-        state = PartialState(cpu=config.model.device == "cpu")
+        state = start(config)
         if state.is_main_process:
             _delete_run(run_dir)
         # Nobody may look for checkpoints in a folder that is about to go.
@@ -356,7 +357,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
     config = _load(arguments.config, arguments.overrides)
     from mm_agrae.doctor import examine
 
-    return int(examine(config, gpus=arguments.gpus, gpu_memory=arguments.gpu_memory) > 0)
+    problems = examine(
+        config, gpus=arguments.gpus, gpu_memory=arguments.gpu_memory, sharded=arguments.fsdp2
+    )
+    return int(problems > 0)
 
 
 def _machine() -> int:

@@ -13,6 +13,7 @@ other I/O; nothing is loaded before a config is known to be whole.
 from __future__ import annotations
 
 import difflib
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,9 +24,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from mm_agrae.errors import ConfigError
 
+MAX_VALUES, MAX_DEPTH = 100_000, 50
+"""Of a config file: far above what anybody writes."""
+
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
+
+SECRET_NAME = re.compile(
+    r"(.*_)?(api_?key|access_?key|private_?key|secret|password|passwd|credentials?|token)",
+    re.IGNORECASE,
+)
+URL_SECRET = re.compile(r"(\w://)[^/@\s]+@")
 
 
 class Section(BaseModel):
@@ -144,6 +154,15 @@ class VllmSection(Section):
     """How long one prompt's completions may take before its server counts as lost."""
     options: dict[str, Any] = {}
     """Further arguments of vLLM's engine, as they are (engine vllm)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> VllmSection:
+        if any(URL_SECRET.search(server) for server in self.servers):
+            raise ValueError(
+                "rollout.vllm.servers: an address holds a password, which would be logged; leave "
+                "it out and set MM_AGRAE_VLLM_KEY, which `mm-agrae serve` reads as well"
+            )
+        return self
 
 
 class MismatchSection(Section):
@@ -313,12 +332,19 @@ class TrainSection(Section):
     epochs: PositiveInt | None = None
     """Passes over the training data."""
     seed: int = 0
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """With several processes: how long one waits for another before the run ends, naming it."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give one of train.steps and train.epochs")
         return self
+
+
+def passes(samples: int) -> list[int]:
+    """The k of pass@k with so many samples: 1, 2, 4, 8 … and `samples` itself."""
+    return sorted({1 << power for power in range(samples.bit_length())} | {samples})
 
 
 class EvaluateSection(SamplingSection):
@@ -344,6 +370,13 @@ class CheckpointSection(Section):
     every: Annotated[int, Field(ge=0)] = 0
     """Save every N steps; 0: only at the end."""
     keep: PositiveInt = 2
+    """Only the newest so many are kept."""
+    best: str = ""
+    """Also keep the checkpoint whose evaluation has the highest such value, as label/metric:
+    test/pass@1, test/pass@8 or test/greedy. It is saved if it is not due. Empty: none."""
+    background: bool = False
+    """Write while training goes on, from a copy in the CPU's memory. At most one is being
+    written; the next save, the end of the run and a signal to stop wait for it."""
 
 
 class LogSection(Section):
@@ -399,7 +432,27 @@ class Config(Section):
             )
         if self.evaluate.every and not self.data.evaluate:
             raise ValueError("evaluate.every is set but data.evaluate names no data")
+        if self.checkpoint.best:
+            self._check_best()
         return self
+
+    def _check_best(self) -> None:
+        best, settings = self.checkpoint.best, self.evaluate
+        values = {
+            f"{source.label}/{metric}"
+            for source in self.data.evaluate
+            for metric in (
+                *(f"pass@{k}" for k in passes(settings.for_source(source).samples)),
+                *(["greedy"] if settings.greedy else []),
+            )
+        }
+        if best not in values:
+            raise ValueError(
+                f"checkpoint.best is {best!r}, which no evaluation measures; "
+                + nearest(best, sorted(values) or ["nothing: data.evaluate is empty"])
+            )
+        if not settings.every:
+            raise ValueError("checkpoint.best is set, but evaluate.every is 0; set it to N steps")
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -421,16 +474,18 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 def _read(path: Path, built_on_it: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The plain values of a config file, over those of its `base`."""
     named_by = f" (base of {built_on_it[-1]})" if built_on_it else ""
-    if path.resolve() in [other.resolve() for other in built_on_it]:
+    try:
+        again = path.resolve() in [other.resolve() for other in built_on_it]
+        text = "" if again else path.read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:
+        not_text = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "no file name"
+        reason = getattr(error, "strerror", None) or not_text
+        raise ConfigError(f"config {path}{named_by}: cannot be read ({reason})") from None
+    if again:
         circle = " -> ".join(str(other) for other in (*built_on_it, path))
         raise ConfigError(f"config {path}: base goes in a circle: {circle}")
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise ConfigError(f"config {path}{named_by}: cannot be read ({reason})") from None
-    try:
-        values = yaml.safe_load(text)
+        values = _from_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -441,6 +496,27 @@ def _read(path: Path, built_on_it: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(base, str):
         raise ConfigError(f"config {path}: base must be the path of one file (got {base!r})")
     return _merge(_read(path.parent / base, (*built_on_it, path)), values)
+
+
+def _from_yaml(text: str) -> Any:
+    """`yaml.safe_load` that raises YAMLError and nothing else."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # a 13th month, 5,000 digits, 1,000 brackets: of many kinds
+        raise yaml.YAMLError(f"{error or type(error).__name__}") from None
+    # An alias may stand for what holds it, or lists of aliases double at every line.
+    inside, count = [(value, 0)], 0
+    while inside:
+        node, depth = inside.pop()
+        count += 1
+        if count > MAX_VALUES or depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {MAX_VALUES:,} values, or more than {MAX_DEPTH} deep")
+        children = [*node, *node.values()] if isinstance(node, dict) else node
+        if isinstance(children, list | tuple | set):
+            inside += [(child, depth + 1) for child in children]
+    return value
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -463,8 +539,24 @@ def parse(values: dict[str, Any], source: str = "config") -> Config:
 
 
 def dump(config: Config) -> str:
-    """The resolved config as YAML; `load` gives it back."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved config as YAML; `load` gives it back, with *** for each secret."""
+    return yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True)
+
+
+def public(config: Config) -> dict[str, Any]:
+    """Plain values that may be written and logged: passwords in URLs, and what is named like a
+    secret (a task's or an engine's own option), are replaced by ***."""
+    return _hide(config.model_dump(mode="json"))
+
+
+def _hide(value: Any, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _hide(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_hide(item, name) for item in value]
+    if isinstance(value, str) and value:
+        return "***" if SECRET_NAME.fullmatch(name) else URL_SECRET.sub(r"\1***@", value)
+    return value
 
 
 def plan(config: Config, train_rows: int, processes: int = 1) -> list[tuple[str, str]]:
@@ -512,6 +604,7 @@ RESUMABLE = (
     "checkpoint",
     "log",
     "data.evaluate",
+    "train.timeout_minutes",
     "rollout.vllm.servers",
     "rollout.vllm.start_limit_s",
     "rollout.vllm.request_limit_s",
@@ -525,7 +618,7 @@ RESUMABLE = (
 
 def contradictions(config: Config, earlier: Config) -> list[str]:
     """Settings that would make a resumed run another run: "key: earlier value -> new value"."""
-    new, old = _flat(config.model_dump(mode="json")), _flat(earlier.model_dump(mode="json"))
+    new, old = _flat(public(config)), _flat(public(earlier))
     found = []
     for key in sorted(new.keys() | old.keys()):
         same = new.get(key) == old.get(key)
@@ -577,7 +670,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             f"override {override!r}: expected key=value, such as train.steps=10, or a YAML file"
         )
     try:
-        value = yaml.safe_load(text) if text else ""
+        value = _from_yaml(text) if text else ""
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not valid YAML") from None
     if isinstance(value, str):
@@ -602,7 +695,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _list_item(node: list[Any], index: str, key: str) -> Any:
-    if not index.isdigit() or int(index) >= len(node):
+    if not index.isdecimal() or int(index) >= len(node):
         raise ConfigError(
             f"override {key}: {index!r} is not an index of a list of {len(node)} (counted from 0)"
         )

@@ -10,14 +10,33 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mm_agrae"
 
 LAYERS = [
-    {"__init__", "errors", "types", "compat", "versions", "advantage", "loss", "progress"},
-    {"config"},
-    {"activations", "images", "vocab_head", "records", "rewards"},
+    {
+        "__init__",
+        "errors",
+        "types",
+        "compat",
+        "versions",
+        "advantage",
+        "loss",
+        "progress",
+        "last_layer",
+    },
+    {"config", "adapters"},
+    {
+        "activations",
+        "shared_attention",
+        "pictures",
+        "images",
+        "vocab_head",
+        "records",
+        "rewards",
+        "sharding",
+    },
     {"tasks", "batching", "metrics", "page", "explorer"},
     {"processing", "shared_prompt", "weights", "views", "lab"},
     {"policy", "step"},
     {"rollout"},
-    {"checkpoint", "evaluate", "parity", "serve"},
+    {"checkpoint", "unfinished", "distributed", "evaluate", "parity", "serve"},
     {"contrast"},
     {"trainer", "compare", "export", "report", "demo_settings", "playground"},
     {"sample", "doctor", "playground_view"},
@@ -93,10 +112,11 @@ with contextlib.suppress(SystemExit):
         (HELP, {"torch", "transformers", "vllm", "gradio"}),
         ("import mm_agrae.advantage, mm_agrae.loss", {"transformers", "vllm", "gradio"}),
         ("import mm_agrae.config, mm_agrae.tasks", {"transformers", "vllm", "gradio"}),
+        ("import mm_agrae.adapters.verl", {"transformers", "trl", "verl", "ray"}),
         ("import mm_agrae.rewards.accuracy", {"torch", "transformers"}),
         ("import mm_agrae.trainer", {"vllm", "gradio", "trl", "matplotlib"}),
     ],
-    ids=["package", "help", "core", "config", "rewards", "trainer"],
+    ids=["package", "help", "core", "config", "verl", "rewards", "trainer"],
 )
 def test_light_modules_stay_light(code, heavy):
     assert loaded_after(code) & heavy == set()

@@ -1,6 +1,7 @@
 """What a config needs, before anything is loaded: versions, files, disk, GPU memory by part.
 
     mm-agrae doctor configs/paper/math_llama_3.2_3b.yaml --gpus 8 --gpu-memory 80
+    mm-agrae doctor configs/paper/math_qwen2.5_math_7b.yaml --gpus 8 --gpu-memory 80 --fsdp2
 
 Parameters are counted on the real module, built without memory on torch's meta device, adapters
 and frozen parts included; weights, gradients, optimiser and cache follow from them exactly. What
@@ -16,7 +17,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,14 @@ MARK = {True: "ok", False: "!!"}
 
 
 @dataclass(frozen=True)
+class Unit:
+    """What FSDP2 gathers in one go: its bytes, and how many of its numbers learn."""
+
+    bytes: int
+    trainable: int
+
+
+@dataclass(frozen=True)
 class Shape:
     """A model's size under given settings, from its config alone."""
 
@@ -63,6 +72,12 @@ class Shape:
     learning_parts: frozenset[str]
     rank: int
     """Of the LoRA adapters; 0 for full tuning."""
+    layer: Unit
+    """The largest layer, which FSDP2 gathers at once."""
+    root: Unit
+    """What is in no layer, embeddings and head above all, and is gathered for the whole update."""
+    unsharded: int
+    """Bytes of a frozen vision tower, which FSDP2 leaves whole on every process."""
 
     @property
     def text(self) -> Any:
@@ -149,6 +164,19 @@ def measure(config: Config, model_config: Any) -> Shape:
         for module in model.modules()
         if isinstance(module, nn.Linear) and module.weight.requires_grad
     }
+    frozen_tower = [] if _learns(known.get("vision")) else list(known["vision"].parameters())
+    whole = set(frozen_tower)
+
+    def unit(members: Iterable[nn.Parameter]) -> Unit:
+        sharded = set(members) - whole
+        learning = sum(p.numel() for p in sharded if p.requires_grad)
+        frozen = sum(p.numel() for p in sharded if not p.requires_grad)
+        return Unit(4 * learning + frozen_bytes * frozen, learning)
+
+    names = getattr(model, "_no_split_modules", None) or ()
+    layers = [module for module in model.modules() if type(module).__name__ in names]
+    in_layers = {p for module in layers for p in module.parameters()}
+    units = [unit(module.parameters()) for module in layers]
     return Shape(
         config=model_config,
         parameters=total,
@@ -163,7 +191,15 @@ def measure(config: Config, model_config: Any) -> Shape:
             if any(parameter.requires_grad for parameter in module.parameters())
         ),
         rank=rank,
+        layer=max(units, key=lambda each: each.bytes, default=Unit(0, 0)),
+        root=unit(set(parameters) - in_layers),
+        unsharded=frozen_bytes * sum(p.numel() for p in frozen_tower),
     )
+
+
+def _learns(tower: nn.Module | None) -> bool:
+    """Also true of a tower that is not there: it is not kept whole either."""
+    return tower is None or any(parameter.requires_grad for parameter in tower.parameters())
 
 
 def _adapt(model: Any, config: Config, known: dict[str, nn.Module]) -> tuple[int, Any]:
@@ -208,8 +244,14 @@ def estimate(
     processes: int = 1,
     device: str = "cuda",
     device_bytes: int | None = None,
+    sharded: bool = False,
 ) -> Estimate:
-    """Memory of one process. `device_bytes`, the GPU's memory, is what vLLM takes a share of."""
+    """Memory of one process. `device_bytes`, the GPU's memory, is what vLLM takes a share of.
+
+    `sharded`: the model is spread over the processes by FSDP2.
+    """
+    if sharded:
+        return _sharded_estimate(config, shape, processes, device, device_bytes)
     trainable, cuda = shape.trainable, device == "cuda"
     halved = config.model.dtype == "bfloat16"
     casts = 2 * shape.cast_parameters if halved else 0
@@ -234,6 +276,48 @@ def estimate(
     temporary = 0 if cuda else 8 * shape.largest
     step = {**gradients, "temporaries of the step": temporary}
     return Estimate(always, _rollout(config, shape, casts, device_bytes), update, step)
+
+
+def _sharded_estimate(
+    config: Config, shape: Shape, processes: int, device: str, device_bytes: int | None
+) -> Estimate:
+    """Under FSDP2: shards throughout, and what is gathered of them in each phase."""
+    trainable, halved = shape.trainable, config.model.dtype == "bfloat16"
+    shards = (shape.weight_bytes - shape.unsharded) // processes
+    always = {
+        "weights": shards + shape.unsharded,
+        "optimiser (Adam)": 8 * trainable // processes,
+    }
+    gradients = {"gradients": 4 * trainable // processes}
+    reference = {}
+    if config.update.kl_coef > 0 and not shape.rank:
+        always["reference model"] = 4 * trainable // processes
+        # The present weights stand aside while the reference's are in their place.
+        reference["weights set aside"] = 4 * trainable // processes
+    if not config.rollout.vllm.sleep:
+        always |= vllm_bytes(config, device_bytes)
+    rows = row_tokens(config)
+    # Without checkpointing autograd holds the 16-bit copies of all layers until its backward pass.
+    at_once = shape.layer.trainable if config.model.gradient_checkpointing else None
+    casts = 2 * (shape.cast_parameters if at_once is None else at_once) if halved else 0
+    update = {
+        **gradients,
+        **reference,
+        # One layer is worked on, the next one being gathered, the last one's gradient summed.
+        "gathered weights": shape.root.bytes + 2 * shape.layer.bytes,
+        "whole gradients": 4 * (2 * shape.root.trainable + 2 * shape.layer.trainable),
+        "16-bit copies of weights": casts,
+        "activations": max(_activations(config, shape, rows, device == "cuda"), 4 * shape.tied),
+        "vocabulary head": _head(shape, rows.predicted, device),
+    }
+    step = gradients | {
+        "temporaries of the step": 0 if device == "cuda" else 8 * shape.largest // processes
+    }
+    cached = 2 * shape.cast_parameters if halved else 0
+    rollout = _rollout(config, shape, cached, device_bytes)
+    if config.rollout.engine == "hf":
+        rollout["gathered weights"] = shape.weight_bytes - shape.unsharded
+    return Estimate(always, rollout, update, step)
 
 
 @dataclass(frozen=True)
@@ -391,7 +475,7 @@ def kv_cache_bytes(shape: Shape, rows: int, length: int, element: int) -> int:
 
 
 def suggest(
-    config: Config, shape: Shape, *, processes: int, device_bytes: int
+    config: Config, shape: Shape, *, processes: int, device_bytes: int, sharded: bool = False
 ) -> tuple[list[str], Estimate] | None:
     """Overrides that make the run fit into `device_bytes`, as few as will do; None if none do."""
     limit = int(device_bytes * (1 - RESERVE))
@@ -403,7 +487,9 @@ def suggest(
             changed.model.freeze == config.model.freeze
         )
         size = shape if same else measure(changed, shape.config)
-        return estimate(changed, size, processes=processes, device_bytes=device_bytes)
+        return estimate(
+            changed, size, processes=processes, device_bytes=device_bytes, sharded=sharded
+        )
 
     chosen: dict[str, str] = {}
     for key, value in _candidates(config, shape):
@@ -473,11 +559,13 @@ def examine(
     *,
     gpus: int | None = None,
     gpu_memory: float | None = None,
+    sharded: bool = False,
     reporter: Reporter | None = None,
 ) -> int:
     """Print the whole report. Returns the number of problems that would stop a run.
 
-    `gpus`, `gpu_memory` (GiB): the machine to plan for; not given: this one.
+    `gpus`, `gpu_memory` (GiB): the machine to plan for; not given: this one. `sharded`: the model
+    is spread over the GPUs by FSDP2.
     """
     findings = Findings(reporter or Reporter())
     processes = gpus or max(1, torch.cuda.device_count())
@@ -494,7 +582,7 @@ def examine(
     _plan(config, rows, processes, findings)
     if shape is not None:
         _limits(config, shape, findings)
-        _memory(config, shape, processes, device_bytes, findings)
+        _memory(config, shape, processes, device_bytes, sharded, findings)
     count = findings.problems
     findings.reporter.say(
         f"\n{count} problem{'s' if count != 1 else ''} to mend before this run"
@@ -681,14 +769,16 @@ def _memory(
     shape: Shape,
     processes: int,
     device_bytes: int | None,
+    sharded: bool,
     findings: Findings,
 ) -> None:
     machine = f"{processes} process{'es' if processes > 1 else ''}"
+    machine += ", model spread by FSDP2," if sharded else ""
     if device_bytes is None:
         findings.section(f"GPU memory of each of {machine} (estimate; give --gpu-memory to judge)")
     else:
         findings.section(f"GPU memory of each of {machine} with {_size(device_bytes)} (estimate)")
-    found = estimate(config, shape, processes=processes, device_bytes=device_bytes)
+    found = estimate(config, shape, processes=processes, device_bytes=device_bytes, sharded=sharded)
     for line in table(found):
         findings.reporter.say(f"      {line}")
     if device_bytes is None:
@@ -700,7 +790,17 @@ def _memory(
     )
     if found.peak <= limit:
         return
-    advice = suggest(config, shape, processes=processes, device_bytes=device_bytes)
+    if processes > 1 and not sharded:
+        spread = estimate(
+            config, shape, processes=processes, device_bytes=device_bytes, sharded=True
+        )
+        if spread.peak <= limit:
+            findings.line(
+                True,
+                f"would fit ({_size(spread.peak)}) with the model spread over the GPUs: "
+                "PARALLEL=fsdp2 (configs/accelerate/fsdp2.yaml)",
+            )
+    advice = suggest(config, shape, processes=processes, device_bytes=device_bytes, sharded=sharded)
     if advice is None:
         findings.line(True, "no setting makes it fit: a smaller model or a larger GPU is needed")
         return

@@ -27,3 +27,7 @@ class RunFolderError(UserError):
 
 class EngineError(UserError):
     """A rollout engine cannot start, cannot take the weights, or is lost."""
+
+
+class ProcessError(UserError):
+    """Another process of the run has failed, is gone, or does not come."""

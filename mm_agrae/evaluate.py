@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mm_agrae.config import EvaluateSection
+from mm_agrae.config import EvaluateSection, passes
 from mm_agrae.errors import DataError
 from mm_agrae.records import EvaluationResult, Interval, RunFolder, SampleRecord, write_jsonl
 from mm_agrae.rollout import Engine, derive_seed
@@ -67,11 +67,6 @@ def _pass_at_k(n: int, c: int, k: int) -> float:
     return (every - math.comb(n - c, k)) / every
 
 
-def default_ks(n: int) -> list[int]:
-    """1, 2, 4, 8 … up to n, and n itself."""
-    return sorted({1 << power for power in range(n.bit_length())} | {n})
-
-
 def pass_at_k_table(
     correct_PN: np.ndarray, ks: Sequence[int] | None = None, bootstrap: int = 2000, seed: int = 0
 ) -> dict[int, Interval]:
@@ -83,7 +78,7 @@ def pass_at_k_table(
     """
     correct = _as_bool(correct_PN, "correct_PN")
     samples = correct.shape[1]
-    ks = default_ks(samples) if ks is None else list(ks)
+    ks = passes(samples) if ks is None else list(ks)
     values_PK = np.stack([pass_at_k(samples, correct.sum(1), k) for k in ks], axis=1)
     return dict(zip(ks, _intervals(values_PK, bootstrap, seed), strict=True))
 

@@ -16,6 +16,7 @@ import os
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import cast
@@ -69,7 +70,7 @@ def open_image(
                 raise DataError(f"{name}: URLs are not fetched; download the picture first")
             file = io.BytesIO(_fetch(str(source), name, allow_private_urls))
         elif isinstance(source, str | os.PathLike):
-            file = find_file(str(source).removeprefix("file://"), root)
+            file = find_file(str(source), root)
         else:
             raise DataError(f"{name}: expected a path, bytes or a Pillow picture")
         with Image.open(file, formats=FORMATS) as image:
@@ -92,11 +93,12 @@ def find_file(path: str, root: str | os.PathLike[str] | None = None) -> Path:
     """The resolved path of an existing picture file.
 
     A relative path starts at `root`, and nothing outside `root` is accepted, be it by an
-    absolute path, by `..` or by a link. Raises DataError that names the path.
+    absolute path, by `..` or by a link. A `file:` URL is a path with its %20 and the like undone.
+    Raises DataError that names the path.
     """
     where = f"image {printable(path)}"
     try:
-        found = Path(root or "", path).resolve()
+        found = Path(root or "", _without_scheme(path)).resolve()
         inside = root is None or found.is_relative_to(Path(root).resolve())
         if inside and found.is_file():
             return found
@@ -111,6 +113,16 @@ def find_file(path: str, root: str | os.PathLike[str] | None = None) -> Path:
     raise DataError(f"{where}: {problem} (looked at {printable(str(found))})")
 
 
+def _without_scheme(path: str) -> str:
+    """file:///a%20b.png -> /a b.png; anything else as it is. Raises ValueError for another host."""
+    if not path.startswith("file://"):
+        return path
+    host, slash, rest = path.removeprefix("file://").partition("/")
+    if host not in ("", "localhost"):
+        raise ValueError(f"file://{host} is on another machine; file:/// is followed by a path")
+    return urllib.parse.unquote(slash + rest, errors="strict")
+
+
 def is_url(source: object) -> bool:
     """Whether `source` is text that starts like a URL (file:// counts as a path)."""
     return (
@@ -118,6 +130,14 @@ def is_url(source: object) -> bool:
         and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) is not None
         and not source.startswith("file://")
     )
+
+
+def without_secrets(url: str) -> str:
+    """A URL without what may be a secret: a password before the host, a signature after the ?."""
+    scheme, _, rest = url.partition("://")
+    place, mark, _ = rest.partition("?")
+    host, slash, path = place.partition("/")
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" + ("?…" if mark else "")
 
 
 def printable(text: str, limit: int = 200) -> str:
@@ -180,6 +200,8 @@ def _too_large(max_pixels: int) -> str:
 
 
 def _name(source: object) -> str:
+    if is_url(source):
+        return f"image {printable(without_secrets(str(source)))}"
     if isinstance(source, str | os.PathLike):
         return f"image {printable(str(source))}"
     if isinstance(source, bytes | bytearray | memoryview):
@@ -187,13 +209,28 @@ def _name(source: object) -> str:
     return f"image of type {type(source).__name__}"
 
 
+_TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+"""IPv6 addresses whose last 32 bits are an IPv4 address, which a NAT64 gateway connects to."""
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is of the public internet, also the IPv4 address inside an IPv6 one."""
+    found = ipaddress.ip_address(address)
+    if isinstance(found, ipaddress.IPv6Address):
+        if found in _TRANSLATED:
+            found = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+        else:
+            found = found.ipv4_mapped or found.sixtofour or found
+    return found.is_global and not found.is_multicast
+
+
 class _PublicConnection(http.client.HTTPConnection):
     """Looks at the address really connected to, so that no name or redirect can hide it."""
 
     def connect(self) -> None:
         super().connect()
-        address = ipaddress.ip_address(self.sock.getpeername()[0].partition("%")[0])
-        if not (getattr(address, "ipv4_mapped", None) or address).is_global:
+        address = self.sock.getpeername()[0].partition("%")[0]
+        if not is_public(address):
             self.close()
             raise ConnectionRefusedError(f"{self.host} is in a private network ({address})")
 
@@ -227,6 +264,8 @@ def _fetch(url: str, name: str, allow_private: bool) -> bytes:
     end = time.monotonic() + URL_SECONDS
     data = bytearray()
     try:
+        if "@" in urllib.parse.urlsplit(url).netloc:
+            raise DataError(f"{name}: a URL with a password in it is not fetched")
         with opener.open(url, timeout=10) as response:
             while chunk := response.read1(2**16):
                 data += chunk

@@ -128,7 +128,8 @@ class Stopwatch:
     charged to whichever stage waits next. A stage inside a stage counts in both.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_stage: Callable[[str], None] | None = None) -> None:
+        self._on_stage = on_stage
         self.totals: dict[str, float] = {}
         """Seconds by `seconds/<stage>` and `cpu_seconds/<stage>` since the start."""
         self._lap: dict[str, float] = {}
@@ -136,6 +137,8 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        if self._on_stage:
+            self._on_stage(stage)
         _wait_for_gpu()
         wall, cpu = time.perf_counter(), time.process_time()
         try:

@@ -17,7 +17,7 @@ from mm_agrae.config import SamplingSection
 from mm_agrae.loss import sampler_weight
 from mm_agrae.policy import Policy
 from mm_agrae.rollout import Engine
-from mm_agrae.types import Prompt
+from mm_agrae.types import Completion, Prompt
 
 PROBE_TOKENS = 64
 """Long enough to leave the prompt behind, short enough to cost little."""
@@ -75,12 +75,15 @@ def probe(
     )
     groups = engine.generate(prompts, 1, whole, seeds)
     rows = [Row(index, group[0], 0.0) for index, group in enumerate(groups) if group]
-    if not rows:
-        return Parity(0, 0.0, 0.0, 0.0)
+    idle = not rows
+    if idle:  # the policy's forward pass is for all processes together
+        rows = [Row(0, Completion((0,), (0.0,), "", "stop", policy.version), 0.0)]
     was_training = policy.training
     policy.eval()
     try:
         batch = micro_batch(prompts, rows, policy.device)
+        if idle:
+            batch.mask_BT.zero_()
         logp_BT = policy(batch)[0]
     finally:
         policy.train(was_training)

@@ -12,21 +12,21 @@ import contextlib
 import copy
 import inspect
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from mm_agrae import sharding, weights
 from mm_agrae import shared_prompt as sharing
-from mm_agrae import weights
 from mm_agrae.batching import pad_sequences
 from mm_agrae.compat import prepare
 from mm_agrae.config import LoraSection, ModelSection
 from mm_agrae.errors import ModelError
+from mm_agrae.pictures import Pictures
 from mm_agrae.processing import cannot_load, model_and_adapter, one_line
 from mm_agrae.types import MicroBatch, Prompt
 from mm_agrae.vocab_head import head_logprobs
@@ -74,11 +74,16 @@ class Policy(nn.Module):
         self.version = 0
         """Number of optimiser steps taken; completions carry the version that sampled them."""
         self._reference: list[nn.Module] = []  # in a list, so that it is no submodule
-        self._first_adapter: dict[str, torch.Tensor] = {}
+        self._first: dict[str, torch.Tensor] = {}
+        self._twin: sharding.Twin | None = None
+        self._in_twin = self.vision_always = False
+        self.meet: Callable[[], None] = lambda: None
+        """Called before weights are gathered, to make sure that all processes take part."""
         self.to(device)
         head = self.hf.get_output_embeddings()
         self._vision_is_frozen = _vision_is_frozen(self.hf)
-        self._features: WeakKeyDictionary[Prompt, Sequence[torch.Tensor]] = WeakKeyDictionary()
+        self._takes_features = _takes_features(self.hf)
+        self.pictures = Pictures(frozen=self._vision_is_frozen)
         self.repeats_because = self._share_prompts(shared_prompt)
         """Why prompts are repeated in the update, in one line; empty if they are shared."""
         bias_V = torch.zeros(head.weight.shape[0])
@@ -101,22 +106,78 @@ class Policy(nn.Module):
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.settings.dtype == "float32":
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        # Copies of all weights in 16 bits would undo what sharding saves.
+        cache = not self.is_sharded or self._in_twin
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=cache)
+
+    # ------------------------------------------------------------------ several processes
+
+    @property
+    def vision_learns(self) -> bool:
+        return self.is_multimodal and not self._vision_is_frozen
+
+    @property
+    def is_sharded(self) -> bool:
+        return self._twin is not None
+
+    def shard(self, device: torch.device, reshard_after_forward: bool = True) -> None:
+        """Spread the parameters over all processes by FSDP2 and move them to `device`.
+
+        A unit is a layer, of the text model or of the vision tower; embeddings, vocabulary head
+        and the rest are one more. Only `forward` may be called from then on, by all processes
+        alike; everything else belongs inside `gathered`.
+        """
+        self._twin = sharding.Twin(self.model)
+        # A frozen vision tower runs once a prompt, which is not the same number everywhere.
+        frozen = [parts(self.hf)["vision"]] if self._vision_is_frozen else []
+        layers = getattr(self.hf, "_no_split_modules", None) or ()
+        sharding.shard(
+            self, layers, device=device, whole=frozen, reshard_after_forward=reshard_after_forward
+        )
+
+    @contextlib.contextmanager
+    def gathered(self, *, saving: bool = False, keep: bool = True) -> Iterator[None]:
+        """Within, a sharded policy holds whole weights and needs no other process.
+
+        Entering is a collective call, whose result a process without `keep` throws away. `saving`
+        puts the weights into main memory, under LoRA the adapter alone. Nothing happens to a
+        policy that is not sharded.
+        """
+        if self._twin is None or self._in_twin:
+            yield
+            return
+        self.meet()
+        sharding.reshard(self)
+        self._twin.fill(
+            self.model,
+            device="cpu" if saving else None,
+            learning_only=saving and hasattr(self.model, "peft_config"),
+            keep=keep,
+        )
+        trained, self.model, self._in_twin = self.model, self._twin.model, True
+        try:
+            yield
+        finally:
+            self.model, self._in_twin = trained, False
+            self._twin.empty()
+
+    # ------------------------------------------------------------------ the reference
 
     def keep_reference(self) -> None:
         """Freeze the present weights as the reference policy. LoRA needs no second model."""
-        if not hasattr(self.model, "peft_config"):
+        adapted = hasattr(self.model, "peft_config")
+        if (self.is_sharded and not adapted) or model_and_adapter(self.settings.path)[1]:
+            self._first = self._learning()
+        elif not adapted:
             self._reference = [copy.deepcopy(self.model).requires_grad_(False).eval()]
-        elif model_and_adapter(self.settings.path)[1]:
-            self._first_adapter = self._adapter()
 
     @torch.no_grad()
     def reference_logprobs(self, batch: MicroBatch) -> torch.Tensor:
         """Log-probabilities [B,T] (nats) under the reference policy."""
-        if self._first_adapter:
-            present = self._adapter()
+        if self._first:
+            present = self._learning()
             try:
-                self._put(self._first_adapter)
+                self._put(self._first)
                 return self(batch)[0]
             finally:
                 self._put(present)
@@ -131,21 +192,19 @@ class Policy(nn.Module):
         finally:
             self.model = trained
 
-    def _adapter(self) -> dict[str, torch.Tensor]:
+    def _learning(self) -> dict[str, torch.Tensor]:
+        """Copies of the parameters that learn, in shards if they are sharded."""
+        sharding.reshard(self)
         named = self.model.named_parameters()
         return {name: p.detach().clone() for name, p in named if p.requires_grad}
 
+    @torch.no_grad()
     def _put(self, values: dict[str, torch.Tensor]) -> None:
-        """Set parameters by name: sharding replaces the parameters themselves."""
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
+        """Set parameters by name, from shards or from whole tensors."""
+        sharding.reshard(self)
         for name, parameter in self.model.named_parameters():
-            if name not in values:
-                continue
-            value = values[name]
-            if isinstance(parameter, DTensor) and not isinstance(value, DTensor):
-                value = distribute_tensor(value, parameter.device_mesh, parameter.placements)
-            parameter.copy_(value)
+            if name in values:
+                parameter.copy_(sharding.spread_like(values[name], parameter))
 
     def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy (nats, float32) of each completion token: two [B,T].
@@ -154,7 +213,8 @@ class Policy(nn.Module):
         `entropy_grad`.
         """
         repeated = bool(self.repeats_because)
-        with self.autocast():
+        blind = self.vision_always and all(p.pixel_values is None for p in batch.prompts)
+        with self.autocast(), self._seeing_nothing() if blind else contextlib.nullcontext():
             hidden_NH, row_N, column_N = (self._repeated if repeated else self._shared)(batch)
             logp_N, entropy_N = self._head(hidden_NH, batch.token_BT[row_N, column_N])
         shape = batch.token_BT.shape
@@ -175,7 +235,7 @@ class Policy(nn.Module):
     @torch.no_grad()
     def check_sharing(self, batch: MicroBatch) -> None:
         """Compare both ways on a few real completions. Raises ModelError if they disagree."""
-        if self.repeats_because or not bool(batch.mask_BT.any()):
+        if self.repeats_because:
             return
         few = slice(0, 4)
         batch = replace(
@@ -200,9 +260,7 @@ class Policy(nn.Module):
         """Hidden states that predict each completion token, its row and column; prompts once."""
         packed = sharing.pack(self.backbone, batch)
         pictured = [batch.prompts[index] for index in packed.prompts]
-        pictured = [prompt for prompt in pictured if prompt.pixel_values is not None]
-        features = self.frozen_features(pictured) if pictured else None
-        hidden_NH = sharing.hidden_states(self.backbone, packed, features)
+        hidden_NH = sharing.hidden_states(self.backbone, packed, self._features(pictured))
         return hidden_NH, packed.row_N, packed.column_N
 
     def _repeated(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -239,7 +297,7 @@ class Policy(nn.Module):
         pictured = [prompt for prompt in prompts if prompt.pixel_values is not None]
         if not pictured:
             return {}
-        features = self.frozen_features(pictured)
+        features = self._features(pictured)
         if features is not None:
             from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -248,22 +306,46 @@ class Policy(nn.Module):
         pixel_values, grid_N3, _ = self._pictures(pictured)
         return {"pixel_values": pixel_values, "image_grid_thw": grid_N3}
 
-    @torch.no_grad()
-    def frozen_features(self, prompts: Sequence[Prompt]) -> list[torch.Tensor] | None:
-        """Features [tokens, hidden size] of each picture, kept while its prompt is alive.
+    @contextlib.contextmanager
+    def _seeing_nothing(self) -> Iterator[None]:
+        """Within, 0 is added to the embeddings by way of the vision tower.
 
-        None if the vision tower learns: its output is then another one after every step.
+        For a process whose texts have no pictures: where the tower learns, the others wait for
+        its part in gathering the tower's weights and in summing its gradients. The 0 comes in
+        where pictures do, so that forward and backward pass take the same course.
         """
-        if not self._vision_is_frozen:
+        nothing = self._nothing_seen()
+        embeddings = self.hf.get_input_embeddings()
+        hook = embeddings.register_forward_hook(lambda module, args, output: output + nothing)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def _nothing_seen(self) -> torch.Tensor:
+        tower: Any = parts(self.hf)["vision"]
+        size = self.hf.config.vision_config.spatial_merge_size
+        patch = next(p.shape[1:].numel() for p in tower.patch_embed.parameters() if p.dim() > 1)
+        blank = torch.zeros(size * size, patch, device=self.device)
+        grid_13 = torch.tensor([[1, size, size]], device=self.device)
+        seen = self.backbone.get_image_features(blank, grid_13, return_dict=True)
+        return sum(0 * tensor.float().sum() for tensor in _tensors(dict(seen)))  # type: ignore[return-value]
+
+    def _features(self, prompts: Sequence[Prompt]) -> list[torch.Tensor] | None:
+        """Features [tokens, hidden size] of each picture of `prompts`.
+
+        None if there are no pictures, or if the backbone must be given their pixels.
+        """
+        if not self._takes_features or all(prompt.pixel_values is None for prompt in prompts):
             return None
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._features]
-        if new:
+
+        def encode(new: list[Prompt]) -> list[list[torch.Tensor]]:
             pixel_values, grid_N3, counts = self._pictures(new)
             encoded = self.backbone.get_image_features(pixel_values, grid_N3, return_dict=True)
             features = iter(encoded.pooler_output)
-            for prompt, count in zip(new, counts, strict=True):
-                self._features[prompt] = list(itertools.islice(features, count))
-        return [feature for prompt in prompts for feature in self._features[prompt]]
+            return [list(itertools.islice(features, count)) for count in counts]
+
+        return self.pictures.features(prompts, encode)
 
     def _pictures(self, prompts: Sequence[Prompt]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
         """Pixels and sizes of all pictures, and how many each prompt has."""
@@ -321,12 +403,26 @@ class Policy(nn.Module):
     def load_weights(self, folder: Path) -> None:
         """Take over the weights of a checkpoint of the same architecture, bit for bit."""
         if hasattr(self.model, "peft_config"):
-            _load_adapter(self.model, str(folder))
+            with self.gathered(saving=True):
+                _load_adapter(self.model, str(folder))
+                loaded = self._learning() if self.is_sharded else {}
+            self._put(loaded)
             return
         # transformers may store parameters under other names than it uses, so it reads them too.
-        dtype = next(self.model.parameters()).dtype
-        saved = type(self.model).from_pretrained(folder, dtype=dtype)
-        self.model.load_state_dict(saved.state_dict())
+        # By this model's config: that of a damaged checkpoint may ask for a model of any size.
+        saved, found = type(self.model).from_pretrained(
+            folder,
+            config=copy.deepcopy(self.model.config),
+            dtype=next(self.model.parameters()).dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        if lacking := sorted(found["missing_keys"]):
+            raise ModelError(f"{folder} lacks {len(lacking)} weights (such as {lacking[0]})")
+        if self.is_sharded:
+            self._put(dict(saved.named_parameters()))
+        else:
+            self.model.load_state_dict(saved.state_dict())
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         return (parameter for parameter in self.model.parameters() if parameter.requires_grad)
@@ -355,12 +451,29 @@ def parts(model: Any) -> dict[str, nn.Module]:
     return found
 
 
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested dicts and sequences."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain.from_iterable(map(_tensors, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from itertools.chain.from_iterable(map(_tensors, value))
+
+
 def _vision_is_frozen(model: Any) -> bool:
     """Whether image features can be kept and handed to the backbone in place of pixels."""
     visual = parts(model).get("vision")
     if visual is None or any(parameter.requires_grad for parameter in visual.parameters()):
         return False
-    if hasattr(visual, "deepstack_merger_list"):  # its features are more than one tensor an image
+    return _takes_features(model)
+
+
+def _takes_features(model: Any) -> bool:
+    """Whether image features can be handed to the backbone in place of pixels."""
+    visual = parts(model).get("vision")
+    # With a deepstack they are more than one tensor an image.
+    if visual is None or hasattr(visual, "deepstack_merger_list"):
         return False
     return "mm_encoder_outputs" in inspect.signature(model.base_model.forward).parameters
 
@@ -377,6 +490,7 @@ def _load(settings: ModelSection) -> Any:
         "dtype": frozen_dtype if adapted else torch.float32,
         "attn_implementation": settings.attn_implementation,
         "trust_remote_code": settings.trust_remote_code,
+        "use_safetensors": True,  # other weight files are pickles, which may run code
     }
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=settings.trust_remote_code)
@@ -493,8 +607,13 @@ def _load_adapter(model: Any, folder: str) -> None:
     """Put an adapter's weights into a model that has LoRA layers. Raises ModelError if not all
     of them find their place, and leave none empty."""
     from peft import set_peft_model_state_dict
-    from peft.utils import load_peft_weights
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME, load_peft_weights
 
+    if not (Path(folder) / SAFETENSORS_WEIGHTS_NAME).is_file():
+        raise ModelError(  # PEFT would take a pickle in its place, which may run code
+            f"model.path {folder!r} has no {SAFETENSORS_WEIGHTS_NAME}, and weights in other "
+            "formats are not loaded; if you trust them, convert them with PEFT's save_pretrained"
+        )
     try:
         saved = load_peft_weights(folder, device="cpu")
         result: Any = set_peft_model_state_dict(model, saved)

@@ -9,6 +9,7 @@
     evaluations/<name>/samples.jsonl         every sample of that evaluation, see SampleRecord;
                                              read packed (samples.jsonl.gz) as well
     checkpoints/                             written by `checkpoint`
+    unfinished_0.safetensors                 while a step is under way, see `unfinished`
     summary.json                             the figures of the whole run
     report.html                              written by `report`
 

@@ -4,7 +4,7 @@ Read `Trainer.step` first; each line of it is one stage. Prompts of a step are d
 processes in turn (position i to process i mod N). Everything that must be the same on all of
 them, the advantages, the loss denominators and the number of micro-batches, is worked out from
 the gathered rewards and lengths, so that one process and N processes take the same gradient.
-This is the only file that talks to other processes.
+All talk with other processes goes through `self.processes`.
 """
 
 from __future__ import annotations
@@ -12,30 +12,31 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
+import re
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
-from mm_agrae import advantage, checkpoint, evaluate, metrics, parity
+from mm_agrae import advantage, checkpoint, evaluate, metrics, parity, sharding, unfinished
 from mm_agrae import config as configs
 from mm_agrae import loss as losses
 from mm_agrae.config import Config
-from mm_agrae.errors import ConfigError, DataError, EngineError, ModelError, UserError
+from mm_agrae.distributed import Processes, announced
+from mm_agrae.errors import ConfigError, DataError, EngineError, ModelError, RunFolderError
 from mm_agrae.policy import Policy
 from mm_agrae.processing import Processing
 from mm_agrae.progress import Reporter
-from mm_agrae.records import RunFolder
+from mm_agrae.records import RunFolder, to_json, write_atomic
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout import derive_seed, make_engine
 from mm_agrae.step import (
@@ -50,7 +51,7 @@ from mm_agrae.step import (
 from mm_agrae.tasks import load_all
 from mm_agrae.tasks.order import DataOrder
 from mm_agrae.types import Completion, MicroBatch, Prompt
-from mm_agrae.versions import versions
+from mm_agrae.versions import changes, versions
 
 MAX_REFUSALS = 20
 """Prompts in one place that a rollout server may refuse before the fault is not the rows'."""
@@ -74,15 +75,12 @@ class _Ahead:
 class Trainer:
     """A run of one config. Raises UserError for what the user can mend; see `train`."""
 
+    @announced
     def __init__(self, config: Config, reporter: Reporter | None = None):
         self.config = config
-        self.accelerator = Accelerator(
-            cpu=config.model.device == "cpu",
-            # Gradients live in DDP's buckets, of which there would else be a second copy.
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-        )
-        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
-        self.is_main = self.accelerator.is_main_process
+        self.processes = Processes(config)
+        self.rank, self.world = self.processes.rank, self.processes.world
+        self.is_main = self.processes.is_main
         self.reporter = reporter or Reporter(enabled=self.is_main)
         torch.manual_seed(derive_seed(config.train.seed, "start"))
 
@@ -118,10 +116,11 @@ class Trainer:
             temperature=config.rollout.temperature,
             entropy_grad=config.update.entropy_coef > 0,
             shared_prompt=config.update.shared_prompt,
-            device=self.accelerator.device,
+            device=self.processes.loading_device,
         )
         if self.policy.repeats_because:
             self.reporter.say(f"prompts are repeated in the update: {self.policy.repeats_because}")
+        self.processes.shard(self.policy)
         if config.update.kl_coef > 0:
             self.policy.keep_reference()
         self.engine = make_engine(
@@ -133,12 +132,12 @@ class Trainer:
             + max(config.rollout.max_new_tokens, config.evaluate.max_new_tokens),
         )
         self.optimizer, self.scheduler = self._optimizer()
-        self.module, self.optimizer = self.accelerator.prepare(self.policy, self.optimizer)
+        self.module, self.optimizer = self.processes.prepare(self.policy, self.optimizer)
 
         self.steps_done = 0
         self.tokens_seen = 0
         self.rows_skipped = len(self.task.skipped)
-        self.stopwatch = metrics.Stopwatch()
+        self.stopwatch = metrics.Stopwatch(self._note)
         self.run = RunFolder(config.run_dir)
         self.bad_gradients = self.bad_in_a_row = 0
         self.stop_requested = False
@@ -147,16 +146,26 @@ class Trainer:
         self._sampled_by = self.engine.version
         self._ahead: _Ahead | None = None
         self._background = ThreadPoolExecutor(1, "rollout")
+        self._writer = checkpoint.Writer(config.checkpoint.background)
+        self._saved_step: int | None = None
+        self._checkpoint_id = ""
+        self._row_at: dict[int, int] = {}
+        """Which row of the data stands at a position of the step."""
+        self._resumed = False
         self._resume()
+        self.processes.wait("resume")  # before the main process tidies up the run folder
+        self._step_end = self._place()
 
     # ------------------------------------------------------------------ the run
 
+    @announced
     def train(self) -> dict[str, Any]:
         """Evaluate, take every step that is left, evaluate again. Returns the run's summary.
 
         SIGINT and SIGTERM end the run after the present step, with a checkpoint; a second one
-        ends it at once. A UserError that strikes midway (a bad row, a full disk) leaves the
-        records of all steps done and, if the disk allows, a checkpoint.
+        ends it at once. An error that strikes midway (a bad row, a full disk, an engine that
+        breaks down) leaves the records of all steps done and, if the disk allows, a checkpoint of
+        the last whole step.
         """
         config = self.config
         started_at_the_end = self.steps_done == self.total_steps
@@ -166,10 +175,15 @@ class Trainer:
                 Rewarder(config.reward, config.rollout.max_new_tokens)
             )
             stack.callback(self._close_engine)
+            stack.enter_context(self.processes.explained())
             stack.enter_context(self._signals())
             stack.enter_context(self.reporter.bars())
             if config.evaluate.before and self.steps_done == 0:
                 self.evaluate("before")
+            elif self._evaluation_due() and self._not_evaluated(self._evaluation_name):
+                self._evaluate_midway()  # the run was cut off between checkpoint and evaluation
+            else:
+                self._keep_best()
             advance = stack.enter_context(
                 self.reporter.bar("training", self.total_steps, keep=True)
             )
@@ -184,31 +198,38 @@ class Trainer:
                     advance(1)
                     if self._due(config.checkpoint.every):
                         self.save()
-                    if self._due(config.evaluate.every) and self.steps_done < self.total_steps:
-                        self.evaluate(f"step_{self.steps_done:06d}")
-            except UserError:
-                if self.steps_done and not self._saved():
-                    with contextlib.suppress(UserError):
-                        self.save()
+                    if self._evaluation_due():
+                        self._evaluate_midway()
+            except Exception:
+                self._save_what_can_be()
                 raise
-            if not self._saved():
+            if self._saved_step != self.steps_done:
                 self.save()
-            if self.stop_requested:
+            if self._stop_everywhere():
                 self.reporter.say(
                     f"stopped after step {self.steps_done}; the same command goes on from there"
                 )
-            elif config.evaluate.after and not (started_at_the_end and self._evaluated("after")):
+            elif config.evaluate.after and not (
+                started_at_the_end and not self._not_evaluated("after")
+            ):
                 self.evaluate("after")
-        return self._summary()
+                self._keep_best()
+            self._writer.wait()
+            self._unfinished.unlink(missing_ok=True)
+        summary = self._summary()
+        self.processes.close()
+        return summary
 
     def step(self) -> dict[str, float]:
         """One rollout and its optimiser steps. Returns the metrics of the step."""
         config, watch = self.config, self.stopwatch
+        groups = self._kept_groups() or self._rollout()
+        self._keep_groups(groups)
         # Dropout is all that draws from torch's own state; a resumed run finds it as it was.
         torch.manual_seed(derive_seed(config.train.seed, "torch", self.steps_done))
-        groups = self._rollout()
         with watch("advantage"):
-            table = StepTable.of(self._gather_list([group.row() for group in groups]))
+            rows = self._gather("rewards", [group.row() for group in groups])
+            table = StepTable.of(rows)
             levels = advantage.levels(
                 config.advantage.rule,
                 table.reward_PG,
@@ -222,6 +243,7 @@ class Trainer:
         lag = self.policy.version - self._sampled_by - len(plan) * config.update.epochs
         self.steps_done += 1
         self.tokens_seen += int(table.length_PG.sum())
+        self._step_end = self._place()
         with watch("log"):
             self._record(groups, levels)
         return {
@@ -261,7 +283,7 @@ class Trainer:
             if draw + 1 == draws:
                 break
             flat = [g.position for g in fresh if len({s.reward for s in g.scores}) == 1]
-            positions = sorted(self._gather_list(flat))
+            positions = sorted(self._gather("dynamic sampling", flat))
             if not positions:
                 break
         return [groups[position] for position in sorted(groups)]
@@ -273,7 +295,7 @@ class Trainer:
         completions = self._wait(present)
         self._probe(list(present.prompts.values()))
         self._ahead = None
-        if any(self._gather_list([not all(completions)])):
+        if any(self._gather("refused rows", [not all(completions)])):
             raise DataError(
                 "a rollout server refused a row, which rollout.overlap cannot replace in time; "
                 "its message is in the log. Remove the row, or set rollout.overlap=false"
@@ -282,6 +304,43 @@ class Trainer:
             self._ahead = self._begin(self.steps_done + 1, positions)
         self._sampled_by = present.version
         return self._score(present.prompts, completions, draw=0)
+
+    @property
+    def _unfinished(self) -> Path:
+        return self.run.path / f"unfinished_{self.rank}.safetensors"
+
+    def _keep_groups(self, groups: Sequence[Group]) -> None:
+        """After a checkpoint: have the next step's rollouts outlive a kill; see `unfinished`."""
+        if self._saved_step != self.steps_done or self.config.rollout.overlap:
+            return
+        rows = [self._row_at[group.position] for group in groups]
+        place = {"data_position": self.order.position, "rows_skipped": self.rows_skipped}
+        with self.stopwatch("checkpoint"):
+            unfinished.write(self._unfinished, self._checkpoint_id, groups, rows, place)
+
+    def _kept_groups(self) -> list[Group] | None:
+        """The groups that a run killed in this step had ready, on all processes or on none."""
+        if not self._resumed:
+            return None
+        self._resumed = False
+        kept = unfinished.read(self._unfinished, self._checkpoint_id)
+        groups: list[Group] = []
+        with self.stopwatch("prompts"), contextlib.suppress(DataError, IndexError):
+            for each in kept[0] if kept else []:
+                prompt = self.processing.prompt(self.task[each.row])
+                if prompt.token_ids.tolist() == each.prompt_ids:
+                    self._row_at[each.position] = each.row
+                    groups.append(
+                        Group(each.position, prompt, each.completions, each.scores, each.draw)
+                    )
+        wanted = range(self.rank, self.config.rollout.prompts_per_step, self.world)
+        whole = kept is not None and [group.position for group in groups] == list(wanted)
+        if not all(self._gather("kept rollouts", [whole])) or kept is None:
+            return None
+        self.order.position, self.rows_skipped = kept[1]["data_position"], kept[1]["rows_skipped"]
+        self._sampled_by = self.policy.version
+        self.reporter.say(f"took up the rollouts of step {self.steps_done + 1}")
+        return groups
 
     def _replace_refused(
         self, prompts: dict[int, Prompt], completions: list[list[Completion]], draw: int
@@ -294,7 +353,7 @@ class Trainer:
                 for position, group in found.items()
                 if not group
             ]
-            refused = sorted(self._gather_list(own))
+            refused = sorted(self._gather("refused rows", own))
             if not refused:
                 return prompts, [found[position] for position in prompts]
             for _, where in refused:
@@ -356,6 +415,7 @@ class Trainer:
             self._wait(self._ahead)  # weights must not change under it
         if self.engine.version != self.policy.version:
             with self.stopwatch("sync"):
+                self.processes.wait("sync")
                 self.engine_values["sync/megabytes"] = self.engine.sync().megabytes
         self._sampled_by = self.engine.version
 
@@ -375,7 +435,7 @@ class Trainer:
         ]
         with self.stopwatch("probe"):
             found = parity.probe(self.engine, self.policy, few, rollout, seeds)
-            found = parity.Parity.over(self._gather_list([found]))
+            found = parity.Parity.over(self._gather("probe", [found]))
         self.engine_values |= {
             "mismatch/probe_mean": found.mean,
             "mismatch/probe_max": found.highest,
@@ -406,12 +466,13 @@ class Trainer:
                     continue
                 try:
                     drawn[position] = self.processing.prompt(self.task[index])
+                    self._row_at[position] = index
                 except DataError as error:
                     if self.config.data.on_bad_row == "error":
                         raise
                     bad.append((position, str(error)))
             missing = []
-            for position, message in sorted(self._gather_list(bad)):
+            for position, message in sorted(self._gather("prompts", bad)):
                 self.reporter.say(f"skipped {message}")
                 missing.append(position)
             self.rows_skipped += len(missing)
@@ -449,7 +510,7 @@ class Trainer:
             max_new_tokens=rollout.max_new_tokens,
             rank=self.rank,
             world=self.world,
-            device=self.accelerator.device,
+            device=self.processes.device,
         )
 
     def _check_versions(self, groups: Sequence[Group]) -> None:
@@ -483,7 +544,7 @@ class Trainer:
                 self._backward(mini, totals, advance)
                 norms.append(self._optimiser_step())
         return {
-            **reduce(UpdateTotals.merge, self._gather_list([totals])).means(len(norms)),
+            **reduce(UpdateTotals.merge, self._gather("update", [totals])).means(len(norms)),
             "update/grad_norm": float(np.mean(norms)),
             "update/bad_gradients": float(self.bad_gradients),
             "update/learning_rate": self.scheduler.get_last_lr()[0],
@@ -493,10 +554,11 @@ class Trainer:
         self, mini: MiniBatch, totals: UpdateTotals, advance: Callable[[int], None]
     ) -> None:
         update = self.config.update
+        # FSDP2 keeps weights for the backward pass of their own forward pass only.
+        self.policy.pictures.plan(() if self.policy.is_sharded else mini.batches)
         for index, batch in enumerate(mini.batches):
             last = index + 1 == len(mini.batches)
-            sync = contextlib.nullcontext() if last else self.accelerator.no_sync(self.module)
-            with sync:
+            with self.processes.micro_batch(self.module, last):
                 logp_BT, entropy_BT = self.module(batch)
                 weight = self._sampler_weight(batch, logp_BT)
                 output = losses.policy_loss(
@@ -514,9 +576,9 @@ class Trainer:
                     entropy_coef=update.entropy_coef,
                     sampler_weight_BT=weight.weight_BT if weight else None,
                 )
-                # The denominator counts all processes; DDP and FSDP take the mean over them.
-                self.accelerator.backward(output.loss * self.world)
+                self.processes.backward(output.loss)
             totals.add(output, weight)
+            self._note("update")
             advance(1)
 
     def _sampler_weight(
@@ -542,11 +604,7 @@ class Trainer:
     def _optimiser_step(self) -> float:
         """Clip, step, and return the gradient's norm; a gradient that is not finite is dropped."""
         update = self.config.update
-        norm = float(
-            self.accelerator.clip_grad_norm_(
-                list(self.policy.trainable_parameters()), update.max_grad_norm
-            )
-        )
+        norm = self.processes.clip(list(self.policy.trainable_parameters()), update.max_grad_norm)
         if math.isfinite(norm):
             self.optimizer.step()
             self.bad_in_a_row = 0
@@ -554,14 +612,14 @@ class Trainer:
             self.bad_in_a_row += 1
             self.bad_gradients += 1
             self.reporter.say(f"the gradient is {norm}; this optimiser step is left out")
-        self.scheduler.step()
         self.optimizer.zero_grad()
-        self.policy.version += 1
         if self.bad_in_a_row > update.max_bad_gradients:
             raise ModelError(
                 f"the gradient was not finite {self.bad_in_a_row} times in a row; lower "
                 "update.learning_rate, or use model.dtype=float32 to see where it comes from"
             )
+        self.scheduler.step()
+        self.policy.version += 1
         return norm
 
     def _optimizer(self) -> tuple[Any, Any]:
@@ -574,7 +632,7 @@ class Trainer:
             betas=update.betas,
             weight_decay=update.weight_decay,
             # Without it AdamW makes a temporary of the size of all parameters on a GPU.
-            fused=True if self.accelerator.device.type == "cuda" else None,
+            fused=True if self.processes.device.type == "cuda" else None,
         )
         per_rollout = prompts // (update.mini_batch_prompts or prompts) * update.epochs
         name = "constant_with_warmup" if update.schedule == "constant" else update.schedule
@@ -608,7 +666,8 @@ class Trainer:
                     on_bad_row=self.config.data.on_bad_row,
                     on_progress=bar,
                 )
-            problems = sorted(self._gather_list(problems), key=lambda problem: problem.index)
+            problems = self._gather("evaluation", problems)
+            problems = sorted(problems, key=lambda problem: problem.index)
             if not self.is_main:
                 continue
             result = evaluate.write(
@@ -616,42 +675,126 @@ class Trainer:
             )
             self.reporter.say(evaluate.one_line(result))
 
-    def save(self) -> None:
-        """Write a checkpoint of the present step."""
-        self.accelerator.wait_for_everyone()
-        if not self.is_main:
+    def _evaluation_due(self) -> bool:
+        between = 0 < self.steps_done < self.total_steps
+        return between and self._due(self.config.evaluate.every)
+
+    @property
+    def _evaluation_name(self) -> str:
+        return checkpoint.name_of(self.steps_done)
+
+    def _evaluate_midway(self) -> None:
+        self.evaluate(self._evaluation_name)
+        self._keep_best()
+
+    def _best(self) -> dict[str, Any]:
+        """Which step has the highest value of `checkpoint.best` so far, and which value."""
+        label, _, metric = self.config.checkpoint.best.rpartition("/")
+        best: dict[str, Any] = {}
+        for result in self.run.read_evaluations() if metric else []:
+            step = self.total_steps if result.name == "after" else _step_of(result.name)
+            if result.label != label or not 0 < step <= self.steps_done:
+                continue
+            there = (self._checkpoints / checkpoint.name_of(step)).is_dir()
+            value = result.metrics()[f"evaluate/{label}/{metric}"]
+            if (there or step == self.steps_done) and value > best.get("value", -math.inf):
+                best = {"step": step, "metric": self.config.checkpoint.best, "value": value}
+        return best
+
+    def _keep_best(self) -> None:
+        """After an evaluation: if it is the best so far, its checkpoint is saved and marked."""
+        if not self.config.checkpoint.best:
             return
-        with self.stopwatch("checkpoint"):
-            checkpoint.save(
-                self._checkpoints / f"step_{self.steps_done:06d}",
+        best = self._best() if self.is_main else {}
+        if not any(self._gather("best", [best.get("step") == self.steps_done])):
+            return
+        if self._saved_step != self.steps_done:
+            self.save()
+        if self.is_main:
+            self._writer.write(partial(self._mark_best, best))
+            self.reporter.say(f"best so far: {best['metric']} {best['value']:.3f}")
+
+    def _mark_best(self, best: dict[str, Any]) -> None:
+        write_atomic(self._checkpoints / checkpoint.BEST_FILE, to_json(best, indent=1) + "\n")
+        name = checkpoint.name_of(best["step"])
+        checkpoint.point(self._checkpoints / checkpoint.BEST, name)
+        checkpoint.prune(self._checkpoints, self.config.checkpoint.keep, name)
+
+    def save(self) -> None:
+        """Write a checkpoint of the last whole step, or have it written in the background.
+
+        Raises RunFolderError if it cannot be written, or the one before could not.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.stopwatch("checkpoint"))
+            self.processes.wait("checkpoint")
+            self._checkpoint_id = self._gather("checkpoint", [uuid.uuid4().hex])[0]
+            # Of sharded weights and moments the main process gets whole ones, all others none.
+            optimizer = sharding.whole_state(self.optimizer, keep=self.is_main)
+            stack.enter_context(self.policy.gathered(saving=True, keep=self.is_main))
+            if not self.is_main:
+                self._saved_step = self.steps_done
+                return
+            self._writer.wait()
+            snapshot = checkpoint.Snapshot.take(
                 self.policy,
                 self.processing,
                 config_yaml=configs.dump(self.config),
                 state={
-                    "step": self.steps_done,
-                    # A resumed run draws again what is being sampled ahead.
-                    "data_position": self._ahead.position if self._ahead else self.order.position,
-                    "tokens_seen": self.tokens_seen,
-                    "rows_skipped": (
-                        self._ahead.rows_skipped if self._ahead else self.rows_skipped
-                    ),
-                    "policy_version": self.policy.version,
-                    "seconds": self.stopwatch.totals,
+                    **self._step_end,
+                    "id": self._checkpoint_id,
+                    "seconds": dict(self.stopwatch.totals),
                     "versions": versions(),
                 },
                 training={
-                    "optimizer": self.optimizer.state_dict(),
+                    "optimizer": optimizer,
                     "scheduler": self.scheduler.state_dict(),
                 },
+                copied=self._writer.background,
             )
-            checkpoint.prune(self._checkpoints, self.config.checkpoint.keep)
+            best = self._best().get("step")
+            self._writer.write(partial(self._write, snapshot, self.steps_done, best))
+            self._saved_step = self.steps_done
+
+    def _write(self, snapshot: checkpoint.Snapshot, step: int, best: int | None) -> None:
+        name = checkpoint.name_of(step)
+        snapshot.write(self._checkpoints / name)
+        checkpoint.point(self._checkpoints / checkpoint.LATEST, name)
+        keep = self.config.checkpoint.keep
+        checkpoint.prune(self._checkpoints, keep, checkpoint.name_of(best) if best else "")
+
+    def _place(self) -> dict[str, int]:
+        """Where the run stands after a whole step, whatever a next one may have begun."""
+        ahead = self._ahead  # a resumed run draws again what is being sampled ahead
+        return {
+            "step": self.steps_done,
+            "data_position": ahead.position if ahead else self.order.position,
+            "tokens_seen": self.tokens_seen,
+            "rows_skipped": ahead.rows_skipped if ahead else self.rows_skipped,
+            "policy_version": self.policy.version,
+            "bad_gradients": self.bad_gradients,
+            "bad_in_a_row": self.bad_in_a_row,
+        }
+
+    def _save_what_can_be(self) -> None:
+        """After an error: a checkpoint of the last whole step, if the weights are still its."""
+        self.reporter.say(f"failed after step {self._step_end['step']}")
+        whole = self.policy.version == self._step_end["policy_version"]
+        # With several processes the others are elsewhere, and saving is done by all together.
+        missing = self.world == 1 and self.steps_done and self._saved_step != self.steps_done
+        # The error that is on its way says more than those that come up here.
+        with contextlib.suppress(Exception):
+            self._writer.wait()
+        with contextlib.suppress(Exception):
+            if whole and missing:
+                self.save()
+                self._writer.wait()
+        if newest := self.newest_checkpoint():
+            self.reporter.say(f"the same command goes on from {newest}")
 
     def _resume(self) -> None:
         """Take up the newest whole checkpoint of the run folder, or the one that is named."""
-        resume = self.config.resume
-        if resume == "never":
-            return
-        found = checkpoint.candidates(self._checkpoints) if resume == "auto" else [Path(resume)]
+        found = self._to_resume()
         for folder in found:
             bad = checkpoint.damaged(folder)
             if bad and len(found) > 1:
@@ -665,16 +808,55 @@ class Trainer:
                     "run_dir, or --overwrite:\n  " + "\n  ".join(differences)
                 )
             state, training = checkpoint.restore(folder, self.policy)
-            self.optimizer.load_state_dict(training["optimizer"])
+            sharding.load_whole_state(self.optimizer, training["optimizer"])
             self.scheduler.load_state_dict(training["scheduler"])
-            self.steps_done = state["step"]
+            self.steps_done = self._saved_step = state["step"]
             self.order.position = state["data_position"]
             self.tokens_seen = state["tokens_seen"]
             self.rows_skipped = state["rows_skipped"]
             self.policy.version = state["policy_version"]
-            self.stopwatch.totals.update(state["seconds"])
+            self.bad_gradients = state.get("bad_gradients", 0)
+            self.bad_in_a_row = state.get("bad_in_a_row", 0)
+            self.stopwatch.totals.update(state.get("seconds", {}))
+            if folder.parent == self._checkpoints:
+                self._checkpoint_id, self._resumed = str(state.get("id", "")), True
+            else:
+                self._saved_step = None  # another run's
             self.reporter.say(f"resumed from {folder} after step {self.steps_done}")
+            if changed := changes(state.get("versions", {})):
+                self.reporter.say(f"results may differ in the last digits: {', '.join(changed)}")
             return
+        if found:
+            raise RunFolderError(
+                f"all checkpoints in {self._checkpoints} are damaged; put a whole one back, or "
+                "begin anew with --overwrite"
+            )
+
+    def _to_resume(self) -> list[Path]:
+        """The checkpoints to try, best first."""
+        resume = self.config.resume
+        own = checkpoint.candidates(self._checkpoints)
+        if resume == "never":
+            return []
+        if resume == "auto":
+            return own
+        # The same command, given again, goes on with what it has made so far.
+        if own and configs.load(own[0] / checkpoint.CONFIG_FILE).resume == resume:
+            return own
+        start = Path(resume).resolve()
+        if not (start / checkpoint.STATE_FILE).is_file():
+            raise ConfigError(
+                f"resume: {resume} is not a checkpoint (a folder such as "
+                f"RUN/checkpoints/{checkpoint.name_of(10)}); name one, or use auto"
+            )
+        if start.parent == self._checkpoints.resolve():
+            return [self._checkpoints / start.name]
+        if own:
+            raise ConfigError(
+                f"resume: {resume} belongs to another run than {self.config.run_dir}, which holds "
+                "checkpoints of its own; give another run_dir, or --overwrite"
+            )
+        return [start]
 
     @property
     def _checkpoints(self) -> Path:
@@ -682,9 +864,6 @@ class Trainer:
 
     def newest_checkpoint(self) -> Path | None:
         return checkpoint.newest(self._checkpoints)
-
-    def _saved(self) -> bool:
-        return (self._checkpoints / f"step_{self.steps_done:06d}").is_dir()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.steps_done % every == 0
@@ -694,7 +873,8 @@ class Trainer:
         if not self.config.log.rollouts:
             return
         own = rollout_records(self.steps_done, groups, levels, self.run.store_image)
-        records = sorted(self._gather_list(own), key=lambda r: (r.prompt_index, r.completion_index))
+        records = self._gather("records", own)
+        records = sorted(records, key=lambda r: (r.prompt_index, r.completion_index))
         if self.is_main:
             self.run.write_rollouts(self.steps_done, records)
 
@@ -716,12 +896,14 @@ class Trainer:
         config = self.config
         self.run.create(configs.dump(config), versions(), resume=config.resume != "never")
         self.run.rewind(self.steps_done)
+        if config.resume not in ("auto", "never"):
+            checkpoint.forget_after(self._checkpoints, self.steps_done)
         logger = metrics.MetricLogger(
             self.run,
             config.log.sinks,
             config.log.project,
             Path(config.run_dir).name,
-            config.model_dump(mode="json"),
+            configs.public(config),
         )
         stack.callback(logger.close)
         return logger
@@ -747,15 +929,15 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _stop_everywhere(self) -> bool:
-        self.stop_requested = any(self._gather_list([self.stop_requested]))
+        self.stop_requested = any(self._gather("stop", [self.stop_requested]))
         return self.stop_requested
 
-    def _evaluated(self, name: str) -> bool:
-        results = self.run.read_evaluations()
-        return all(
-            any(r.name == name and r.label == label for r in results)
-            for label in self.evaluation_tasks
-        )
+    def _not_evaluated(self, name: str) -> bool:
+        """Whether a result of this evaluation is missing, in the main process's eyes."""
+        results = self.run.read_evaluations() if self.is_main else []
+        found = {result.label for result in results if result.name == name}
+        missing = self.is_main and not found.issuperset(self.evaluation_tasks)
+        return any(self._gather("evaluations done", [missing]))
 
     def _summary(self) -> dict[str, Any]:
         if not self.is_main:
@@ -771,6 +953,7 @@ class Trainer:
         }
         summary = {
             "steps": self.steps_done,
+            "finished": self.steps_done == self.total_steps and not self.stop_requested,
             "pass_at_k": {
                 name: {k: asdict(interval) for k, interval in result.pass_at_k.items()}
                 for name, result in found.items()
@@ -784,11 +967,22 @@ class Trainer:
             "peak_memory_mb": metrics.peak_memory_mb(),
             "versions": versions(),
         }
+        if best := self._best():
+            summary["best"] = best
         self.run.write_summary(summary)
         return summary
 
     # ------------------------------------------------------------------ other processes
 
-    def _gather_list(self, items: list[Any]) -> list[Any]:
-        """Items of all processes, in the order of processes."""
-        return items if self.world == 1 else gather_object(items)
+    def _note(self, stage: str) -> None:
+        done = stage in ("log", "checkpoint", "evaluate")
+        self.processes.note(stage, self.steps_done + (not done))
+
+    def _gather(self, place: str, items: list[Any]) -> list[Any]:
+        """Items of all processes, in the order of processes. `place` is for who waits in vain."""
+        return self.processes.gather(items, place)
+
+
+def _step_of(name: str) -> int:
+    """The step of an evaluation called step_000010; 0 for any other name."""
+    return int(name.removeprefix("step_")) if re.fullmatch(r"step_\d+", name) else 0

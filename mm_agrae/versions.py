@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from mm_agrae import __version__
@@ -24,6 +25,13 @@ def versions() -> dict[str, str]:
     if revision:
         found["revision"] = revision
     return found
+
+
+def changes(earlier: Mapping[str, str]) -> list[str]:
+    """What differs between then and now, such as "torch 2.12.0 -> 2.13.0"."""
+    now = versions()
+    names = sorted((earlier.keys() & now.keys()) - {"revision"})
+    return [f"{n} {earlier[n]} -> {now[n]}" for n in names if earlier[n] != now[n]]
 
 
 def _revision() -> str:

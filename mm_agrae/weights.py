@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from mm_agrae.sharding import whole
+
 
 @torch.no_grad()
 def full_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
@@ -47,7 +49,7 @@ def adapter_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
     from peft import get_peft_model_state_dict
 
     for name, tensor in get_peft_model_state_dict(policy.model).items():
-        yield name, _whole(tensor.detach())
+        yield name, whole(tensor.detach())
 
 
 def adapter_config(policy: Any) -> dict[str, Any]:
@@ -85,20 +87,20 @@ def _merged(hf: Any) -> Iterator[tuple[str, torch.Tensor]]:
         owner = next((name for name in _parents(key) if name in adapted), None)
         if owner is None:
             if key not in left_out:
-                yield key, _whole(tensor)
+                yield key, whole(tensor)
             continue
         _, is_base, rest = key.removeprefix(owner).partition(".base_layer.")
         if not is_base:
             continue  # the adapter's own
-        whole = _whole(tensor)
-        yield f"{owner}.{rest}", _with_lora(whole, adapted[owner]) if rest == "weight" else whole
+        base = whole(tensor)
+        yield f"{owner}.{rest}", _with_lora(base, adapted[owner]) if rest == "weight" else base
 
 
 def _with_lora(weight: torch.Tensor, layer: Any) -> torch.Tensor:
     merged = weight.float()
     for name in layer.active_adapters:
-        low = _whole(layer.lora_A[name].weight).float()
-        high = _whole(layer.lora_B[name].weight).float()
+        low = whole(layer.lora_A[name].weight).float()
+        high = whole(layer.lora_B[name].weight).float()
         merged = merged + layer.scaling[name] * (high @ low)
     return merged.to(weight.dtype)
 
@@ -106,9 +108,3 @@ def _with_lora(weight: torch.Tensor, layer: Any) -> torch.Tensor:
 def _parents(key: str) -> Iterator[str]:
     parts = key.split(".")
     return (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
-
-
-def _whole(tensor: torch.Tensor) -> torch.Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,5 +1,5 @@
 # Sourced by train_vlm.sh, train_llm.sh and evaluate.sh: installs, and starts mm-agrae in as many
-# processes as there are GPUs, or as PROCESSES says.
+# processes as there are GPUs, or as PROCESSES says. PARALLEL=fsdp2 spreads the model over them.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 wants_help() { [ $# -eq 0 ] || [ "$1" = "--help" ] || [ "$1" = "-h" ]; }
@@ -11,17 +11,23 @@ show_help() { # the comment at the head of a script
 count_gpus() { python -c 'import torch; print(torch.cuda.device_count())'; }
 
 launch() { # arguments of mm-agrae
-    local gpus processes
+    local gpus processes parallel
     gpus="$(count_gpus)"
     processes="${PROCESSES:-$((gpus > 0 ? gpus : 1))}"
-    echo "processes: $processes, GPUs: $gpus"
+    parallel="${PARALLEL:-multi_gpu}"
+    if [ ! -f "configs/accelerate/$parallel.yaml" ]; then
+        echo "PARALLEL=$parallel: no configs/accelerate/$parallel.yaml" >&2
+        exit 2
+    fi
+    [ "$processes" -gt 1 ] || parallel=one
+    echo "processes: $processes ($parallel), GPUs: $gpus"
     # On a CPU more threads than cores in all slow every process down.
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     if [ "$gpus" -eq 0 ] && [ "$processes" -gt 1 ]; then
         # accelerate starts several processes on a CPU only with an MPI.
+        [ "$parallel" != fsdp2 ] || export ACCELERATE_USE_FSDP=true FSDP_VERSION=2
         exec torchrun --standalone --nproc_per_node "$processes" -m mm_agrae.cli "$@"
     fi
-    exec accelerate launch --num_processes "$processes" --config_file \
-        "configs/accelerate/$([ "$processes" -eq 1 ] && echo one || echo multi_gpu).yaml" \
-        -m mm_agrae.cli "$@"
+    exec accelerate launch --num_processes "$processes" \
+        --config_file "configs/accelerate/$parallel.yaml" -m mm_agrae.cli "$@"
 }

@@ -320,12 +320,11 @@ def test_a_folder_without_weights_and_one_with_a_shard_missing(capsys, tmp_path)
 
 
 def test_an_adapter_is_counted_on_its_base(tmp_path, capsys):
-    from mm_agrae.checkpoint import save
-
     config = run_config(tmp_path / "run", VL, model=LORA)
     made = policy(VL, **config.model.model_dump(exclude={"path"}, mode="python"))
     folder = tmp_path / "adapter"
-    save(folder, made, processing(VL), config_yaml="", state={}, training={})
+    made.model.save_pretrained(folder)
+    processing(VL).save(str(folder))
     found = run_config(tmp_path / "run", str(folder))
     shape = doctor.measure(found, doctor.find_config(VL)[0])
     assert shape.rank == 4
@@ -336,3 +335,46 @@ def test_an_adapter_is_counted_on_its_base(tmp_path, capsys):
 def test_more_tokens_than_positions_is_noted(capsys, tmp_path):
     config = run_config(tmp_path, VL, evaluate={"max_new_tokens": 1_000_000})
     assert "more than the model's" in report(capsys, config)[1]
+
+
+@pytest.mark.parametrize("name", ["full", "frozen", "bf16_lora"])
+def test_shards_are_what_fsdp2_would_keep(name, tmp_path):
+    config = run_config(tmp_path, VL, model=SETTINGS[name])
+    made = policy(VL, **config.model.model_dump(exclude={"path"}, mode="python"))
+    shape = shape_of(config)
+
+    def size(parameters):
+        return sum(p.numel() * p.element_size() for p in parameters)
+
+    tower = [] if made.vision_learns else list(made.backbone.visual.parameters())
+    assert shape.unsharded == size(tower)
+    in_layers = {id(p) for layer in layers_of(made) for p in layer.parameters()}
+    rest = {p for p in made.model.parameters() if id(p) not in in_layers} - set(tower)
+    assert shape.root.bytes == size(rest)
+    assert shape.layer.bytes == max(
+        size(set(layer.parameters()) - set(tower)) for layer in layers_of(made)
+    )
+    found = doctor.estimate(config, shape, processes=2, device="cpu", sharded=True)
+    assert found.always["weights"] == (shape.weight_bytes - shape.unsharded) // 2 + shape.unsharded
+    assert found.always["optimiser (Adam)"] == 4 * shape.trainable
+    assert found.rollout["gathered weights"] + shape.unsharded == shape.weight_bytes
+
+
+def layers_of(made):
+    names = made.hf._no_split_modules
+    return [module for module in made.model.modules() if type(module).__name__ in names]
+
+
+def test_full_tuning_of_7b_fits_only_if_it_is_spread(capsys):
+    config = configs.load(PAPER / "geometry3k_qwen2.5_vl_7b.yaml")
+    shape = shape_of(config)
+    usable = int(80 * doctor.GIB * (1 - doctor.RESERVE))
+    peaks = [
+        doctor.estimate(
+            config, shape, processes=8, device_bytes=80 * doctor.GIB, sharded=sharded
+        ).peak
+        for sharded in (False, True)
+    ]
+    assert peaks[1] < usable < peaks[0]
+    doctor.examine(config, gpus=8, gpu_memory=80)
+    assert "PARALLEL=fsdp2" in capsys.readouterr().out

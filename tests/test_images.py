@@ -9,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from mm_agrae import images
 from mm_agrae.config import parse
 from mm_agrae.errors import ConfigError, DataError
-from mm_agrae.images import content_hash, encode_png, find_file, open_image, printable
+from mm_agrae.images import (
+    content_hash,
+    encode_png,
+    find_file,
+    is_public,
+    open_image,
+    printable,
+)
 from mm_agrae.sample import contact_sheet, sample_html, write_samples
 from mm_agrae.types import Example
 
@@ -264,6 +272,26 @@ def test_paths_may_not_leave_the_root(tmp_path, picture):
     assert find_file("sub/in.png", tmp_path / "root2") == root / "sub" / "in.png"
 
 
+def test_file_urls(tmp_path):
+    root = tmp_path / "with space"
+    root.mkdir()
+    noise().save(root / "a b%.png")
+    (root / "out.png").symlink_to("/etc/passwd")
+    url = (root / "a b%.png").as_uri()
+    assert "%20" in url
+    assert "%25" in url
+    for form in (url, url.replace("file://", "file://localhost"), "a b%.png"):
+        assert open_image(form, root=root).size == (64, 48)
+    refused("a%20b%25.png", "no such file", root=root)  # a plain path is taken as it is
+    up = f"{root.as_uri()}/%2e%2e/{tmp_path.name}"
+    for form in (up, "file:///etc/passwd", "file:///%65tc/passwd", f"{root.as_uri()}/out.png"):
+        refused(form, "outside", root=root)
+    refused("file://elsewhere/a.png", "another machine", root=root)
+    refused("file:///a%00.png", "not a usable path", root=root)
+    refused("file:///a%ff.png", "not a usable path", root=root)
+    refused("FILE:///etc/passwd", "not fetched", root=root)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @settings(max_examples=150, deadline=None)
 @given(st.data())
@@ -328,6 +356,44 @@ def test_urls(server):
     refused(f"{server}/gone.png", "404", **options)
     refused("ftp://localhost/x.png", "cannot be fetched", **options)
     refused("http://[bad", "cannot be fetched", **options)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("8.8.8.8", True),
+        ("2606:4700::1111", True),
+        ("64:ff9b::808:808", True),
+        ("2002:808:808::1", True),
+        *((address, False) for address in (
+            "127.0.0.1", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.0.1", "169.254.169.254",
+            "100.64.0.1", "224.0.0.1", "255.255.255.255", "::", "::1", "fe80::1", "fd00::1",
+            "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1",
+            "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "2002:a00:1::1", "2001:db8::1",
+        )),
+    ],
+)  # fmt: skip
+def test_public_addresses(address, public):
+    assert is_public(address) == public
+
+
+@pytest.mark.parametrize("host", ["2130706433", "0x7f.1", "127.1", "[::ffff:127.0.0.1]"])
+def test_other_spellings_of_a_private_address(server, host):
+    refused(f"http://{host}:{server.rpartition(':')[2]}/x.png", "fetched", allow_urls=True)
+
+
+def test_every_hop_of_a_redirect_is_looked_at(server, monkeypatch):
+    """The first address counts as public here; where it sends on to does not."""
+    monkeypatch.setattr(images, "is_public", lambda address, answers=[True, False]: answers.pop(0))
+    refused(f"{server}/redirect", "private network (127.0.0.1)", allow_urls=True)
+
+
+def test_messages_hold_no_passwords():
+    url = "https://user:hunter2@example.invalid/a.png?signature=hunter2"
+    assert "https://example.invalid/a.png?…" in refused(url, "not fetched")
+    message = refused(url, "a URL with a password in it", allow_urls=True)
+    assert "hunter2" not in message
+    assert "hunter2" not in refused(url.replace("user:hunter2@", ""), allow_urls=True)
 
 
 # Storing and showing

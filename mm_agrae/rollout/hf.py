@@ -74,17 +74,18 @@ class HFEngine:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         groups: list[list[Completion]] = []
         prompts_at_once = max(1, self.batch_completions // count)
-        was_training = self.policy.training
-        self.policy.eval()
-        try:
-            for start in range(0, len(prompts), prompts_at_once):
-                part = slice(start, start + prompts_at_once)
-                watch = on_tokens and _shifted(on_tokens, start * count)
-                groups += self._generate(
-                    prompts[part], count, sampling, seeds[part], on_progress, watch
-                )
-        finally:
-            self.policy.train(was_training)
+        with self.policy.gathered():
+            was_training = self.policy.training
+            self.policy.eval()
+            try:
+                for start in range(0, len(prompts), prompts_at_once):
+                    part = slice(start, start + prompts_at_once)
+                    watch = on_tokens and _shifted(on_tokens, start * count)
+                    groups += self._generate(
+                        prompts[part], count, sampling, seeds[part], on_progress, watch
+                    )
+            finally:
+                self.policy.train(was_training)
         return groups
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from mm_agrae.config import nearest
 from mm_agrae.errors import ConfigError, DataError
-from mm_agrae.images import find_file, is_url, open_image
+from mm_agrae.images import find_file, is_url, open_image, without_secrets
 from mm_agrae.tasks import check_arguments
 from mm_agrae.tasks.rows import LazyRow, Row, listing, read_rows, show
 from mm_agrae.types import Example, ImageSource
@@ -313,8 +313,8 @@ class FileTask:
         if is_url(source):
             if not self.allow_urls:
                 raise DataError(
-                    f"{origin}: image: {show(source)} is a URL; download the pictures first, or "
-                    "set allow_urls"
+                    f"{origin}: image: {show(without_secrets(source))} is a URL; download the "
+                    "pictures first, or set allow_urls"
                 )
             return source
         try:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs and runs every check: lint, format, types, tests. Arguments go to pytest; without any,
-# the tests of vLLM run too, in an environment of their own (MM_AGRAE_VLLM=0 leaves them out).
+# the tests of vLLM and of the verl plug-in run too, in environments of their own
+# (MM_AGRAE_VLLM=0 and MM_AGRAE_VERL=0 leave them out).
 source "$(dirname "$0")/environment.sh"
 prepare_environment dev
 export HF_HUB_OFFLINE=1
@@ -13,4 +14,7 @@ if [ $# -eq 0 ] && [ "${MM_AGRAE_VLLM:-1}" != 0 ] && prepare_vllm; then
     # The tests of a file share engines and servers, and their order matters.
     "$(vllm_environment)/bin/python" -m pytest --numprocesses 2 --dist loadfile \
         tests/test_rollout_vllm.py tests/test_rollout_vllm_server.py tests/test_training_vllm.py
+fi
+if [ $# -eq 0 ] && [ "${MM_AGRAE_VERL:-1}" != 0 ]; then
+    scripts/test_verl.sh
 fi

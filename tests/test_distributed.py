@@ -1,54 +1,167 @@
-"""The command line in one process and in two: same samples, same advantages, same weights.
+"""Two processes take the steps of one, with a copy of the model each (DDP) or half of it (FSDP2).
 
-tests/test_fsdp.py compares the gradients themselves.
+One launch for all runs: most of the time goes into starting processes.
 """
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from helpers import VL, run_config
-from safetensors.torch import load_file
+import torch
+from distributed_worker import first_step
+from helpers import ROOT, VL, run_config
 
 from mm_agrae import config as configs
-from mm_agrae.records import RunFolder
+
+WORKER = Path(__file__).parent / "distributed_worker.py"
+LORA = {"lora": {"rank": 4, "alpha": 8, "parts": ["language", "vision"]}}
+RUNS = {
+    "full": {"evaluate": {"before": False, "after": True}},
+    "lora": {"model": LORA},
+    # All that calls the model without a backward pass: old and reference log-probabilities.
+    "full_kl": {
+        "model": {"gradient_checkpointing": True, "freeze": ["vision"]},
+        "update": {"kl_coef": 0.1, "mini_batch_prompts": 3, "learning_rate": 1e-3},
+        "rollout": {"prompts_per_step": 6},
+    },
+    "lora_kl": {
+        "model": LORA,
+        "update": {"kl_coef": 0.1, "epochs": 2, "shared_prompt": "off", "learning_rate": 1e-3},
+    },
+}
+FORMS = {"ddp": ("full", "lora"), "fsdp": tuple(RUNS)}
+SPREAD = """
+def spread(example, completion):
+    return sum(completion.token_ids) % 97 / 97
+"""
 
 
-def run(folder, processes, **sections):
-    config = run_config(
-        folder / f"run{processes}",
-        VL,
-        rollout={"prompts_per_step": 5},
-        update={"micro_batch_completions": 3, "mini_batch_prompts": 5, "learning_rate": 1e-3},
-        evaluate={"before": False, "after": True},
-        **sections,
-    )
-    path = folder / f"{processes}.yaml"
-    path.write_text(configs.dump(config))
+def start(processes: int, *arguments: str) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     result = subprocess.run(
-        [sys.executable, *launch, "-m", "mm_agrae.cli", "train", str(path)],
-        capture_output=True, text=True, timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, *launch, str(WORKER), *arguments],
+        capture_output=True, text=True, timeout=600,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    return RunFolder(config.run_dir), result.stdout
 
 
-def test_two_processes_equal_one(tmp_path):
-    (one, _), (two, output) = (run(tmp_path, n) for n in (1, 2))
-    assert "on 2 processes" in output
-    assert output.count("step 1/2") == 1
-    for step in (1, 2):
-        a, b = one.read_rollouts(step), two.read_rollouts(step)
-        keys = ("prompt_index", "completion", "reward", "advantage", "images")
-        assert [[row[k] for k in keys] for row in a] == [[row[k] for k in keys] for row in b]
-    files = [next((r.path / "checkpoints").glob("*/*model.safetensors")) for r in (one, two)]
-    first, second = (load_file(file) for file in files)
-    assert first.keys() == second.keys()
-    assert max((first[k] - second[k]).abs().max().item() for k in first) < 1e-5
-    metrics = [r.read_metrics()[-1] for r in (one, two)]
+def write_config(path: Path, **sections) -> Path:
+    """A run whose groups all have a gradient, some with pictures and some without.
+
+    Five groups on two processes: one of them has less to do, and has idle micro-batches.
+    """
+    reward = path.with_name("reward.py")
+    reward.write_text(SPREAD)
+    sections = {
+        "rollout": {"prompts_per_step": 5},
+        "train": {"steps": 1},
+        "reward": {"parts": {"accuracy": 1.0, f"{reward}:spread": 1.0}},
+        "evaluate": {"before": False, "after": False},
+    } | sections
+    update = {"micro_batch_completions": 3, "learning_rate": 1e-3}
+    sections["update"] = update | sections.get("update", {})
+    image, text = (
+        {"task": "synthetic", "modality": m, "split": "train"} for m in ("image", "text")
+    )
+    data = {"train": [image | {"name": "image"}, text | {"name": "text"}]}
+    config = run_config(path.with_suffix(""), VL, data=data, **sections)
+    path.write_text(configs.dump(config))
+    return path
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """{(form, run): what the worker saved}"""
+    folder = tmp_path_factory.mktemp("steps")
+    found = {}
+    for name, sections in RUNS.items():
+        path = write_config(folder / f"one_{name}.yaml", **sections)
+        found["one", name] = first_step(configs.load(path), fsdp=False)
+    paths = {
+        (form, name): write_config(folder / f"{form}_{name}.yaml", **RUNS[name])
+        for form, names in FORMS.items()
+        for name in names
+    }
+    for name in RESUMED:  # of one process by two …
+        paths["fsdp", f"{name}_resumed"] = second_step(
+            folder / f"one_{name}", f"fsdp_{name}_goes_on"
+        )
+    start(2, str(folder / "two.pt"), *map(str, paths.values()))
+    saved = torch.load(folder / "two.pt", weights_only=False)
+    found |= {key: saved[str(path)] for key, path in paths.items()}
+    for name in RESUMED:  # … of two by one, and of one by one
+        for form in ("fsdp", "one"):
+            path = second_step(folder / f"{form}_{name}", f"one_{form}_{name}_goes_on")
+            found["one", f"{form}_{name}_resumed"] = first_step(configs.load(path), fsdp=False)
+    return found
+
+
+RESUMED = ("full", "lora")
+
+
+def second_step(run_dir: Path, name: str) -> Path:
+    """A config that goes on with a copy of this run, by one more step."""
+    copied = run_dir.with_name(name)
+    shutil.copytree(run_dir, copied)
+    path = copied.with_suffix(".yaml")
+    config = configs.load(run_dir.with_suffix(".yaml"), [f"run_dir={copied}", "train.steps=2"])
+    path.write_text(configs.dump(config))
+    return path
+
+
+def apart(a: dict, b: dict) -> tuple[float, float]:
+    """Norm of the difference by the norm, largest difference by the largest entry."""
+    assert a.keys() == b.keys()
+    one, two = (torch.cat([x[name].double().flatten() for name in sorted(a)]) for x in (a, b))
+    return float((one - two).norm() / one.norm()), float((one - two).abs().max() / one.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("form", "run"), [(form, name) for form, names in FORMS.items() for name in names]
+)
+def test_two_processes_take_the_steps_of_one(steps, form, run):
+    one, two = steps["one", run], steps[form, run]
+    assert set(one["pictured"]) == {True, False}
+    assert one["rollouts"] == two["rollouts"]  # completions, rewards and advantages
+    assert len(one["gradients"]) == len(two["gradients"]) == (2 if "kl" in run else 1)
+    assert max(apart(one["gradients"][0], two["gradients"][0])) < 1e-6
+    # Adam makes a step of full size of a gradient that is next to nothing.
+    assert apart(one["learning"], two["learning"])[0] < 1e-6
+    assert apart(one["whole"], two["whole"])[0] < 1e-6
+    assert max(apart(one["gradients"][-1], two["gradients"][-1])) < 1e-4
+    assert one["evaluations"] == two["evaluations"]
     for name in ("update/loss", "update/grad_norm", "policy/entropy", "tokens/completion"):
-        assert metrics[0][name] == pytest.approx(metrics[1][name], rel=1e-4, abs=1e-7)
-    results = [r.read_evaluations()[0] for r in (one, two)]
-    assert results[0].pass_at_k == results[1].pass_at_k
+        pair = [x["metrics"][0][name] for x in (one, two)]
+        assert pair[0] == pytest.approx(pair[1], rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.parametrize("run", RESUMED)
+def test_a_run_goes_on_with_another_number_of_processes(steps, run):
+    whole = steps["one", f"one_{run}_resumed"]
+    for other in (steps["fsdp", f"{run}_resumed"], steps["one", f"fsdp_{run}_resumed"]):
+        assert [row["step"] for row in other["metrics"]] == [1, 2]
+        assert other["rollouts"] == whole["rollouts"]
+        # Both steps: Adam's moments have come along.
+        assert apart(whole["learning"], other["learning"])[0] < 1e-5
+    assert apart(whole["learning"], steps["one", run]["learning"])[0] > 1e-3
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")))
+def test_accelerate_understands_its_configs(file):
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils import prepare_multi_gpu_env
+
+    line = ["--config_file", str(file), "--num_processes", "2", "--num_machines", "1", "x.py"]
+    arguments = _validate_launch_command(launch_command_parser().parse_args(line))[0]
+    assert arguments.mixed_precision == "no"
+    assert arguments.use_fsdp == ("fsdp" in file.name)
+    if arguments.use_fsdp:
+        environment = prepare_multi_gpu_env(arguments)
+        assert environment["ACCELERATE_USE_FSDP"] == "true"
+        assert environment["FSDP_VERSION"] == "2"
+        assert environment["FSDP_RESHARD_AFTER_FORWARD"].lower() == "true"
+        assert environment["FSDP_OFFLOAD_PARAMS"].lower() == "false"

@@ -293,7 +293,7 @@ def test_killed_at_random_moments(tmp_path):
     the script's default."""
     out = tmp_path / "found.json"
     script = [sys.executable, str(ROOT / "scripts" / "kill_and_resume.py")]
-    options = ["--runs", "3", "--cells", "vl-lora", "--fresh", "0", "--out", str(out)]
+    options = ["--runs", "3", "--cells", "text-lora", "--fresh", "0", "--out", str(out)]
     result = subprocess.run([*script, *options], capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     found = json.loads(out.read_text())

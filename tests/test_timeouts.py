@@ -44,6 +44,14 @@ def ends(tmp_path_factory):
     }
 
 
+def test_the_main_process_speaks_for_all(ends):
+    for (_, said), (_, told) in ends.values():
+        assert "on 2 processes" in said
+        assert said.count("step 1/3") == 1
+        assert "Plan of" not in told
+        assert "step 1/3" not in told
+
+
 def test_a_message_reaches_all_processes(ends):
     (first, said), (second, told) = ends["fails"]
     assert (first, second) == (2, 2)

@@ -241,7 +241,7 @@ def test_train_and_evaluate_on_this_machine(environment, tmp_path):
         "train_vlm.sh", "configs/quickstart.yaml", "configs/with/dr_grpo_agrae.yaml", *SHORT,
         f"model.path={VL}", f"run_dir={run}", env=environment,
     )  # fmt: skip
-    assert "processes: 1, GPUs: 0" in out
+    assert "processes: 1 (one), GPUs: 0" in out
     assert "step 1/1" in out
     out = script(
         "evaluate.sh", VL, run, "--config", run / "config.yaml", "--out", tmp_path / "eval",

@@ -1,10 +1,10 @@
 """The loop: prompts -> completions -> scores -> advantages -> update, once per step.
 
-Read `Trainer.step` first; each line of it is one stage. Prompts of a step are dealt to the
-processes in turn (position i to process i mod N). Everything that must be the same on all of
-them, the advantages, the loss denominators and the number of micro-batches, is worked out from
-the gathered rewards and lengths, so that one process and N processes take the same gradient.
-All talk with other processes goes through `self.processes`.
+Read `Trainer.step` first; each line of it is one stage. Where its groups come from is told in
+`collect`. Everything that must be the same on all processes, the advantages, the loss
+denominators and the number of micro-batches, is worked out from the gathered rewards and
+lengths, so that one process and N processes take the same gradient. All talk with other
+processes goes through `self.processes`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -27,12 +26,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mm_agrae import advantage, checkpoint, evaluate, metrics, parity, sharding, unfinished
+from mm_agrae import advantage, checkpoint, evaluate, metrics, sharding
 from mm_agrae import config as configs
 from mm_agrae import loss as losses
+from mm_agrae.collect import Collector
 from mm_agrae.config import Config
 from mm_agrae.distributed import Processes, announced
-from mm_agrae.errors import ConfigError, DataError, EngineError, ModelError, RunFolderError
+from mm_agrae.errors import ConfigError, DataError, ModelError, RunFolderError
 from mm_agrae.policy import Policy
 from mm_agrae.processing import Processing
 from mm_agrae.progress import Reporter
@@ -49,27 +49,8 @@ from mm_agrae.step import (
     step_metrics,
 )
 from mm_agrae.tasks import load_all
-from mm_agrae.tasks.order import DataOrder
-from mm_agrae.types import Completion, MicroBatch, Prompt
+from mm_agrae.types import MicroBatch
 from mm_agrae.versions import changes, versions
-
-MAX_REFUSALS = 20
-"""Prompts in one place that a rollout server may refuse before the fault is not the rows'."""
-
-
-@dataclass(frozen=True)
-class _Ahead:
-    """Completions being sampled while the update of an earlier step runs.
-
-    `version` is that of the weights they are sampled with; `position` and `rows_skipped` say
-    where the data stood before their prompts were drawn.
-    """
-
-    prompts: dict[int, Prompt]
-    completions: Future[list[list[Completion]]]
-    version: int
-    position: int
-    rows_skipped: int
 
 
 class Trainer:
@@ -100,7 +81,6 @@ class Trainer:
         for message in self.task.skipped[:5]:
             self.reporter.say(f"skipped {message}")
 
-        self.order = DataOrder(len(self.task), config.train.seed, config.data.shuffle)
         self.processing = Processing(
             config.model.path, config.prompt, trust_remote_code=config.model.trust_remote_code
         )
@@ -136,21 +116,24 @@ class Trainer:
 
         self.steps_done = 0
         self.tokens_seen = 0
-        self.rows_skipped = len(self.task.skipped)
         self.stopwatch = metrics.Stopwatch(self._note)
+        self.collector = Collector(
+            config,
+            self.task,
+            self.processing,
+            self.policy,
+            self.engine,
+            self.processes,
+            self.reporter,
+            self.stopwatch,
+        )
         self.run = RunFolder(config.run_dir)
         self.bad_gradients = self.bad_in_a_row = 0
         self.stop_requested = False
-        self.sharing_checked = self._probed = False
-        self.engine_values: dict[str, float] = {}
-        self._sampled_by = self.engine.version
-        self._ahead: _Ahead | None = None
-        self._background = ThreadPoolExecutor(1, "rollout")
+        self.sharing_checked = False
         self._writer = checkpoint.Writer(config.checkpoint.background)
         self._saved_step: int | None = None
         self._checkpoint_id = ""
-        self._row_at: dict[int, int] = {}
-        """Which row of the data stands at a position of the step."""
         self._resumed = False
         self._resume()
         self.processes.wait("resume")  # before the main process tidies up the run folder
@@ -171,10 +154,10 @@ class Trainer:
         started_at_the_end = self.steps_done == self.total_steps
         with contextlib.ExitStack() as stack:
             logger = self._open_run_folder(stack)
-            self.rewarder = stack.enter_context(
+            self.collector.rewarder = stack.enter_context(
                 Rewarder(config.reward, config.rollout.max_new_tokens)
             )
-            stack.callback(self._close_engine)
+            stack.callback(self.collector.close)
             stack.enter_context(self.processes.explained())
             stack.enter_context(self._signals())
             stack.enter_context(self.reporter.bars())
@@ -223,7 +206,8 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One rollout and its optimiser steps. Returns the metrics of the step."""
         config, watch = self.config, self.stopwatch
-        groups = self._kept_groups() or self._rollout()
+        last = self.steps_done + 1 == self.total_steps
+        groups = self._kept_groups() or self.collector.collect(self.steps_done, last)
         self._keep_groups(groups)
         # Dropout is all that draws from torch's own state; a resumed run finds it as it was.
         torch.manual_seed(derive_seed(config.train.seed, "torch", self.steps_done))
@@ -240,7 +224,7 @@ class Trainer:
         with watch("update"):
             plan = self._plan_update(groups, table, levels.advantage_PG)
             update = self._update(plan)
-        lag = self.policy.version - self._sampled_by - len(plan) * config.update.epochs
+        lag = self.policy.version - self.collector.sampled_by - len(plan) * config.update.epochs
         self.steps_done += 1
         self.tokens_seen += int(table.length_PG.sum())
         self._step_end = self._place()
@@ -249,246 +233,34 @@ class Trainer:
         return {
             **step_metrics(table, levels),
             **update,
-            **self._take_engine_values(),
+            **self.collector.take_values(),
             "policy/lag": float(lag),
             "tokens/seen": float(self.tokens_seen),
-            "data/rows_skipped": float(self.rows_skipped),
-            "data/epoch": self.order.position / self.order.rows,
+            "data/rows_skipped": float(self.collector.rows_skipped),
+            "data/epoch": self.collector.order.position / self.collector.order.rows,
             **watch.lap(),
             "memory/peak_mb": metrics.peak_memory_mb(),
         }
-
-    # ------------------------------------------------------------------ rollout
-
-    def _rollout(self) -> list[Group]:
-        """This process's groups of the step, groups without signal drawn again if asked."""
-        rollout = self.config.rollout
-        positions: list[int] = list(range(rollout.prompts_per_step))
-        if rollout.overlap:
-            return self._overlapped(positions)
-        self._sync()
-        draws = 1 + (rollout.dynamic_sampling.max_draws if rollout.dynamic_sampling else 0)
-        groups: dict[int, Group] = {}
-        for draw in range(draws):
-            with self.stopwatch("prompts"):
-                prompts = self._draw_prompts(positions)
-            if draw == 0:
-                self._probe(list(prompts.values()))
-            count = len(prompts) * rollout.completions_per_prompt
-            with self.stopwatch("rollout"), self.reporter.bar("  rollout", count) as advance:
-                completions = self._generate(prompts, self.steps_done, draw, advance)
-            prompts, completions = self._replace_refused(prompts, completions, draw)
-            fresh = self._score(prompts, completions, draw)
-            groups.update({group.position: group for group in fresh})
-            if draw + 1 == draws:
-                break
-            flat = [g.position for g in fresh if len({s.reward for s in g.scores}) == 1]
-            positions = sorted(self._gather("dynamic sampling", flat))
-            if not positions:
-                break
-        return [groups[position] for position in sorted(groups)]
-
-    def _overlapped(self, positions: Sequence[int]) -> list[Group]:
-        """The step's groups, sampled during the last update; those of the next step are begun."""
-        self._sync()
-        present = self._ahead or self._begin(self.steps_done, positions)
-        completions = self._wait(present)
-        self._probe(list(present.prompts.values()))
-        self._ahead = None
-        if any(self._gather("refused rows", [not all(completions)])):
-            raise DataError(
-                "a rollout server refused a row, which rollout.overlap cannot replace in time; "
-                "its message is in the log. Remove the row, or set rollout.overlap=false"
-            )
-        if self.steps_done + 1 < self.total_steps:
-            self._ahead = self._begin(self.steps_done + 1, positions)
-        self._sampled_by = present.version
-        return self._score(present.prompts, completions, draw=0)
 
     @property
     def _unfinished(self) -> Path:
         return self.run.path / f"unfinished_{self.rank}.safetensors"
 
     def _keep_groups(self, groups: Sequence[Group]) -> None:
-        """After a checkpoint: have the next step's rollouts outlive a kill; see `unfinished`."""
-        if self._saved_step != self.steps_done or self.config.rollout.overlap:
-            return
-        rows = [self._row_at[group.position] for group in groups]
-        place = {"data_position": self.order.position, "rows_skipped": self.rows_skipped}
-        with self.stopwatch("checkpoint"):
-            unfinished.write(self._unfinished, self._checkpoint_id, groups, rows, place)
+        """After a checkpoint: have the next step's rollouts outlive a kill."""
+        if self._saved_step == self.steps_done and not self.config.rollout.overlap:
+            with self.stopwatch("checkpoint"):
+                self.collector.keep(self._unfinished, self._checkpoint_id, groups)
 
     def _kept_groups(self) -> list[Group] | None:
-        """The groups that a run killed in this step had ready, on all processes or on none."""
-        if not self._resumed:
+        """The groups that a run killed in this step had ready, if this is it, resumed."""
+        resumed, self._resumed = self._resumed, False
+        if not resumed:
             return None
-        self._resumed = False
-        kept = unfinished.read(self._unfinished, self._checkpoint_id)
-        groups: list[Group] = []
-        with self.stopwatch("prompts"), contextlib.suppress(DataError, IndexError):
-            for each in kept[0] if kept else []:
-                prompt = self.processing.prompt(self.task[each.row])
-                if prompt.token_ids.tolist() == each.prompt_ids:
-                    self._row_at[each.position] = each.row
-                    groups.append(
-                        Group(each.position, prompt, each.completions, each.scores, each.draw)
-                    )
-        wanted = range(self.rank, self.config.rollout.prompts_per_step, self.world)
-        whole = kept is not None and [group.position for group in groups] == list(wanted)
-        if not all(self._gather("kept rollouts", [whole])) or kept is None:
-            return None
-        self.order.position, self.rows_skipped = kept[1]["data_position"], kept[1]["rows_skipped"]
-        self._sampled_by = self.policy.version
-        self.reporter.say(f"took up the rollouts of step {self.steps_done + 1}")
+        groups = self.collector.take_up(self._unfinished, self._checkpoint_id)
+        if groups:
+            self.reporter.say(f"took up the rollouts of step {self.steps_done + 1}")
         return groups
-
-    def _replace_refused(
-        self, prompts: dict[int, Prompt], completions: list[list[Completion]], draw: int
-    ) -> tuple[dict[int, Prompt], list[list[Completion]]]:
-        """Other prompts in the place of those that a rollout server refused."""
-        found = dict(zip(prompts, completions, strict=True))
-        for attempt in range(1, MAX_REFUSALS + 1):
-            own = [
-                (position, prompts[position].example.origin or prompts[position].example.id)
-                for position, group in found.items()
-                if not group
-            ]
-            refused = sorted(self._gather("refused rows", own))
-            if not refused:
-                return prompts, [found[position] for position in prompts]
-            for _, where in refused:
-                self.reporter.say(f"skipped {where}: the rollout server refused it")
-            if self.config.data.on_bad_row == "error":
-                raise DataError(
-                    f"{refused[0][1]}: the rollout server refused this row; its message is in the "
-                    "log. Mend it or set data.on_bad_row=skip"
-                )
-            self.rows_skipped += len(refused)
-            fresh = self._draw_prompts([position for position, _ in refused])
-            prompts = dict(sorted({**prompts, **fresh}.items()))
-            again = self._generate(fresh, self.steps_done, draw + 1000 * attempt)
-            found |= dict(zip(fresh, again, strict=True))
-        raise EngineError(f"the rollout server refused {MAX_REFUSALS} rows in a row")
-
-    def _begin(self, step: int, positions: Sequence[int]) -> _Ahead:
-        """Draw the prompts of `step` here, and let the engine sample beside what follows."""
-        place = (self.order.position, self.rows_skipped)
-        with self.stopwatch("prompts"):
-            prompts = self._draw_prompts(positions)
-        future = self._background.submit(self._generate, prompts, step, 0)
-        return _Ahead(prompts, future, self.engine.version, *place)
-
-    def _wait(self, ahead: _Ahead) -> list[list[Completion]]:
-        with self.stopwatch("rollout"):
-            return ahead.completions.result()
-
-    def _generate(
-        self,
-        prompts: dict[int, Prompt],
-        step: int,
-        draw: int,
-        advance: Callable[[int], None] | None = None,
-    ) -> list[list[Completion]]:
-        rollout, seed = self.config.rollout, self.config.train.seed
-        seeds = [derive_seed(seed, "rollout", step, draw, position) for position in prompts]
-        return self.engine.generate(
-            list(prompts.values()), rollout.completions_per_prompt, rollout, seeds, advance
-        )
-
-    def _score(
-        self, prompts: dict[int, Prompt], completions: list[list[Completion]], draw: int
-    ) -> list[Group]:
-        count = self.config.rollout.completions_per_prompt
-        with self.stopwatch("reward"):
-            scores = self.rewarder.score(
-                [prompt.example for prompt in prompts.values() for _ in range(count)],
-                list(itertools.chain(*completions)),
-            )
-        return [
-            Group(position, prompt, completions[row], scores[row * count : (row + 1) * count], draw)
-            for row, (position, prompt) in enumerate(prompts.items())
-        ]
-
-    def _sync(self) -> None:
-        """Hand the policy's weights to an engine that holds older ones."""
-        if self._ahead:
-            self._wait(self._ahead)  # weights must not change under it
-        if self.engine.version != self.policy.version:
-            with self.stopwatch("sync"):
-                self.processes.wait("sync")
-                self.engine_values["sync/megabytes"] = self.engine.sync().megabytes
-        self._sampled_by = self.engine.version
-
-    def _probe(self, prompts: Sequence[Prompt]) -> None:
-        """At the start, and every so often: are the engine's log-probabilities the policy's?
-
-        Raises EngineError if they are far from it.
-        """
-        rollout, mismatch = self.config.rollout, self.config.rollout.mismatch
-        due = not self.engine.exact and self.steps_done % max(1, mismatch.probe_every) == 0
-        if mismatch.probe_every == 0 or (self._probed and not due):
-            return
-        few = prompts[: mismatch.probe_prompts]
-        seeds = [
-            derive_seed(self.config.train.seed, "probe", self.steps_done, self.rank, index)
-            for index in range(len(few))
-        ]
-        with self.stopwatch("probe"):
-            found = parity.probe(self.engine, self.policy, few, rollout, seeds)
-            found = parity.Parity.over(self._gather("probe", [found]))
-        self.engine_values |= {
-            "mismatch/probe_mean": found.mean,
-            "mismatch/probe_max": found.highest,
-            "mismatch/probe_kl": found.kl,
-        }
-        what = f"engine {rollout.engine} against the policy: {found}"
-        if not self._probed:
-            self.reporter.say(what)
-        self._probed = True
-        if not found.mean <= mismatch.stop_above:
-            raise EngineError(
-                f"{what}. That is more than rollout.mismatch.stop_above = {mismatch.stop_above}: "
-                "it holds other weights, sees other pictures, or computes otherwise; try "
-                "rollout.engine=hf, or rollout.vllm.dtype=float32 to see which"
-            )
-        if found.mean > mismatch.warn_above:
-            self.reporter.say(f"warning: {what}; check rollout.vllm.dtype and model.dtype")
-
-    def _draw_prompts(self, positions: Iterable[int]) -> dict[int, Prompt]:
-        """This process's prompts by position; a bad row is skipped on all processes alike."""
-        drawn: dict[int, Prompt] = {}
-        missing = list(positions)
-        in_a_row = 0
-        while missing:
-            bad = []
-            for position, index in [(position, self.order.next()) for position in missing]:
-                if position % self.world != self.rank:
-                    continue
-                try:
-                    drawn[position] = self.processing.prompt(self.task[index])
-                    self._row_at[position] = index
-                except DataError as error:
-                    if self.config.data.on_bad_row == "error":
-                        raise
-                    bad.append((position, str(error)))
-            missing = []
-            for position, message in sorted(self._gather("prompts", bad)):
-                self.reporter.say(f"skipped {message}")
-                missing.append(position)
-            self.rows_skipped += len(missing)
-            in_a_row = in_a_row + len(missing) if missing else 0
-            if in_a_row > len(self.task):
-                raise DataError("data.train: no usable row was found in a whole pass over the data")
-        return dict(sorted(drawn.items()))
-
-    def _take_engine_values(self) -> dict[str, float]:
-        """What sync and probe measured since the last step."""
-        values, self.engine_values = self.engine_values, {}
-        return values
-
-    def _close_engine(self) -> None:
-        self.engine.close()
-        self._background.shutdown(wait=False, cancel_futures=True)
 
     # ------------------------------------------------------------------ update
 
@@ -515,11 +287,11 @@ class Trainer:
 
     def _check_versions(self, groups: Sequence[Group]) -> None:
         for completion in itertools.chain.from_iterable(group.completions for group in groups):
-            if completion.policy_version != self._sampled_by:
+            if completion.policy_version != self.collector.sampled_by:
                 raise RuntimeError(
                     f"a completion of policy version {completion.policy_version} reached the "
                     f"update of version {self.policy.version}, whose completions are to be of "
-                    f"version {self._sampled_by}"
+                    f"version {self.collector.sampled_by}"
                 )
 
     def _update(self, plan: Sequence[MiniBatch]) -> dict[str, float]:
@@ -645,7 +417,7 @@ class Trainer:
 
     def evaluate(self, name: str) -> None:
         """Sample and grade every evaluation set; results go into the run folder."""
-        self._sync()
+        self.collector.sync()
         settings = self.config.evaluate
         sections = {s.label: settings.for_source(s) for s in self.config.data.evaluate}
         for label, task in self.evaluation_tasks.items():
@@ -659,7 +431,7 @@ class Trainer:
                 problems = evaluate.run(
                     self.engine,
                     self.processing,
-                    self.rewarder,
+                    self.collector.rewarder,
                     task,
                     mine,
                     section,
@@ -765,12 +537,10 @@ class Trainer:
 
     def _place(self) -> dict[str, int]:
         """Where the run stands after a whole step, whatever a next one may have begun."""
-        ahead = self._ahead  # a resumed run draws again what is being sampled ahead
         return {
             "step": self.steps_done,
-            "data_position": ahead.position if ahead else self.order.position,
             "tokens_seen": self.tokens_seen,
-            "rows_skipped": ahead.rows_skipped if ahead else self.rows_skipped,
+            **self.collector.place,
             "policy_version": self.policy.version,
             "bad_gradients": self.bad_gradients,
             "bad_in_a_row": self.bad_in_a_row,
@@ -811,9 +581,8 @@ class Trainer:
             sharding.load_whole_state(self.optimizer, training["optimizer"])
             self.scheduler.load_state_dict(training["scheduler"])
             self.steps_done = self._saved_step = state["step"]
-            self.order.position = state["data_position"]
             self.tokens_seen = state["tokens_seen"]
-            self.rows_skipped = state["rows_skipped"]
+            self.collector.go_to(state)
             self.policy.version = state["policy_version"]
             self.bad_gradients = state.get("bad_gradients", 0)
             self.bad_in_a_row = state.get("bad_in_a_row", 0)
@@ -963,7 +732,7 @@ class Trainer:
             },
             "seconds": stages,
             "tokens": self.tokens_seen,
-            "rows_skipped": self.rows_skipped,
+            "rows_skipped": self.collector.rows_skipped,
             "peak_memory_mb": metrics.peak_memory_mb(),
             "versions": versions(),
         }

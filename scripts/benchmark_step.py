@@ -187,7 +187,7 @@ def our_steps(config: Config, trainer: Any = None) -> Callable[[], None]:
 
     trainer = trainer or Trainer(config, Reporter(enabled=False))
     trainer.run.create(configs.dump(config), {}, resume=True)
-    trainer.rewarder = Rewarder(config.reward, config.rollout.max_new_tokens)
+    trainer.collector.rewarder = Rewarder(config.reward, config.rollout.max_new_tokens)
 
     def step() -> None:
         trainer.step()

@@ -13,23 +13,23 @@ import sys
 import time
 from pathlib import Path
 
-from mm_agrae import trainer
+from mm_agrae import collect, trainer
 from mm_agrae.cli import main
 from mm_agrae.compat import prepare
 from mm_agrae.errors import DataError
 
-generate, backward = trainer.Trainer._generate, trainer.Trainer._backward
+generate, backward = collect.Collector._generate, trainer.Trainer._backward
 
 
-def in_rollout(self, *args, **kwargs):
-    if self.rank == 1 and self.steps_done == 1:
+def in_rollout(self, prompts, step, *args, **kwargs):
+    if self.processes.rank == 1 and step == 1:
         if self.trouble == "fails":
             raise DataError("rows.jsonl:17: this row is bad")
         if self.trouble == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.trouble == "sleeps":
             time.sleep(1000)
-    return generate(self, *args, **kwargs)
+    return generate(self, prompts, step, *args, **kwargs)
 
 
 def in_update(self, *args, **kwargs):
@@ -57,8 +57,8 @@ def start(config: Path, rank: int, port: int) -> int:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    trainer.Trainer.trouble = config.stem
-    trainer.Trainer._generate, trainer.Trainer._backward = in_rollout, in_update
+    collect.Collector.trouble = trainer.Trainer.trouble = config.stem
+    collect.Collector._generate, trainer.Trainer._backward = in_rollout, in_update
     status = main(["train", str(config)])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -37,7 +37,7 @@ LAYERS = [
     {"policy", "step"},
     {"rollout"},
     {"checkpoint", "unfinished", "distributed", "evaluate", "parity", "serve"},
-    {"contrast"},
+    {"contrast", "collect"},
     {"trainer", "compare", "export", "report", "demo_settings", "playground"},
     {"sample", "doctor", "playground_view"},
     {"cli"},

@@ -130,7 +130,7 @@ def test_rollouts_of_a_killed_step_are_taken_up(tmp_path, whole):
     kept = (tmp_path / "run" / "unfinished_0.safetensors").read_bytes()
     resumed = Trainer(config, Reporter(enabled=False))
     generate, sampled = resumed.engine.generate, []
-    resumed._probed = True
+    resumed.collector._probed = True
 
     def counting(*arguments, **settings):
         sampled.append(resumed.steps_done)

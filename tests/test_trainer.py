@@ -151,7 +151,7 @@ def step_gradients(trainer):
     from mm_agrae.rewards import Rewarder
 
     with Rewarder(trainer.config.reward, trainer.config.rollout.max_new_tokens) as rewarder:
-        trainer.rewarder = rewarder
+        trainer.collector.rewarder = rewarder
         trainer.step()
     return captured
 
@@ -310,7 +310,7 @@ def test_pictures_encoded_in_a_step(tmp_path, model, update, expected):
     )
     trainer = Trainer(config, Reporter(enabled=False))
     # The checks at the start of a run encode a few pictures more.
-    trainer.sharing_checked = trainer._probed = True
+    trainer.sharing_checked = trainer.collector._probed = True
     encoded = []
     trainer.policy.backbone.visual.register_forward_hook(
         lambda module, arguments, options, output: encoded.append(len(options["grid_thw"])),
@@ -368,7 +368,7 @@ def test_a_row_that_the_engine_refuses(tmp_path, on_bad_row):
         tmp_path / "run", TEXT, data={"on_bad_row": on_bad_row}, evaluate={"before": False}
     )
     trainer = Trainer(config, Reporter(enabled=False))
-    trainer._probed = True
+    trainer.collector._probed = True
     sample, refused = trainer.engine.generate, []
 
     def refusing(prompts, *arguments, **options):

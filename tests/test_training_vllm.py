@@ -138,7 +138,7 @@ def test_one_step_overlap(tmp_path):
     assert rows[0]["mismatch/mean_abs"] < 1e-5
     # The weights that sampled were another policy's; the ratio says by how much.
     assert all(row["mismatch/mean_abs"] > 1e-3 for row in rows[1:])
-    assert trainer.order.position == 4 * config.rollout.prompts_per_step
+    assert trainer.collector.order.position == 4 * config.rollout.prompts_per_step
     require_same_greedy_answers(tmp_path, trainer, TEXT)
 
 

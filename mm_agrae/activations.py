@@ -30,20 +30,24 @@ class recompute_elementwise(torch.autograd.graph.saved_tensors_hooks):
 class _Recipe:
     """A tensor by the autograd node that made it and whose inputs autograd keeps.
 
-    One recipe serves all operations that use the tensor, and the first result stays for the
-    others: autograd drops it with the last of them.
+    A product with a frozen factor, as a norm's weight under LoRA, keeps that one alone: then
+    `other` is the recipe of the other one. One recipe serves all operations that use the tensor,
+    and the first result stays for the others: autograd drops it with the last of them.
     """
 
-    def __init__(self, node: Any):
-        self.node = node
+    def __init__(self, node: Any, other: _Recipe | None = None):
+        self.node, self.other = node, other
         self.tensor: torch.Tensor | None = None
 
     def result(self) -> torch.Tensor:
+        node = self.node
         if self.tensor is None:
-            if self.node.name() == "SiluBackward0":
-                self.tensor = F.silu(self.node._saved_self)
+            if node.name() == "SiluBackward0":
+                self.tensor = F.silu(node._saved_self)
+            elif self.other is not None:
+                self.tensor = self.other.result() * _frozen_factor(node)
             else:
-                self.tensor = self.node._saved_self * self.node._saved_other
+                self.tensor = node._saved_self * node._saved_other
         return self.tensor
 
 
@@ -68,14 +72,25 @@ def _recipe(tensor: torch.Tensor) -> _Recipe | None:
         return None
     if not (base.is_contiguous() and tensor.is_contiguous()):
         return None
-    # A product keeps both factors only if both need a gradient.
-    if node.name() != "SiluBackward0" and not (
-        node.name() == "MulBackward0"
-        and len(node.next_functions) == 2
-        and all(function is not None for function, _ in node.next_functions)
-    ):
+    return _recipe_of(node)
+
+
+def _recipe_of(node: Any) -> _Recipe | None:
+    if node is None or node.name() not in ("SiluBackward0", "MulBackward0"):
         return None
-    return _recipes.setdefault(id(node), _Recipe(node))
+    other = None
+    if node.name() == "MulBackward0":
+        first, second = (function for function, _ in node.next_functions)
+        if first is None or second is None:
+            other, factor = _recipe_of(first or second), _frozen_factor(node)
+            # A number is not kept as what it was: the product might differ in its last bit.
+            if other is None or factor is None or factor.dim() == 0:
+                return None
+    return _recipes.setdefault(id(node), _Recipe(node, other))
+
+
+def _frozen_factor(node: Any) -> Any:
+    return node._saved_self if node.next_functions[0][0] is None else node._saved_other
 
 
 def _unpack(kept: torch.Tensor | tuple[_Recipe, torch.Size]) -> torch.Tensor:

@@ -90,6 +90,15 @@ def test_about_half_is_kept():
     assert ours < 0.6 * plain
 
 
+def test_a_frozen_norm_does_not_keep_its_result():
+    """As under LoRA, where the layers after it learn and its weight does not."""
+    model, x = make()
+    learning = kept_bytes(model, x, activations._pack)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("weight" != name.split(".")[1])
+    assert kept_bytes(model, x, activations._pack) <= learning
+
+
 def test_a_second_backward_works():
     model, x = make()
     loss = run(model, x, retain=True)

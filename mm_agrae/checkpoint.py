@@ -92,7 +92,11 @@ class Snapshot:
         Raises RunFolderError if it cannot be written; an earlier checkpoint is left as it was.
         """
         with written_whole(folder) as aside:
-            given = {} if self.weights is None else {"state_dict": dict(self.weights)}
+            given: dict[str, Any] = {}
+            if self.weights is not None:
+                given["state_dict"] = dict(self.weights)
+            if hasattr(self.model, "peft_config"):
+                given["save_embedding_layers"] = False  # nor those under an adapted head
             model: Any = self.model
             model.save_pretrained(aside, **given)
             for name, content in self.files.items():

@@ -48,8 +48,9 @@ class LoraSection(Section):
     rank: PositiveInt = 16
     alpha: PositiveInt = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    parts: tuple[Literal["language", "vision", "merger"], ...] = ("language",)
-    """Which parts of the model: language layers, vision tower, or the merger between them."""
+    parts: tuple[Literal["language", "vision", "merger", "head"], ...] = ("language",)
+    """Which parts of the model: language layers, vision tower, the merger between them, or the
+    vocabulary head."""
     modules: tuple[str, ...] = ()
     """Names of linear layers inside those parts, such as q_proj. Empty: every linear layer."""
 

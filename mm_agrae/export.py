@@ -61,6 +61,9 @@ def export(
         "parameters": sum(tensor.numel() for tensor in weights.values()),
         "versions": versions(),
     }
+    if hf.all_tied_weights_keys and hasattr(hf.get_output_embeddings(), "lora_A"):
+        # The merged head is no longer the embeddings.
+        hf.config.tie_word_embeddings = hf.config.get_text_config().tie_word_embeddings = False
     hf.config.dtype = target
     hf.config.architectures = [type(hf).__name__]
     # Whoever generates with plain transformers should stop where training stopped.

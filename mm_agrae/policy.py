@@ -431,7 +431,7 @@ class Policy(nn.Module):
 def parts(model: Any) -> dict[str, nn.Module]:
     """The named parts of a transformers model that settings can freeze or adapt."""
     backbone = model.base_model
-    found = {"embeddings": model.get_input_embeddings()}
+    found = {"embeddings": model.get_input_embeddings(), "head": model.get_output_embeddings()}
     visual = getattr(backbone, "visual", None) or getattr(backbone, "vision_tower", None)
     found["language"] = getattr(backbone, "language_model", backbone)
     if visual is not None:
@@ -627,17 +627,13 @@ def _load_adapter(model: Any, folder: str) -> None:
             if keys
         ]
         raise _unfit_adapter(folder, model, " and ".join(found))
-    head = model.get_base_model().get_output_embeddings()
     other = {
         type(layer.get_base_layer()).__name__
         for layer in model.modules()
         if hasattr(layer, "lora_A") and not isinstance(layer.get_base_layer(), nn.Linear)
     }
-    if other or hasattr(head, "lora_A"):
-        raise ModelError(
-            f"model.path {folder!r} adapts {', '.join(other) or 'the vocabulary head'}; only "
-            "linear layers below the head fit"
-        )
+    if other:
+        raise ModelError(f"model.path {folder!r} adapts {', '.join(other)}; only linear layers fit")
 
 
 def _unfit_adapter(adapter: str, model: Any, problem: str) -> ModelError:
@@ -660,13 +656,14 @@ def _add_lora(model: Any, lora: LoraSection, known: dict[str, nn.Module]) -> Any
     inside_merger = {id(module) for module in merger.modules()} if merger is not None else set()
     targets: list[str] = []
     for part in lora.parts:
-        for name, module in known[part].named_modules():
+        for module in known[part].modules():
             if not isinstance(module, nn.Linear):
                 continue
             if part != "merger" and id(module) in inside_merger:
                 continue
-            if not lora.modules or name.split(".")[-1] in lora.modules:
-                targets.append(names[id(module)])
+            full_name = names[id(module)]
+            if part == "head" or not lora.modules or full_name.split(".")[-1] in lora.modules:
+                targets.append(full_name)
     if not targets:
         raise ModelError(
             f"model.lora: no linear layer named {', '.join(lora.modules)} in "

@@ -8,16 +8,17 @@ backward pass recomputes each block's logits and writes that block of the weight
     logits_v = (h · W_v + b_v) / temperature        logp = logits_target − logsumexp(logits)
     entropy  = logsumexp(logits) − Σ_v softmax(logits)_v · logits_v         (nats)
 
-Shapes: N positions, H hidden size, V vocabulary.
+LoRA on the head adds a second product of the same kind, l · B_v with l = scaling · A h.
+
+Shapes: N positions, H hidden size, V vocabulary, R rank.
 """
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Size of one piece of logits. On a CPU it should stay near the caches; a GPU wants large ones."""
@@ -29,6 +30,7 @@ def token_logprobs(
     target_N: torch.Tensor,
     *,
     bias_V: torch.Tensor | None = None,
+    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
     temperature: float = 1.0,
     entropy_grad: bool = False,
     chunk_bytes: int | None = None,
@@ -36,27 +38,31 @@ def token_logprobs(
     """Log-probability of each target and entropy of each distribution, nats, two [N].
 
     `bias_V` is added to the logits before the temperature; a large negative entry (−1e4, finite)
-    excludes an id. Gradients flow to hidden, weight and bias as far as they require one, and
-    through the entropy only if `entropy_grad` is set. Logits are float32 (float64 for float64
+    excludes an id. `low_rank`, two tensors [N,R] and [V,R], adds their product. Gradients flow to
+    all of these as far as they require one, and through the entropy only if `entropy_grad` is
+    set. Logits are float32 (float64 for float64
     inputs) products of the inputs in their own precision, or in autocast's where it is on; so
     are the results. A sharded (DTensor) weight is gathered. Raises ValueError on shapes that
     do not fit and on targets outside the vocabulary.
     """
-    weight_VH, bias_V = _whole(weight_VH), _whole(bias_V)
-    _check(hidden_NH, weight_VH.shape, target_N, temperature)
+    factors = [(hidden_NH, _whole(weight_VH))]
+    if low_rank is not None:
+        factors.append((low_rank[0], _whole(low_rank[1])))
+    _check(factors, target_N, temperature)
     device = hidden_NH.device.type
     dtype = (
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
     )
     logp_N, entropy_N = _TokenLogprobs.apply(
-        hidden_NH, weight_VH, bias_V, target_N, 1.0 / temperature, entropy_grad, dtype,
+        target_N, _whole(bias_V), 1.0 / temperature, entropy_grad, dtype,
         chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]),
+        *itertools.chain.from_iterable(factors),
     )  # fmt: skip
     return logp_N, entropy_N
 
 
 def head_logprobs(
-    head: nn.Module,
+    head: Any,
     hidden_NH: torch.Tensor,
     target_N: torch.Tensor,
     *,
@@ -65,61 +71,60 @@ def head_logprobs(
     entropy_grad: bool = False,
     chunk_bytes: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`token_logprobs` for a model's vocabulary head; `bias_V` adds to the head's own bias.
+    """`token_logprobs` for a model's vocabulary head, a linear layer with or without LoRA.
 
-    A head that is not a plain `nn.Linear`, such as one with LoRA, is called as it is, on chunks
-    of positions that are recomputed in the backward pass.
+    `bias_V` adds to the head's own bias.
     """
-    if type(head) is nn.Linear:
-        if head.bias is not None:
-            bias_V = head.bias if bias_V is None else head.bias + bias_V
-        return token_logprobs(
-            hidden_NH, head.weight, target_N, bias_V=bias_V, temperature=temperature,
-            entropy_grad=entropy_grad, chunk_bytes=chunk_bytes,
-        )  # fmt: skip
-    vocabulary = getattr(head, "out_features", None) or _whole(head.weight).shape[0]
-    _check(hidden_NH, (vocabulary, hidden_NH.shape[1]), target_N, temperature)
-    budget = chunk_bytes or CHUNK_BYTES.get(hidden_NH.device.type, CHUNK_BYTES["cuda"])
+    low_rank = None
+    if hasattr(head, "lora_A"):
+        low_rank = _low_rank(head, hidden_NH)
+        head = head.get_base_layer()
+    if head.bias is not None:
+        bias_V = head.bias if bias_V is None else head.bias + bias_V
+    return token_logprobs(
+        hidden_NH, head.weight, target_N, bias_V=bias_V, low_rank=low_rank, temperature=temperature,
+        entropy_grad=entropy_grad, chunk_bytes=chunk_bytes,
+    )  # fmt: skip
 
-    def piece(hidden_nH: torch.Tensor, target_n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_nV = _at_least_float32(head(hidden_nH))
-        if bias_V is not None:
-            logits_nV = logits_nV + bias_V
-        logp_nV = torch.log_softmax(logits_nV / temperature, dim=-1)
-        entropy_n = -(logp_nV.exp() * logp_nV).sum(-1)
-        logp_n = logp_nV.gather(-1, target_n[:, None]).squeeze(-1)
-        return logp_n, entropy_n if entropy_grad else entropy_n.detach()
 
-    rows = max(1, budget // (4 * vocabulary))
-    pieces = [
-        checkpoint(piece, hidden_nH, target_n, use_reentrant=False)
-        for hidden_nH, target_n in zip(hidden_NH.split(rows), target_N.split(rows), strict=True)
-    ]
-    return torch.cat([logp for logp, _ in pieces]), torch.cat([entropy for _, entropy in pieces])
+def _low_rank(head: Any, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """What PEFT's LoRA layer would add to the logits, as two factors."""
+    if head.disable_adapters or not head.active_adapters:
+        return None
+    low_NR, high_VR = [], []
+    for name in head.active_adapters:
+        down = head.lora_A[name]
+        dropped_NH = head.lora_dropout[name](hidden_NH.to(down.weight.dtype))
+        low_NR.append(head.scaling[name] * down(dropped_NH))
+        high_VR.append(_whole(head.lora_B[name].weight))
+    return torch.cat(low_NR, -1), torch.cat(high_VR, -1)
 
 
 class _TokenLogprobs(torch.autograd.Function):
+    """`factors`: left [N,·] and right [V,·] in turn; the logits are the sum of their products."""
+
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        hidden_NH: torch.Tensor,
-        weight_VH: torch.Tensor,
-        bias_V: torch.Tensor | None,
         target_N: torch.Tensor,
+        bias_V: torch.Tensor | None,
         scale: float,
         entropy_grad: bool,
         dtype: torch.dtype,
         chunk_bytes: int,
+        *factors: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_NH, weight_VH = factors[:2]
         wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
         positions = len(hidden_NH)
         # Running maximum, Σ e^x, Σ x e^x (both relative to that maximum) and the target's logit.
         max_N = hidden_NH.new_full((positions,), -1e30, dtype=wide)
         sum_N, moment_N, picked_N = hidden_NH.new_zeros(3, positions, dtype=wide)
-        query_NH = hidden_NH.to(dtype)
+        left = [each.to(dtype) for each in factors[::2]]
         with torch.autocast(hidden_NH.device.type, enabled=False):
             for v in _blocks(len(weight_VH), positions, chunk_bytes // wide.itemsize):
-                logits_Nv = _logits(query_NH, weight_VH[v].to(dtype), bias_V, v, scale)
+                right = [each[v].to(dtype) for each in factors[1::2]]
+                logits_Nv = _logits(left, right, bias_V, v, scale)
                 column_N, inside_N = _column(target_N, v)
                 picked_N += inside_N * logits_Nv.gather(-1, column_N[:, None]).squeeze(-1)
                 new_max_N = torch.maximum(max_N, logits_Nv.amax(-1))
@@ -134,7 +139,7 @@ class _TokenLogprobs(torch.autograd.Function):
         log_sum_N = sum_N.log()
         norm_N = max_N + log_sum_N
         logp_N, entropy_N = picked_N - norm_N, log_sum_N - moment_N / sum_N
-        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, target_N, norm_N, entropy_N)
+        ctx.save_for_backward(target_N, bias_V, norm_N, entropy_N, *factors)
         ctx.scale, ctx.dtype, ctx.chunk_bytes = scale, dtype, chunk_bytes
         ctx.entropy_grad = entropy_grad
         ctx.set_materialize_grads(False)
@@ -146,22 +151,29 @@ class _TokenLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         grad_logp_N, grad_entropy_N = grads
-        hidden_NH, weight_VH, bias_V, target_N, norm_N, entropy_N = ctx.saved_tensors
+        target_N, bias_V, norm_N, entropy_N, *factors = ctx.saved_tensors
         if grad_logp_N is None and grad_entropy_N is None:
-            return (None,) * 8
+            return (None,) * (6 + len(factors))
         if grad_logp_N is None:
             grad_logp_N = torch.zeros_like(norm_N)
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         wide, dtype = norm_N.dtype, ctx.dtype
-        grad_hidden_NH = torch.zeros_like(hidden_NH, dtype=wide) if wants_hidden else None
-        grad_weight_VH = torch.empty_like(weight_VH) if wants_weight else None
-        grad_bias_V = torch.empty_like(bias_V) if wants_bias else None
-        query_NH = hidden_NH.to(dtype)
+        wanted = ctx.needs_input_grad[6:]
+        left, right = factors[::2], factors[1::2]
+        grad_left = [
+            torch.zeros_like(each, dtype=wide) if wants else None
+            for each, wants in zip(left, wanted[::2], strict=True)
+        ]
+        grad_right = [
+            torch.empty_like(each) if wants else None
+            for each, wants in zip(right, wanted[1::2], strict=True)
+        ]
+        grad_bias_V = torch.empty_like(bias_V) if ctx.needs_input_grad[1] else None
+        query = [each.to(dtype) for each in left]
         room = ctx.chunk_bytes // wide.itemsize
-        with torch.autocast(hidden_NH.device.type, enabled=False):
-            for v in _blocks(len(weight_VH), len(hidden_NH), room):
-                weight_vH = weight_VH[v].to(dtype)
-                grad_Nv = _logits(query_NH, weight_vH, bias_V, v, ctx.scale)
+        with torch.autocast(norm_N.device.type, enabled=False):
+            for v in _blocks(len(right[0]), len(norm_N), room):
+                key = [each[v].to(dtype) for each in right]
+                grad_Nv = _logits(query, key, bias_V, v, ctx.scale)
                 grad_Nv -= norm_N[:, None]
                 # d logp_target / d logit_v = [v = target] − p_v
                 # d entropy / d logit_v = −p_v (log p_v + entropy)
@@ -178,17 +190,19 @@ class _TokenLogprobs(torch.autograd.Function):
                 if grad_bias_V is not None:
                     grad_bias_V[v] = grad_Nv.sum(0)
                 grad_Nv = grad_Nv.to(dtype)
-                if grad_hidden_NH is not None and dtype == wide:
-                    grad_hidden_NH.addmm_(grad_Nv, weight_vH)
-                elif grad_hidden_NH is not None:
-                    grad_hidden_NH += _matmul(grad_Nv, weight_vH)
-                if grad_weight_VH is not None and dtype == grad_weight_VH.dtype == wide:
-                    torch.mm(grad_Nv.T, query_NH, out=grad_weight_VH[v])
-                elif grad_weight_VH is not None:
-                    grad_weight_VH[v] = _matmul(grad_Nv.T, query_NH)
-        if grad_hidden_NH is not None:
-            grad_hidden_NH = grad_hidden_NH.to(hidden_NH.dtype)
-        return grad_hidden_NH, grad_weight_VH, grad_bias_V, None, None, None, None, None
+                for index, (grad_l, grad_r) in enumerate(zip(grad_left, grad_right, strict=True)):
+                    if grad_l is not None and dtype == wide:
+                        grad_l.addmm_(grad_Nv, key[index])
+                    elif grad_l is not None:
+                        grad_l += _matmul(grad_Nv, key[index])
+                    if grad_r is not None and dtype == grad_r.dtype == wide:
+                        torch.mm(grad_Nv.T, query[index], out=grad_r[v])
+                    elif grad_r is not None:
+                        grad_r[v] = _matmul(grad_Nv.T, query[index])
+        in_turn: list[torch.Tensor | None] = []
+        for each, grad_l, grad_r in zip(left, grad_left, grad_right, strict=True):
+            in_turn += [None if grad_l is None else grad_l.to(each.dtype), grad_r]
+        return None, grad_bias_V, None, None, None, None, *in_turn
 
 
 def _blocks(vocabulary: int, positions: int, room: int) -> list[slice]:
@@ -205,13 +219,15 @@ def _column(target_N: torch.Tensor, v: slice) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _logits(
-    hidden_NH: torch.Tensor,
-    weight_vH: torch.Tensor,
+    left: list[torch.Tensor],
+    right: list[torch.Tensor],
     bias_V: torch.Tensor | None,
     v: slice,
     scale: float,
 ) -> torch.Tensor:
-    logits_Nv = _matmul(hidden_NH, weight_vH.T)
+    logits_Nv = _matmul(left[0], right[0].T)
+    for more, weight in zip(left[1:], right[1:], strict=True):
+        logits_Nv += _matmul(more, weight.T)
     if bias_V is not None:
         logits_Nv += bias_V[v]
     if scale != 1:
@@ -228,25 +244,26 @@ def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype.itemsize < 4 else x
-
-
 def _whole(x: Any) -> Any:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def _check(
-    hidden_NH: torch.Tensor,
-    weight_shape: tuple[int, ...] | torch.Size,
-    target_N: torch.Tensor,
-    temperature: float,
+    factors: list[tuple[torch.Tensor, torch.Tensor]], target_N: torch.Tensor, temperature: float
 ) -> None:
-    if hidden_NH.dim() != 2 or hidden_NH.shape[1] != weight_shape[1]:
+    (hidden_NH, weight_VH), *more = factors
+    if hidden_NH.dim() != 2 or hidden_NH.shape[1:] != weight_VH.shape[1:]:
         raise ValueError(
-            f"hidden has shape {tuple(hidden_NH.shape)}, the head {tuple(weight_shape)}; "
+            f"hidden has shape {tuple(hidden_NH.shape)}, the head {tuple(weight_VH.shape)}; "
             "expected [N, H] and [V, H]"
         )
+    for low_NR, high_VR in more:
+        wanted = ((len(hidden_NH), high_VR.shape[-1]), (len(weight_VH), low_NR.shape[-1]))
+        if (low_NR.shape, high_VR.shape) != wanted:
+            raise ValueError(
+                f"low_rank has shapes {tuple(low_NR.shape)} and {tuple(high_VR.shape)}; expected "
+                f"[{len(hidden_NH)}, R] and [{len(weight_VH)}, R]"
+            )
     if target_N.shape != hidden_NH.shape[:1]:
         raise ValueError(f"{len(hidden_NH)} hidden states, but targets {tuple(target_N.shape)}")
     if temperature <= 0:
@@ -254,5 +271,5 @@ def _check(
     # Reading the targets back would make a GPU wait; there the kernel's own assertion stops it.
     if target_N.device.type == "cpu" and target_N.numel():
         low, high = int(target_N.min()), int(target_N.max())
-        if low < 0 or high >= weight_shape[0]:
-            raise ValueError(f"targets {low}..{high} outside the vocabulary of {weight_shape[0]}")
+        if low < 0 or high >= len(weight_VH):
+            raise ValueError(f"targets {low}..{high} outside the vocabulary of {len(weight_VH)}")

@@ -48,7 +48,9 @@ def adapter_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
         raise ValueError("the policy has no LoRA adapter")
     from peft import get_peft_model_state_dict
 
-    for name, tensor in get_peft_model_state_dict(policy.model).items():
+    # PEFT would add the weights under an adapted head.
+    adapter = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+    for name, tensor in adapter.items():
         yield name, whole(tensor.detach())
 
 

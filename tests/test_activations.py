@@ -95,7 +95,7 @@ def test_a_frozen_norm_does_not_keep_its_result():
     model, x = make()
     learning = kept_bytes(model, x, activations._pack)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("weight" != name.split(".")[1])
+        parameter.requires_grad_(name.split(".")[1] != "weight")
     assert kept_bytes(model, x, activations._pack) <= learning
 
 

@@ -133,6 +133,24 @@ def test_untied_head(path, tmp_path, untied):
     assert close(logits(fresh, path), logits(made.hf, path))
 
 
+@BOTH
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_lora_on_the_vocabulary_head(path, tied, tmp_path, untied):
+    """Merged into a head of its own, the embeddings being another thing from then on."""
+    folder = Path(path) if tied else untied(path)
+    made = policy(str(folder), lora=LoraSection(rank=4, parts=("language", "head")))
+    randomise_lora(made)
+    save_adapter(tmp_path / "adapter", dict(adapter_weights(made)), adapter_config(made))
+    assert {name.split(".")[-2] for name in stored_names(tmp_path / "adapter")} == {
+        "lora_A", "lora_B"
+    }  # fmt: skip
+    export(tmp_path / "adapter", tmp_path / "out", "float32")
+    fresh = CLASSES[path].from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert not torch.equal(fresh.lm_head.weight, fresh.get_input_embeddings().weight)
+    assert close(logits(fresh, path), logits(made.hf, path))
+    assert close(logits(policy(str(tmp_path / "out")).hf, path), logits(made.hf, path))
+
+
 def test_frozen_bfloat16_weights_are_merged_in_float32():
     made = policy(TEXT, dtype="bfloat16", lora=LoraSection(rank=4))
     randomise_lora(made)

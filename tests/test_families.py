@@ -1,5 +1,6 @@
 """Each model family with random weights: both ways of the update, rollout, parts, refusals."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from transformers import AutoConfig, AutoTokenizer
 
 from mm_agrae.batching import Row, micro_batch
 from mm_agrae.config import LoraSection, ModelSection, PromptSection
-from mm_agrae.errors import ModelError
+from mm_agrae.errors import ConfigError, ModelError
 from mm_agrae.policy import Policy
 from mm_agrae.processing import Processing
 from mm_agrae.rollout.hf import HFEngine
+from mm_agrae.rollout.vllm_common import check_adapters
 from mm_agrae.types import Completion, Example
 
 SMALL = {
@@ -454,14 +456,61 @@ def test_adapters_that_cannot_be_used(adapter, changes, expected):
     assert "adapter" in str(error.value)
 
 
-def test_an_adapter_on_the_vocabulary_head(checkpoint, tmp_path):
+HEAD = LoraSection(rank=4, parts=("language", "head"))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "llama", "qwen2", "gemma3_text"])
+def test_lora_on_the_vocabulary_head(checkpoint, family):
+    """Of its own, or (Qwen2, Gemma) tied to the embeddings, which stay as they are."""
+    processing, policy = build(checkpoint(family), "on", lora=HEAD)
+    _, repeated = build(checkpoint(family), "off", lora=HEAD)
+    for each in (policy, repeated):
+        torch.manual_seed(1)
+        for name, parameter in each.model.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(std=0.1)
+    batch = batch_for(processing, policy)
+    found = gradients(policy, batch)
+    assert sum("lm_head" in name for name in found[1]) == 2
+    require_equal(found, gradients(repeated, batch))
+    # By logits as PEFT computes them, and with the adapter set aside.
+    repeated.eval()
+    for logp_BT, aside in (
+        (policy.eval()(batch)[0], contextlib.nullcontext()),
+        (policy.reference_logprobs(batch), repeated.model.disable_adapter()),
+    ):
+        with torch.no_grad(), aside:
+            hidden_NH, row_N, column_N = repeated._repeated(batch)
+            logits_NV = repeated.logits(hidden_NH)
+        target_N1 = batch.token_BT[row_N, column_N][:, None]
+        expected_N = torch.log_softmax(logits_NV, -1).gather(1, target_N1)[:, 0]
+        assert (logp_BT[row_N, column_N] - expected_N).abs().max() < 1e-4
+
+
+def test_vllm_has_one_weight_for_a_tied_head(checkpoint):
+    _, tied = build(checkpoint("qwen2"), lora=HEAD)
+    _, own = build(checkpoint("llama"), lora=HEAD)
+    with pytest.raises(ConfigError, match="vLLM holds one weight for both"):
+        check_adapters(tied, "merged")
+    check_adapters(own, "merged")
+    with pytest.raises(ConfigError, match="adapts head too; use sync=merged"):
+        check_adapters(own, "adapter")
+
+
+def test_an_adapter_of_pefts_own_on_the_vocabulary_head(checkpoint, tmp_path):
     from peft import LoraConfig, get_peft_model
 
     hf = transformers.AutoModelForCausalLM.from_pretrained(checkpoint("llama"))
-    made = get_peft_model(hf, LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    config = LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    made = get_peft_model(hf, config)
     made.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="adapts the vocabulary head"):
-        build(str(tmp_path))
+    processing, policy = build(str(tmp_path))
+    batch = batch_for(processing, policy)
+    ids = torch.cat([batch.prompts[-1].token_ids, torch.arange(5)])[None]
+    expected = made.eval()(ids).logits
+    policy.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(policy.hf(ids).logits, expected)
 
 
 def test_a_run_folder_names_its_checkpoints(tmp_path):

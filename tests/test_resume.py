@@ -70,7 +70,9 @@ def copied(whole, run_dir, steps):
 
 
 @pytest.mark.parametrize(
-    ("path", "model"), [(VL, LORA), (TEXT, {}), (TEXT, LORA)], ids=["vl-lora", "text", "text-lora"]
+    ("path", "model"),
+    [(VL, LORA), (TEXT, {}), (TEXT, {"lora": {"rank": 4, "parts": ["language", "head"]}})],
+    ids=["vl-lora", "text", "text-lora-head"],
 )
 def test_resumed_equals_uninterrupted(tmp_path, path, model):
     whole = train(tmp_path / "whole", path, model=model)

@@ -25,11 +25,12 @@ import torch
 
 from mm_agrae.config import RolloutSection, SamplingSection
 from mm_agrae.errors import ConfigError, DataError, EngineError
-from mm_agrae.policy import Policy, parts
+from mm_agrae.policy import Policy
 from mm_agrae.processing import Processing, model_and_adapter
 from mm_agrae.rollout import Sync
 from mm_agrae.rollout.vllm_common import (
     check,
+    check_adapters,
     collapse_image_tokens,
     completion,
     load_weights_in_worker,
@@ -180,18 +181,7 @@ class VllmEngine:
                 f"{self._processes} process(es): the engine lives in them; start more, or use "
                 "rollout.engine=vllm_server"
             )
-        if not self._adapter:
-            return
-        if not hasattr(policy.model, "peft_config"):
-            raise ConfigError("rollout.vllm.sync=adapter needs model.lora; use sync=merged")
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        vision = parts(policy.hf).get("vision")
-        if vision is not None and any(isinstance(m, BaseTunerLayer) for m in vision.modules()):
-            raise ConfigError(
-                "rollout.vllm.sync=adapter reaches language layers alone, but model.lora.parts "
-                "adapts the vision tower or merger too; use sync=merged"
-            )
+        check_adapters(policy, self.settings.sync)
 
     def _start(self, batch_completions: int) -> Any:
         set_environment(on_gpu=torch.cuda.is_available())

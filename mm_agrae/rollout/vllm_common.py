@@ -13,7 +13,7 @@ import torch
 
 from mm_agrae.config import SamplingSection
 from mm_agrae.errors import ConfigError, DataError, EngineError
-from mm_agrae.policy import EXCLUDED
+from mm_agrae.policy import EXCLUDED, Policy, parts
 from mm_agrae.processing import Processing
 from mm_agrae.rollout import derive_seed
 from mm_agrae.types import Completion, Prompt
@@ -40,6 +40,32 @@ def check(prompt: Prompt, max_tokens: int, processing: Processing, max_new_token
     if prompt.images and not processing.is_multimodal:
         raise DataError(f"{where}: has an image, but the model {processing.path!r} is text-only")
     image_runs(prompt, processing)
+
+
+def check_adapters(policy: Policy, sync: str) -> None:
+    """Raise ConfigError for LoRA that vLLM cannot take over as `rollout.vllm.sync` says."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not hasattr(policy.model, "peft_config"):
+        if sync == "adapter":
+            raise ConfigError("rollout.vllm.sync=adapter needs model.lora; use sync=merged")
+        return
+    adapted = {
+        name
+        for name, part in parts(policy.hf).items()
+        if any(isinstance(module, BaseTunerLayer) for module in part.modules())
+    }
+    if sync == "adapter" and adapted - {"language"}:
+        raise ConfigError(
+            "rollout.vllm.sync=adapter reaches language layers alone, but model.lora.parts "
+            f"adapts {', '.join(sorted(adapted - {'language'}))} too; use sync=merged"
+        )
+    if "head" in adapted and policy.hf.all_tied_weights_keys:
+        raise ConfigError(
+            "model.lora.parts adapts the vocabulary head, which this model has in common with its "
+            "embeddings, and vLLM holds one weight for both; leave head out, or use "
+            "rollout.engine=hf"
+        )
 
 
 def image_runs(prompt: Prompt, processing: Processing) -> list[range]:

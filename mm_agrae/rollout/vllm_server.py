@@ -35,8 +35,8 @@ import torch
 
 from mm_agrae import weights
 from mm_agrae.config import RolloutSection, SamplingSection
-from mm_agrae.errors import ConfigError, DataError, EngineError
-from mm_agrae.policy import Policy, parts
+from mm_agrae.errors import DataError, EngineError
+from mm_agrae.policy import Policy
 from mm_agrae.processing import Processing, model_and_adapter
 from mm_agrae.rollout import Sync
 from mm_agrae.rollout import vllm_common as common
@@ -120,8 +120,7 @@ class VllmServerEngine:
         # With overlap the weights may be changing while completions are sampled.
         self._may_sync_again = not rollout.overlap and not _distributed()
         self._by_adapter = self.settings.sync == "adapter"
-        if self._by_adapter:
-            _require_plain_adapter(policy)
+        common.check_adapters(policy, self.settings.sync)
         self._key = os.environ.get(KEY_VARIABLE, "")
         self._run, self._tag = uuid.uuid4().hex[:12], ""
         self._senders: dict[_Server, Any] = {}
@@ -623,20 +622,6 @@ def _at_once(servers: Iterable[_Server], function: Callable[[_Server], Any]) -> 
     servers = list(servers)
     with ThreadPoolExecutor(max(1, len(servers))) as pool:
         return dict(zip(servers, pool.map(function, servers), strict=True))
-
-
-def _require_plain_adapter(policy: Policy) -> None:
-    """Raises ConfigError if the policy has no LoRA, or some that vLLM does not take alone."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    if not hasattr(policy.model, "peft_config"):
-        raise ConfigError("rollout.vllm.sync=adapter needs model.lora; use sync=merged")
-    vision = parts(policy.hf).get("vision")
-    if vision is not None and any(isinstance(m, BaseTunerLayer) for m in vision.modules()):
-        raise ConfigError(
-            "rollout.vllm.sync=adapter reaches language layers alone, but model.lora.parts adapts "
-            "the vision tower or merger too; use sync=merged"
-        )
 
 
 def _said(response: requests.Response) -> str:

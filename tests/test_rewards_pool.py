@@ -331,6 +331,24 @@ def test_a_worker_killed_while_idle_is_replaced():
         assert pool.call(max, (3, 5), LIMIT_S) == 5
 
 
+SIGNALLED = """
+import gc, os, signal, threading, time
+from mm_agrae.rewards.pool import WorkerPool
+signal.signal(signal.SIGTERM, lambda *_: print("asked to end", flush=True))
+with WorkerPool(1, 256, gc.collect) as pool:
+    pool.call(max, (3, 5), 1.0)
+    threading.Timer(0.5, os.killpg, (0, signal.SIGTERM)).start()
+    print(pool.call(exec, ("import time; time.sleep(1.5)",), 5.0), flush=True)
+"""
+
+
+def test_a_signal_to_the_whole_group_costs_no_answer():
+    result = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, start_new_session=True
+    )
+    assert result.stdout.splitlines() == ["asked to end", "None"], result.stderr
+
+
 ORPHAN = """
 import sys, time
 from mm_agrae.rewards.pool import WorkerPool

@@ -184,6 +184,10 @@ def describe(error: BaseException) -> str:
 
 
 def _initialise(memory_limit_mb: int, prepare: Callable[..., None], args: tuple[Any, ...]) -> None:
+    # Ctrl-C and a scheduler's SIGTERM go to the whole process group, and the trainer finishes its
+    # step: no answer of that step may be lost. Workers end with their parent in any case.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
     # pebble's handler waits for the interpreter, which a call may be holding.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     prepare(*args)

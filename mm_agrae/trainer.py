@@ -610,7 +610,7 @@ class Trainer:
         if resume == "auto":
             return own
         # The same command, given again, goes on with what it has made so far.
-        if own and configs.load(own[0] / checkpoint.CONFIG_FILE).resume == resume:
+        if next(filter(None, map(_resume_of, own)), None) == resume:
             return own
         start = Path(resume).resolve()
         if not (start / checkpoint.STATE_FILE).is_file():
@@ -750,6 +750,14 @@ class Trainer:
     def _gather(self, place: str, items: list[Any]) -> list[Any]:
         """Items of all processes, in the order of processes. `place` is for who waits in vain."""
         return self.processes.gather(items, place)
+
+
+def _resume_of(folder: Path) -> str | None:
+    """The setting `resume` of a checkpoint's run; None if it cannot be read any more."""
+    try:
+        return configs.load(folder / checkpoint.CONFIG_FILE).resume
+    except ConfigError:
+        return None
 
 
 def _step_of(name: str) -> int:

@@ -98,6 +98,10 @@ def test_a_named_checkpoint(tmp_path, whole):
     # The same command once more goes on with what it has made, also when its start is gone.
     shutil.rmtree(start)
     assert Trainer(config, Reporter(enabled=False)).steps_done == 4
+    made = tmp_path / "other" / "checkpoints" / "step_000004"
+    broken = shutil.copytree(made, made.with_name("step_000005"))
+    (broken / checkpoint.CONFIG_FILE).write_text("}")
+    assert Trainer(config, Reporter(enabled=False)).steps_done == 4
     gone = config.model_copy(update={"run_dir": str(tmp_path / "third")})
     with pytest.raises(ConfigError, match=r"resume: .*step_000003 is not a checkpoint"):
         Trainer(gone, Reporter(enabled=False))

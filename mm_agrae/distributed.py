@@ -1,7 +1,8 @@
 """The other processes: starting up beside them, waiting for them, and naming who does not come.
 
-accelerate says how many there are and how the model is spread: a copy for each (DDP), or a slice
-(FSDP2). This and `sharding` are the only files that talk to other processes.
+accelerate says how many there are and in which form each holds the model: a copy (DDP), or a slice
+(FSDP2, or DeepSpeed's ZeRO-3). This, `sharding` and `zero` are the only files that talk to other
+processes.
 
 Before every exchange of the trainer all processes meet (`Processes.wait`), through the store that
 torch.distributed keeps. There they can be counted, which a collective call cannot do: it hangs if
@@ -38,9 +39,11 @@ from accelerate.utils import (
     gather_object,
 )
 
+from mm_agrae import zero
 from mm_agrae.config import Config
 from mm_agrae.errors import ConfigError, ProcessError
 from mm_agrae.policy import Policy
+from mm_agrae.sharding import reshard, shard
 
 BEAT_S = 1.0
 LOST_AFTER_S = 45.0
@@ -53,7 +56,8 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 def start(config: Config) -> PartialState:
     """Join the other processes, if there are any."""
-    return PartialState(cpu=config.model.device == "cpu", timeout=_limit(config))
+    with zero.unseen_by_accelerate():
+        return PartialState(cpu=config.model.device == "cpu", timeout=_limit(config))
 
 
 def _limit(config: Config) -> timedelta:
@@ -85,18 +89,19 @@ class Processes:
     def __init__(self, config: Config):
         _refuse_what_is_not_supported()
         self.timeout_s = 60 * config.train.timeout_minutes
-        self.accelerator = Accelerator(
-            cpu=config.model.device == "cpu",
-            kwargs_handlers=[
-                # Gradients live in DDP's buckets, of which there would else be a second copy.
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=_limit(config)),
-            ],
-        )
+        with zero.unseen_by_accelerate():
+            self.accelerator = Accelerator(
+                cpu=config.model.device == "cpu",
+                kwargs_handlers=[
+                    # Gradients live in DDP's buckets, of which there would else be a second copy.
+                    DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                    InitProcessGroupKwargs(timeout=_limit(config)),
+                ],
+            )
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.is_main = self.accelerator.is_main_process
         self.device = self.accelerator.device
-        self._fsdp = _fsdp_settings() if self.world > 1 else None
+        self.form = _form(self.accelerator)
         if self.world > config.rollout.prompts_per_step:
             raise ConfigError(
                 f"rollout.prompts_per_step = {config.rollout.prompts_per_step} is less than the "
@@ -107,14 +112,9 @@ class Processes:
     # ------------------------------------------------------------------ the model
 
     @property
-    def shards(self) -> bool:
-        """Whether the model's weights are spread over the processes (FSDP2)."""
-        return self._fsdp is not None
-
-    @property
     def loading_device(self) -> torch.device:
         """Where the model is loaded to: a whole one may not fit on the device."""
-        return torch.device("cpu") if self.shards else self.device
+        return torch.device("cpu") if self.form.sharded else self.device
 
     def shard(self, policy: Policy) -> None:
         """Spread the weights, if that is asked for; before the optimiser is made."""
@@ -122,32 +122,23 @@ class Processes:
             return
         policy.meet = functools.partial(self.wait, "gathering weights")
         policy.vision_always = policy.vision_learns
-        if self._fsdp is not None:
-            policy.shard(self.device, bool(self._fsdp.reshard_after_forward))
+        self.form.shard(policy)
 
     def prepare(self, policy: Policy, optimizer: Any) -> tuple[Any, Any]:
         """The module whose backward pass sums gradients over all processes; the optimiser."""
-        if self.shards:
-            return policy, optimizer
-        if self.world == 1:  # torchrun starts one process as if it were several
-            return policy, self.accelerator.prepare(optimizer)
-        return self.accelerator.prepare(policy, optimizer)
+        return self.form.prepare(policy, optimizer)
 
     def micro_batch(self, module: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward pass: gradients are summed over processes in the `last`.
-
-        Shards are summed every time: whole gradients, kept until the last one, would not fit.
-        """
-        return contextlib.nullcontext() if last or self.shards else self.accelerator.no_sync(module)
+        """Around forward and backward pass; the `last` one before the optimiser steps."""
+        return self.form.micro_batch(module, last)
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradient of a loss whose denominator counts all processes."""
-        self.accelerator.backward(loss * self.world)  # DDP and FSDP take the mean over them
+        self.form.backward(loss)
 
     def clip(self, parameters: list[torch.nn.Parameter], most: float) -> float:
         """Cut the gradient to a norm of `most`; returns the norm it had, over all processes."""
-        norm = self.accelerator.clip_grad_norm_(parameters, most)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return self.form.clip(parameters, most)
 
     # ------------------------------------------------------------------ the others
 
@@ -192,6 +183,75 @@ class Processes:
             self._watch.close()
 
 
+class _Copies:
+    """The form in which each process holds a copy of the model (DDP), or is alone.
+
+    The methods of a form are those of `Processes` of the same name.
+    """
+
+    sharded = False
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+
+    def shard(self, policy: Policy) -> None:
+        pass
+
+    def prepare(self, policy: Policy, optimizer: Any) -> tuple[Any, Any]:
+        if self.accelerator.num_processes == 1:  # torchrun starts one as if it were several
+            return policy, self.accelerator.prepare(optimizer)
+        return self.accelerator.prepare(policy, optimizer)
+
+    def micro_batch(self, module: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(module)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # DDP and FSDP take the mean over processes.
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+
+    def clip(self, parameters: list[torch.nn.Parameter], most: float) -> float:
+        norm = self.accelerator.clip_grad_norm_(parameters, most)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+
+class _Fsdp2(_Copies):
+    """The form in which each process holds a slice of every weight, gradient and moment."""
+
+    sharded = True
+
+    def shard(self, policy: Policy) -> None:
+        spread = functools.partial(
+            shard,
+            device=self.accelerator.device,
+            reshard_after_forward=bool(_fsdp_settings().reshard_after_forward),
+        )
+        policy.shard(spread)
+        policy.release = functools.partial(reshard, policy)
+
+    def prepare(self, policy: Policy, optimizer: Any) -> tuple[Any, Any]:
+        return policy, optimizer
+
+    def micro_batch(self, module: Any, last: bool) -> contextlib.AbstractContextManager[Any]:
+        # Shards are summed every time: whole gradients, kept until the last one, would not fit.
+        return contextlib.nullcontext()
+
+
+def _form(accelerator: Accelerator) -> _Copies | zero.Zero3:
+    """The form that accelerate's launcher asks for. Raises ConfigError if it cannot be served."""
+    if zero.asked_for():
+        stage = zero.settings()
+        if accelerator.num_processes > 1:
+            return zero.Zero3(stage, accelerator.device)
+        if offloaded := [key for key in stage if key.startswith("offload")]:
+            raise ConfigError(
+                f"the DeepSpeed config sets {', '.join(offloaded)}, and there is one process, "
+                "which is trained without DeepSpeed; start two or more, or use model.lora"
+            )
+    elif accelerator.num_processes > 1 and _set("ACCELERATE_USE_FSDP"):
+        return _Fsdp2(accelerator)
+    return _Copies(accelerator)
+
+
 def _of_communication(error: RuntimeError) -> bool:
     words = ("gloo", "nccl", "connection", "timed out", "timeout")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
@@ -203,11 +263,6 @@ def _set(variable: str) -> bool:
 
 def _refuse_what_is_not_supported() -> None:
     """Raise ConfigError for settings of accelerate's launcher, which come by the environment."""
-    if _set("ACCELERATE_USE_DEEPSPEED"):
-        raise ConfigError(
-            "the accelerate config asks for DeepSpeed, which is not supported; "
-            "configs/accelerate/fsdp2.yaml spreads weights, gradients and moments like ZeRO-3"
-        )
     if not _set("ACCELERATE_USE_FSDP"):
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
@@ -221,10 +276,8 @@ def _refuse_what_is_not_supported() -> None:
         )
 
 
-def _fsdp_settings() -> FullyShardedDataParallelPlugin | None:
+def _fsdp_settings() -> FullyShardedDataParallelPlugin:
     """What accelerate's launcher was told about FSDP; accelerate itself ignores it on a CPU."""
-    if not _set("ACCELERATE_USE_FSDP"):
-        return None
     plugin = FullyShardedDataParallelPlugin()
     # All processes read the weights: they compare the model's forms with each other.
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"

@@ -79,10 +79,13 @@ class Policy(nn.Module):
         self._in_twin = self.vision_always = False
         self.meet: Callable[[], None] = lambda: None
         """Called before weights are gathered, to make sure that all processes take part."""
+        self.release: Callable[[], None] = lambda: None
+        """Drops what a sharded policy's forward passes have left gathered."""
         self.to(device)
         head = self.hf.get_output_embeddings()
         self._vision_is_frozen = _vision_is_frozen(self.hf)
         self._takes_features = _takes_features(self.hf)
+        self._patch = _patch_size(self.hf) if self.vision_learns else 0
         self.pictures = Pictures(frozen=self._vision_is_frozen)
         self.repeats_because = self._share_prompts(shared_prompt)
         """Why prompts are repeated in the update, in one line; empty if they are shared."""
@@ -120,20 +123,17 @@ class Policy(nn.Module):
     def is_sharded(self) -> bool:
         return self._twin is not None
 
-    def shard(self, device: torch.device, reshard_after_forward: bool = True) -> None:
-        """Spread the parameters over all processes by FSDP2 and move them to `device`.
+    def shard(self, spread: Callable[..., None]) -> None:
+        """Spread the parameters over all processes by `spread(policy, layers, whole)`.
 
-        A unit is a layer, of the text model or of the vision tower; embeddings, vocabulary head
-        and the rest are one more. Only `forward` may be called from then on, by all processes
-        alike; everything else belongs inside `gathered`.
+        `layers` are names of classes: of the text model's layers, and the vision tower's. `whole`
+        are parts that every process keeps whole: a frozen vision tower, which runs once a prompt,
+        not the same number of times everywhere. Only `forward` may be called from then on, by
+        all processes alike; everything else belongs inside `gathered`.
         """
         self._twin = sharding.Twin(self.model)
-        # A frozen vision tower runs once a prompt, which is not the same number everywhere.
         frozen = [parts(self.hf)["vision"]] if self._vision_is_frozen else []
-        layers = getattr(self.hf, "_no_split_modules", None) or ()
-        sharding.shard(
-            self, layers, device=device, whole=frozen, reshard_after_forward=reshard_after_forward
-        )
+        spread(self, getattr(self.hf, "_no_split_modules", None) or (), frozen)
 
     @contextlib.contextmanager
     def gathered(self, *, saving: bool = False, keep: bool = True) -> Iterator[None]:
@@ -147,7 +147,7 @@ class Policy(nn.Module):
             yield
             return
         self.meet()
-        sharding.reshard(self)
+        self.release()
         self._twin.fill(
             self.model,
             device="cpu" if saving else None,
@@ -194,17 +194,16 @@ class Policy(nn.Module):
 
     def _learning(self) -> dict[str, torch.Tensor]:
         """Copies of the parameters that learn, in shards if they are sharded."""
-        sharding.reshard(self)
+        self.release()
         named = self.model.named_parameters()
-        return {name: p.detach().clone() for name, p in named if p.requires_grad}
+        return {name: sharding.kept(p) for name, p in named if p.requires_grad}
 
-    @torch.no_grad()
     def _put(self, values: dict[str, torch.Tensor]) -> None:
         """Set parameters by name, from shards or from whole tensors."""
-        sharding.reshard(self)
+        self.release()
         for name, parameter in self.model.named_parameters():
             if name in values:
-                parameter.copy_(sharding.spread_like(values[name], parameter))
+                sharding.put(parameter, values[name])
 
     def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probability and entropy (nats, float32) of each completion token: two [B,T].
@@ -323,10 +322,8 @@ class Policy(nn.Module):
             hook.remove()
 
     def _nothing_seen(self) -> torch.Tensor:
-        tower: Any = parts(self.hf)["vision"]
         size = self.hf.config.vision_config.spatial_merge_size
-        patch = next(p.shape[1:].numel() for p in tower.patch_embed.parameters() if p.dim() > 1)
-        blank = torch.zeros(size * size, patch, device=self.device)
+        blank = torch.zeros(size * size, self._patch, device=self.device)
         grid_13 = torch.tensor([[1, size, size]], device=self.device)
         seen = self.backbone.get_image_features(blank, grid_13, return_dict=True)
         return sum(0 * tensor.float().sum() for tensor in _tensors(dict(seen)))  # type: ignore[return-value]
@@ -476,6 +473,12 @@ def _takes_features(model: Any) -> bool:
     if visual is None or hasattr(visual, "deepstack_merger_list"):
         return False
     return "mm_encoder_outputs" in inspect.signature(model.base_model.forward).parameters
+
+
+def _patch_size(model: Any) -> int:
+    """Numbers that the vision tower takes for one patch of a picture."""
+    tower: Any = parts(model)["vision"]
+    return next(p.shape[1:].numel() for p in tower.patch_embed.parameters() if p.dim() > 1)
 
 
 def _load(settings: ModelSection) -> Any:

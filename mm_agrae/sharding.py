@@ -1,10 +1,13 @@
-"""Weights spread over processes by FSDP2, and put together again where whole ones are needed.
+"""Weights spread over processes, and put together again where whole ones are needed.
 
-Each process keeps a slice of every parameter, its gradient and its optimiser state. FSDP2 gathers
-one unit (a layer) at a time for the forward and the backward pass, by collective calls that all
-processes must make in the same order. Sampling cannot do that, as processes take different
-numbers of decoding steps, and files want whole tensors: for both a `Twin` of the model is filled
-with gathered weights, used without any communication, and emptied.
+Each process keeps a slice of every parameter, its gradient and its optimiser state. FSDP2 (here)
+or DeepSpeed (`zero`) gathers one unit (a layer) at a time for the forward and the backward pass, by
+collective calls that all processes must make in the same order. Sampling cannot do that, as
+processes take different numbers of decoding steps, and files want whole tensors: for both a `Twin`
+of the model is filled with gathered weights, used without any communication, and emptied.
+
+FSDP2's parameters are DTensors. Those of ZeRO-3 are empty, and this process's part of one, flat
+and padded to the same size everywhere, is its attribute `ds_tensor`; `ds_shape` is the whole's.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ from torch import nn
 def shard(
     module: nn.Module,
     layers: Collection[str],
+    whole: Iterable[nn.Module] = (),
     *,
     device: torch.device,
-    whole: Iterable[nn.Module] = (),
     reshard_after_forward: bool = True,
 ) -> None:
     """Spread the parameters of `module` over all processes, in place, and move it to `device`.
@@ -60,19 +63,56 @@ def reshard(module: nn.Module) -> None:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, its shards gathered if it has any: then a collective call."""
+    return _joined(_own(tensor), tensor)
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process keeps of a tensor. Shares memory with it."""
+    return getattr(tensor, "ds_tensor", tensor).detach()
+
+
+def _joined(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The whole of what is spread as the parameter `like` is; `part` if that is not spread."""
     from torch.distributed.tensor import DTensor
 
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    if isinstance(part, DTensor):
+        return part.full_tensor()
+    if not hasattr(like, "ds_tensor") or part.shape != like.ds_tensor.shape:
+        return part
+    flat = part.new_empty(dist.get_world_size() * part.numel(), device=like.device)
+    dist.all_gather_into_tensor(flat, part.to(like.device))
+    return flat[: like.ds_numel].view(like.ds_shape)  # type: ignore[attr-defined]
 
 
 def spread_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This process's part of a whole tensor that all processes hold, spread as `like` is."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
-    if not isinstance(like, DTensor) or isinstance(value, DTensor):
+    own = _own(like)
+    if hasattr(like, "ds_tensor") and value.shape == like.ds_shape:  # type: ignore[attr-defined]
+        size = own.numel()
+        found = value.flatten()[dist.get_rank() * size :][:size].to(own)
+        return nn.functional.pad(found, (0, size - found.numel()))
+    if not isinstance(own, DTensor) or isinstance(value, DTensor):
         return value
-    value = value.to(like.device)
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    value = value.to(own.device)
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
+
+
+def kept(parameter: nn.Parameter) -> torch.Tensor:
+    """A copy of what this process keeps of a parameter, for `put`."""
+    return _own(parameter).clone()
+
+
+@torch.no_grad()
+def put(parameter: nn.Parameter, value: torch.Tensor) -> None:
+    """Set a parameter, from a shard or a whole tensor, once nothing of it is left gathered."""
+    own, part = _own(parameter), spread_like(value, parameter)
+    own.copy_(part)
+    if hasattr(parameter, "_z3_optimizer"):
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        safe_set_local_fp32_param(parameter, part)  # another copy, if that is in main memory
 
 
 class Twin:
@@ -104,7 +144,7 @@ class Twin:
             if learning_only and not parameter.requires_grad:
                 continue
             if id(parameter) not in made:
-                value = whole(parameter.detach())
+                value = whole(parameter)
                 place = value.device if device is None else device
                 made[id(parameter)] = nn.Parameter(
                     value.to(place if keep else "meta"), parameter.requires_grad
@@ -133,18 +173,18 @@ def whole_state(optimizer: Any, keep: bool = True) -> dict[str, Any]:
 
     The same on any number of processes. One that sets `keep` to False may get tensors left out.
     """
-    from torch.distributed.tensor import DTensor
 
-    def gathered(value: Any) -> Any:
-        if not isinstance(value, DTensor):
+    def gathered(value: Any, like: torch.Tensor) -> Any:
+        tensor = _joined(value, like) if isinstance(value, torch.Tensor) else value
+        if tensor is value:
             return value
-        tensor = value.full_tensor()
         return tensor.cpu() if keep else None
 
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     found = optimizer.state_dict()
     # In new dictionaries: those of the state dict are the optimiser's own.
     state = {
-        index: {name: gathered(value) for name, value in values.items()}
+        index: {name: gathered(value, parameters[index]) for name, value in values.items()}
         for index, values in found["state"].items()
     }
     return {**found, "state": state}
@@ -155,7 +195,8 @@ def load_whole_state(optimizer: Any, found: dict[str, Any]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def spread(value: Any, like: torch.Tensor) -> Any:
-        moment = isinstance(value, torch.Tensor) and value.shape == like.shape
+        shape = getattr(like, "ds_shape", like.shape)
+        moment = isinstance(value, torch.Tensor) and value.shape == shape
         return spread_like(value, like) if moment else value
 
     state = {

@@ -326,7 +326,7 @@ class Trainer:
         self, mini: MiniBatch, totals: UpdateTotals, advance: Callable[[int], None]
     ) -> None:
         update = self.config.update
-        # FSDP2 keeps weights for the backward pass of their own forward pass only.
+        # Weights are gathered for the backward pass of their own forward pass only.
         self.policy.pictures.plan(() if self.policy.is_sharded else mini.batches)
         for index, batch in enumerate(mini.batches):
             last = index + 1 == len(mini.batches)

@@ -1,9 +1,9 @@
 """The policy's weights under the names that checkpoints store them by.
 
 Rollout engines and exports want what a Hugging Face checkpoint holds, which is not what a model
-in training holds: LoRA stands beside the weights, FSDP keeps shards, tied weights occur twice, and
-transformers renames parameters when it loads a model. All four are undone here, one tensor at a
-time, without changing the model.
+in training holds: LoRA stands beside the weights, FSDP and ZeRO keep shards, tied weights occur
+twice, and transformers renames parameters when it loads a model. All four are undone here, one
+tensor at a time, without changing the model.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ def full_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """(name in a checkpoint's safetensors, whole tensor) of every weight, LoRA merged in.
 
     A merged weight is W + scaling · B A, computed in float32 and returned in W's dtype. Tied
-    weights are given once, under the name that is stored. Shards of FSDP2 are gathered, a
-    collective call: every process consumes the whole iterator. Tensors that needed neither
-    merging nor gathering share memory with the model: copy what is kept past the next step.
+    weights are given once, under the name that is stored. Shards are gathered, a collective call:
+    every process consumes the whole iterator. Tensors that needed neither merging nor gathering
+    share memory with the model: copy what is kept past the next step.
     """
     hf = policy.hf
     conversions = getattr(hf, "_weight_conversions", None) or ()
@@ -42,16 +42,17 @@ def full_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def adapter_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """(PEFT's name, whole tensor) of every LoRA weight, as in an adapter_model.safetensors.
 
-    Collective under FSDP2, like `full_weights`. Raises ValueError for a policy without LoRA.
+    Collective if sharded, like `full_weights`. Raises ValueError for a policy without LoRA.
     """
     if not hasattr(policy.model, "peft_config"):
         raise ValueError("the policy has no LoRA adapter")
     from peft import get_peft_model_state_dict
 
+    parameters = policy.model.state_dict(keep_vars=True)
     # PEFT would add the weights under an adapted head.
-    adapter = get_peft_model_state_dict(policy.model, save_embedding_layers=False)
+    adapter = get_peft_model_state_dict(policy.model, parameters, save_embedding_layers=False)
     for name, tensor in adapter.items():
-        yield name, whole(tensor.detach())
+        yield name, whole(tensor)
 
 
 def adapter_config(policy: Any) -> dict[str, Any]:
@@ -85,7 +86,7 @@ def _merged(hf: Any) -> Iterator[tuple[str, torch.Tensor]]:
     }
     # Of tied weights the source is stored, and so are weights whose tie the checkpoint broke.
     left_out = {*hf.all_tied_weights_keys, *(hf._keys_to_ignore_on_save or ())}
-    for key, tensor in hf.state_dict().items():
+    for key, tensor in hf.state_dict(keep_vars=True).items():
         owner = next((name for name in _parents(key) if name in adapted), None)
         if owner is None:
             if key not in left_out:

@@ -1,6 +1,7 @@
 """One step of several runs, in as many processes as this is started in; what came out is saved.
 
-Arguments: the file to save to, then a config for each run; FSDP2 is used for those called fsdp….
+Arguments: the file to save to, then a config for each run; those called fsdp… are spread by FSDP2,
+those called zero… by ZeRO-3.
 """
 
 import os
@@ -17,25 +18,31 @@ from mm_agrae.records import RunFolder
 from mm_agrae.trainer import Trainer
 
 
-def first_step(config, fsdp: bool) -> dict:
+def gradient(parameter) -> torch.Tensor:
+    if hasattr(parameter, "ds_tensor"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter).clone()
+    if parameter.grad is None:
+        return torch.zeros_like(parameter)
+    return sharding.whole(parameter.grad).clone()
+
+
+def first_step(config, form: str = "one") -> dict:
     """Gradients before they are cut, weights after a step, and what the step was about."""
-    os.environ["ACCELERATE_USE_FSDP"] = str(fsdp).lower()
+    os.environ["ACCELERATE_USE_FSDP"] = str(form == "fsdp").lower()
     os.environ["FSDP_VERSION"] = "2"
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(form == "zero").lower()
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "3"
     AcceleratorState._reset_state()
     trainer = Trainer(config, Reporter(enabled=False))
-    assert trainer.policy.is_sharded == (fsdp and trainer.world > 1)
+    assert trainer.policy.is_sharded == (form in ("fsdp", "zero") and trainer.world > 1)
     gradients = []
     take = trainer._optimiser_step
 
     def watched():
         named = trainer.policy.model.named_parameters()
-        gradients.append(
-            {
-                n: torch.zeros_like(p) if p.grad is None else sharding.whole(p.grad).clone()
-                for n, p in named
-                if p.requires_grad
-            }
-        )
+        gradients.append({n: gradient(p) for n, p in named if p.requires_grad})
         return take()
 
     trainer._optimiser_step = watched
@@ -68,6 +75,7 @@ if __name__ == "__main__":
     out, *paths = sys.argv[1:]
     found = {}
     for path in paths:
-        found[path] = first_step(configs.load(path), fsdp="/fsdp" in path)
+        form = next((form for form in ("fsdp", "zero") if f"/{form}" in path), "ddp")
+        found[path] = first_step(configs.load(path), form)
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(found, out)

@@ -31,6 +31,7 @@ LAYERS = [
         "records",
         "rewards",
         "sharding",
+        "zero",
     },
     {"tasks", "batching", "metrics", "page", "explorer"},
     {"processing", "shared_prompt", "weights", "views", "lab"},

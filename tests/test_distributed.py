@@ -80,7 +80,7 @@ def steps(tmp_path_factory):
     found = {}
     for name, sections in RUNS.items():
         path = write_config(folder / f"one_{name}.yaml", **sections)
-        found["one", name] = first_step(configs.load(path), fsdp=False)
+        found["one", name] = first_step(configs.load(path), "one")
     paths = {
         (form, name): write_config(folder / f"{form}_{name}.yaml", **RUNS[name])
         for form, names in FORMS.items()
@@ -96,7 +96,7 @@ def steps(tmp_path_factory):
     for name in RESUMED:  # … of two by one, and of one by one
         for form in ("fsdp", "one"):
             path = second_step(folder / f"{form}_{name}", f"one_{form}_{name}_goes_on")
-            found["one", f"{form}_{name}_resumed"] = first_step(configs.load(path), fsdp=False)
+            found["one", f"{form}_{name}_resumed"] = first_step(configs.load(path), "one")
     return found
 
 

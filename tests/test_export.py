@@ -196,6 +196,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from helpers import VL, policy
 from mm_agrae.config import LoraSection
+from mm_agrae.sharding import reshard
 from mm_agrae.weights import adapter_weights, full_weights
 from test_policy import batch_of
 
@@ -235,6 +236,7 @@ start = made(batch)[0].detach()
 for layer in made.hf.model.language_model.layers:
     fully_shard(layer, mesh=mesh)
 fully_shard(made, mesh=mesh)
+made.release = lambda: reshard(made)
 for parameter in made.trainable_parameters():
     parameter.data.mul_(1.5)
 moved = made(batch)[0].detach()

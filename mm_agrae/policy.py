@@ -325,8 +325,9 @@ class Policy(nn.Module):
         size = self.hf.config.vision_config.spatial_merge_size
         blank = torch.zeros(size * size, self._patch, device=self.device)
         grid_13 = torch.tensor([[1, size, size]], device=self.device)
-        seen = self.backbone.get_image_features(blank, grid_13, return_dict=True)
-        return sum(0 * tensor.float().sum() for tensor in _tensors(dict(seen)))  # type: ignore[return-value]
+        seen = dict(self.backbone.get_image_features(blank, grid_13, return_dict=True))
+        seen.pop("last_hidden_state", None)  # before the merger: of pictures it is not used either
+        return sum(0 * tensor.float().sum() for tensor in _tensors(seen))  # type: ignore[return-value]
 
     def _features(self, prompts: Sequence[Prompt]) -> list[torch.Tensor] | None:
         """Features [tokens, hidden size] of each picture of `prompts`.

@@ -124,7 +124,7 @@ class Zero3:
             "steps_per_print": sys.maxsize,
             "zero_allow_untested_optimizer": True,
             "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": dict(stage),
+            "zero_optimization": {"memory_efficient_linear": False, **stage},
         }
         self._engine: Any = None
         self._hidden: Callable[[], contextlib.AbstractContextManager[None]]

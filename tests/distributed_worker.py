@@ -33,7 +33,7 @@ def first_step(config, form: str = "one") -> dict:
     os.environ["ACCELERATE_USE_FSDP"] = str(form == "fsdp").lower()
     os.environ["FSDP_VERSION"] = "2"
     os.environ["ACCELERATE_USE_DEEPSPEED"] = str(form == "zero").lower()
-    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "3"
+    os.environ.setdefault("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
     AcceleratorState._reset_state()
     trainer = Trainer(config, Reporter(enabled=False))
     assert trainer.policy.is_sharded == (form in ("fsdp", "zero") and trainer.world > 1)

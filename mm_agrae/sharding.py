@@ -80,7 +80,7 @@ def _joined(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if not hasattr(like, "ds_tensor") or part.shape != like.ds_tensor.shape:
         return part
     flat = part.new_empty(dist.get_world_size() * part.numel(), device=like.device)
-    dist.all_gather_into_tensor(flat, part.to(like.device))
+    dist.all_gather([*flat.view(-1, part.numel())], part.to(like.device))
     return flat[: like.ds_numel].view(like.ds_shape)  # type: ignore[attr-defined]
 
 

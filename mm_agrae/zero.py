@@ -118,7 +118,9 @@ class Zero3:
     def __init__(self, stage: Mapping[str, Any], device: torch.device):
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # about its own calls
+        warnings.filterwarnings(
+            "ignore", "`torch.distributed", FutureWarning
+        )  # about its own calls
         self._device, self._world = device, dist.get_world_size()
         self._config = {
             "train_micro_batch_size_per_gpu": 1,

@@ -1,11 +1,14 @@
 """One step of several runs, in as many processes as this is started in; what came out is saved.
 
-Arguments: the file to save to, then a config for each run; those called fsdp… are spread by FSDP2,
-those called zero… by ZeRO-3.
+Arguments: the file to save to, then a config for each run. What its name begins with is the form of
+the model: ddp_…, fsdp_…, zero_… (ZeRO-3) or offload_… (ZeRO-3, all that can be in main memory).
 """
 
+import itertools
+import math
 import os
 import sys
+from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
@@ -28,15 +31,30 @@ def gradient(parameter) -> torch.Tensor:
     return sharding.whole(parameter.grad).clone()
 
 
-def first_step(config, form: str = "one") -> dict:
+def spoil(trainer) -> None:
+    """Have the last process's first gradient be no number."""
+    backward, calls = trainer.processes.backward, itertools.count()
+    last = trainer.rank == trainer.world - 1
+    trainer.processes.backward = lambda loss: backward(
+        loss * math.nan if last and next(calls) == 0 else loss
+    )
+
+
+def first_step(config, form: str = "one", spoilt: bool = False) -> dict:
     """Gradients before they are cut, weights after a step, and what the step was about."""
     os.environ["ACCELERATE_USE_FSDP"] = str(form == "fsdp").lower()
     os.environ["FSDP_VERSION"] = "2"
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(form == "zero").lower()
-    os.environ.setdefault("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(form in ("zero", "offload")).lower()
+    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "3"
+    for part in ("OPTIMIZER", "PARAM"):
+        device = "cpu" if form == "offload" else "none"
+        os.environ[f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE"] = device
     AcceleratorState._reset_state()
     trainer = Trainer(config, Reporter(enabled=False))
-    assert trainer.policy.is_sharded == (form in ("fsdp", "zero") and trainer.world > 1)
+    sharded = form in ("fsdp", "zero", "offload") and trainer.world > 1
+    assert trainer.policy.is_sharded == sharded
+    if spoilt:
+        spoil(trainer)
     gradients = []
     take = trainer._optimiser_step
 
@@ -75,7 +93,7 @@ if __name__ == "__main__":
     out, *paths = sys.argv[1:]
     found = {}
     for path in paths:
-        form = next((form for form in ("fsdp", "zero") if f"/{form}" in path), "ddp")
-        found[path] = first_step(configs.load(path), form)
+        form = Path(path).stem.split("_")[0]
+        found[path] = first_step(configs.load(path), form, spoilt="spoilt" in path)
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(found, out)

@@ -44,7 +44,7 @@ def start(processes: int, *arguments: str) -> None:
     result = subprocess.run(
         [sys.executable, *launch, str(WORKER), *arguments],
         capture_output=True, text=True, timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -80,7 +80,7 @@ def steps(tmp_path_factory):
     found = {}
     for name, sections in RUNS.items():
         path = write_config(folder / f"one_{name}.yaml", **sections)
-        found["one", name] = first_step(configs.load(path), "one")
+        found["one", name] = first_step(configs.load(path))
     paths = {
         (form, name): write_config(folder / f"{form}_{name}.yaml", **RUNS[name])
         for form, names in FORMS.items()
@@ -94,9 +94,9 @@ def steps(tmp_path_factory):
     saved = torch.load(folder / "two.pt", weights_only=False)
     found |= {key: saved[str(path)] for key, path in paths.items()}
     for name in RESUMED:  # … of two by one, and of one by one
-        for form in ("fsdp", "one"):
+        for form in "fsdp":
             path = second_step(folder / f"{form}_{name}", f"one_{form}_{name}_goes_on")
-            found["one", f"{form}_{name}_resumed"] = first_step(configs.load(path), "one")
+            found["one", f"{form}_{name}_resumed"] = first_step(configs.load(path))
     return found
 
 
@@ -120,23 +120,28 @@ def apart(a: dict, b: dict) -> tuple[float, float]:
     return float((one - two).norm() / one.norm()), float((one - two).abs().max() / one.abs().max())
 
 
-@pytest.mark.parametrize(
-    ("form", "run"), [(form, name) for form, names in FORMS.items() for name in names]
-)
-def test_two_processes_take_the_steps_of_one(steps, form, run):
-    one, two = steps["one", run], steps[form, run]
+def check_same_steps(one: dict, two: dict, weights: float = 1e-6) -> None:
+    """Whether two runs took the same steps; `weights`: how far apart weights may be after them."""
     assert set(one["pictured"]) == {True, False}
     assert one["rollouts"] == two["rollouts"]  # completions, rewards and advantages
-    assert len(one["gradients"]) == len(two["gradients"]) == (2 if "kl" in run else 1)
+    assert len(one["gradients"]) == len(two["gradients"])
     assert max(apart(one["gradients"][0], two["gradients"][0])) < 1e-6
     # Adam makes a step of full size of a gradient that is next to nothing.
-    assert apart(one["learning"], two["learning"])[0] < 1e-6
-    assert apart(one["whole"], two["whole"])[0] < 1e-6
-    assert max(apart(one["gradients"][-1], two["gradients"][-1])) < 1e-4
+    assert apart(one["learning"], two["learning"])[0] < weights
+    assert apart(one["whole"], two["whole"])[0] < weights
+    assert max(apart(one["gradients"][-1], two["gradients"][-1])) < 100 * weights
     assert one["evaluations"] == two["evaluations"]
     for name in ("update/loss", "update/grad_norm", "policy/entropy", "tokens/completion"):
         pair = [x["metrics"][0][name] for x in (one, two)]
         assert pair[0] == pytest.approx(pair[1], rel=1e-4, abs=1e-7), name
+
+
+@pytest.mark.parametrize(
+    ("form", "run"), [(form, name) for form, names in FORMS.items() for name in names]
+)
+def test_two_processes_take_the_steps_of_one(steps, form, run):
+    assert len(steps["one", run]["gradients"]) == (2 if "kl" in run else 1)
+    check_same_steps(steps["one", run], steps[form, run])
 
 
 @pytest.mark.parametrize("run", RESUMED)
@@ -154,11 +159,18 @@ def test_a_run_goes_on_with_another_number_of_processes(steps, run):
 def test_accelerate_understands_its_configs(file):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils import prepare_multi_gpu_env
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
 
     line = ["--config_file", str(file), "--num_processes", "2", "--num_machines", "1", "x.py"]
     arguments = _validate_launch_command(launch_command_parser().parse_args(line))[0]
     assert arguments.mixed_precision == "no"
     assert arguments.use_fsdp == ("fsdp" in file.name)
+    assert arguments.use_deepspeed == ("zero" in file.name)
+    if arguments.use_deepspeed:
+        environment = prepare_deepspeed_cmd_env(arguments)[1]
+        assert environment["ACCELERATE_USE_DEEPSPEED"] == "true"
+        assert environment["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == "3"
+        assert environment["ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE"] == "none"
     if arguments.use_fsdp:
         environment = prepare_multi_gpu_env(arguments)
         assert environment["ACCELERATE_USE_FSDP"] == "true"

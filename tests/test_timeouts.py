@@ -94,7 +94,6 @@ def test_a_process_caught_in_a_collective_call(ends):
         ("FSDP_VERSION", "1", "fsdp_version: 2"),
         ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "model.gradient_checkpointing"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
     ],
 )
 def test_what_is_not_supported_is_refused(monkeypatch, variable, value, message):

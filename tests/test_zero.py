@@ -1,0 +1,138 @@
+"""DeepSpeed's ZeRO-3 takes the steps of one process; scripts/test_deepspeed.sh runs all of these.
+
+What needs DeepSpeed is left out where it is not installed, or cannot be built for a CPU.
+"""
+
+import importlib.util
+import shutil
+
+import pytest
+import torch
+from distributed_worker import first_step
+from test_distributed import RUNS, apart, check_same_steps, second_step, start, write_config
+
+from mm_agrae import config as configs
+from mm_agrae import zero
+from mm_agrae.errors import ConfigError
+
+MISSING = importlib.util.find_spec("deepspeed") is None
+RUNS = RUNS | {"spoilt": RUNS["full_kl"]}
+# On a CPU offloading moves nothing, but takes other ways through DeepSpeed.
+OFFLOADED = ("full_kl", "lora")
+RESUMED = ("full", "lora")
+real = pytest.mark.skipif(
+    MISSING or shutil.which("g++") is None,
+    reason="DeepSpeed is not installed, or there is no g++, which it needs on a CPU",
+)
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory):
+    """{(form, run): what the worker saved}; one launch for all runs of two processes"""
+    folder = tmp_path_factory.mktemp("zero")
+    found, paths = {}, {}
+
+    def alone(name, path):
+        found["one", name] = first_step(configs.load(path), spoilt=name == "spoilt")
+
+    for name, sections in RUNS.items():
+        alone(name, write_config(folder / f"one_{name}.yaml", **sections))
+        for form in ("zero", "offload"):
+            if form == "zero" or name in OFFLOADED:
+                path = write_config(folder / f"{form}_{name}.yaml", **sections)
+                paths[form, name] = path
+    for name in RESUMED:  # of one process by two …
+        for form in ("zero", "offload"):
+            path = second_step(folder / f"one_{name}", f"{form}_{name}_goes_on")
+            paths[form, f"{name}_resumed"] = path
+    start(2, str(folder / "two.pt"), *map(str, paths.values()))
+    saved = torch.load(folder / "two.pt", weights_only=False)
+    found |= {key: saved[str(path)] for key, path in paths.items()}
+    for name in RESUMED:  # … of two by one, and of one by one
+        for form in ("zero", "one"):
+            run = folder / f"{form}_{name}"
+            alone(f"{form}_{name}_resumed", second_step(run, f"one_{form}_{name}_goes_on"))
+    return found
+
+
+@real
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("form", ["zero", "offload"])
+def test_two_processes_take_the_steps_of_one(steps, form, run):
+    if (form, run) not in steps:
+        pytest.skip("run without offloading only")
+    if run != "spoilt":
+        # DeepSpeed's hooks have autograd add up in another order.
+        check_same_steps(steps["one", run], steps[form, run], weights=1e-5)
+
+
+@real
+def test_a_gradient_that_is_no_number_is_left_out(steps):
+    one, two = steps["one", "spoilt"], steps["zero", "spoilt"]
+    for run in (one, two):
+        assert not all(gradient.isfinite().all() for gradient in run["gradients"][0].values())
+        assert run["metrics"][0]["update/bad_gradients"] == 1
+    # Nothing of it is left in what follows, nor has it moved the weights.
+    assert max(apart(one["gradients"][1], two["gradients"][1])) < 1e-6
+    assert apart(one["learning"], two["learning"])[0] < 1e-5
+
+
+@real
+@pytest.mark.parametrize("run", RESUMED)
+def test_a_run_goes_on_in_another_form(steps, run):
+    whole = steps["one", f"one_{run}_resumed"]
+    others = (
+        ("zero", f"{run}_resumed"),
+        ("offload", f"{run}_resumed"),
+        ("one", f"zero_{run}_resumed"),
+    )
+    for other in (steps[key] for key in others):
+        assert [row["step"] for row in other["metrics"]] == [1, 2]
+        assert other["rollouts"] == whole["rollouts"]
+        # Both steps: Adam's moments have come along.
+        assert apart(whole["learning"], other["learning"])[0] < 1e-5
+    assert apart(whole["learning"], steps["one", run]["learning"])[0] > 1e-3
+
+
+@pytest.mark.skipif(not MISSING, reason="DeepSpeed is installed")
+def test_without_deepspeed_it_is_named():
+    with pytest.raises(ConfigError, match=r"mm-agrae\[deepspeed\]"):
+        zero.settings()
+
+
+def config(**others):
+    stage = {"stage": 3, "reduce_bucket_size": "auto", "offload_param": {"device": "none"}}
+    return {
+        "train_batch_size": "auto",
+        "zero_optimization": stage | others.pop("zero", {}),
+    } | others
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (config(zero={"stage": 2}), "ZeRO stage 2"),
+        (config(zero={"offload_param": {"device": "nvme"}}), "offload_param"),
+        (config(zero={"zero_hpz_partition_size": 8}), "zero_hpz_partition_size"),
+        (config(bf16={"enabled": True}), "bf16.*model.dtype"),
+        (config(gradient_clipping=1.0), "gradient_clipping.*update.max_grad_norm"),
+        (config(optimizer={"type": "Adam"}), "optimizer"),
+    ],
+)
+def test_what_is_not_supported_is_refused(found, message):
+    with pytest.raises(ConfigError, match=message):
+        zero.checked(found)
+
+
+def test_what_is_supported_is_handed_on():
+    found = config(
+        zero={"offload_optimizer": {"device": "cpu"}, "stage3_prefetch_bucket_size": 10},
+        bf16={"enabled": "auto"},
+        fp16={"enabled": False},
+        gradient_clipping="auto",
+    )
+    assert zero.checked(found) == {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu", "pin_memory": False},
+        "stage3_prefetch_bucket_size": 10,
+    }

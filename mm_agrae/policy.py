@@ -194,7 +194,8 @@ class Policy(nn.Module):
 
     def _learning(self) -> dict[str, torch.Tensor]:
         """Copies of the parameters that learn, in shards if they are sharded."""
-        self.release()
+        if not self._in_twin:
+            self.release()
         named = self.model.named_parameters()
         return {name: sharding.kept(p) for name, p in named if p.requires_grad}
 

@@ -40,11 +40,12 @@ def spread(example, completion):
 
 
 def start(processes: int, *arguments: str) -> None:
+    paths = os.pathsep.join([str(ROOT), *sys.path])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     result = subprocess.run(
         [sys.executable, *launch, str(WORKER), *arguments],
         capture_output=True, text=True, timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
 

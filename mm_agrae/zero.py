@@ -180,12 +180,14 @@ class Zero3:
     def clip(self, parameters: list[nn.Parameter], most: float) -> float:
         from deepspeed.utils import safe_get_local_grad, safe_set_local_grad
 
-        parts = [safe_get_local_grad(parameter) for parameter in parameters]
-        squares = torch.stack([part.double().square().sum() for part in parts]).sum()
+        # One by one: where moments are in main memory, each part is a copy on the device.
+        parts = (safe_get_local_grad(parameter) for parameter in parameters)
+        squares = sum(torch.linalg.vector_norm(part).double().square() for part in parts)
         dist.all_reduce(squares)
         norm = math.sqrt(squares)
         if math.isfinite(norm) and norm > most:
-            for parameter, part in zip(parameters, parts, strict=True):
+            for parameter in parameters:
+                part = safe_get_local_grad(parameter)
                 safe_set_local_grad(parameter, part * (most / (norm + 1e-6)))
         return norm
 
@@ -216,9 +218,13 @@ class _Optimizer:
             self._engine.step()
 
     def zero_grad(self) -> None:
-        self._engine.optimizer.zero_grad()
+        zero = self._engine.optimizer
+        zero.zero_grad()
         # Else a weight without a gradient in the next step would get its last one again.
-        self._engine.optimizer.grad_partitions_flat_buffer.zero_()
+        zero.grad_partitions_flat_buffer.zero_()
+        for flat in zero.fp32_partitioned_groups_flat:
+            if flat.grad is not None:
+                flat.grad.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         from deepspeed.utils import safe_get_local_optimizer_state

@@ -1,5 +1,6 @@
 # Sourced by train_vlm.sh, train_llm.sh and evaluate.sh: installs, and starts mm-agrae in as many
-# processes as there are GPUs, or as PROCESSES says. PARALLEL=fsdp2 spreads the model over them.
+# processes as there are GPUs, or as PROCESSES says. PARALLEL=fsdp2 spreads the model over them, and
+# so does PARALLEL=zero3 (DeepSpeed).
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 wants_help() { [ $# -eq 0 ] || [ "$1" = "--help" ] || [ "$1" = "-h" ]; }
@@ -25,7 +26,10 @@ launch() { # arguments of mm-agrae
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
     if [ "$gpus" -eq 0 ] && [ "$processes" -gt 1 ]; then
         # accelerate starts several processes on a CPU only with an MPI.
-        [ "$parallel" != fsdp2 ] || export ACCELERATE_USE_FSDP=true FSDP_VERSION=2
+        case "$parallel" in
+            fsdp2) export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 ;;
+            zero3) export ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_ZERO_STAGE=3 ;;
+        esac
         exec torchrun --standalone --nproc_per_node "$processes" -m mm_agrae.cli "$@"
     fi
     exec accelerate launch --num_processes "$processes" \

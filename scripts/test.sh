@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs and runs every check: lint, format, types, tests. Arguments go to pytest; without any,
-# the tests of vLLM and of the verl plug-in run too, in environments of their own
-# (MM_AGRAE_VLLM=0 and MM_AGRAE_VERL=0 leave them out).
+# the tests of vLLM, of the verl plug-in and of DeepSpeed run too, in environments of their own
+# (MM_AGRAE_VLLM=0, MM_AGRAE_VERL=0 and MM_AGRAE_DEEPSPEED=0 leave them out).
 source "$(dirname "$0")/environment.sh"
 prepare_environment dev
 export HF_HUB_OFFLINE=1
@@ -17,4 +17,7 @@ if [ $# -eq 0 ] && [ "${MM_AGRAE_VLLM:-1}" != 0 ] && prepare_vllm; then
 fi
 if [ $# -eq 0 ] && [ "${MM_AGRAE_VERL:-1}" != 0 ]; then
     scripts/test_verl.sh
+fi
+if [ $# -eq 0 ] && [ "${MM_AGRAE_DEEPSPEED:-1}" != 0 ]; then
+    scripts/test_deepspeed.sh
 fi

@@ -19,6 +19,7 @@ from mm_agrae.compat import prepare
 from mm_agrae.progress import Reporter
 from mm_agrae.records import RunFolder
 from mm_agrae.trainer import Trainer
+from mm_agrae.weights import adapter_weights
 
 
 def gradient(parameter) -> torch.Tensor:
@@ -71,7 +72,10 @@ def first_step(config, form: str = "one", spoilt: bool = False) -> dict:
             for name, p in trainer.policy.model.named_parameters()
             if p.requires_grad
         }
-        whole = {name: tensor.clone() for name, tensor in trainer.policy.full_weights()}
+    # As engines of other kinds take them: tensor by tensor, from the shards.
+    whole = {name: tensor.clone() for name, tensor in trainer.policy.full_weights()}
+    if config.model.lora:
+        whole |= dict(adapter_weights(trainer.policy))
     run = RunFolder(config.run_dir)
     if not trainer.is_main:
         return {}

@@ -8,11 +8,14 @@ import shutil
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from distributed_worker import first_step
+from helpers import TEXT, run_config
 from test_distributed import RUNS, apart, check_same_steps, second_step, start, write_config
 
 from mm_agrae import config as configs
 from mm_agrae import zero
+from mm_agrae.distributed import Processes
 from mm_agrae.errors import ConfigError
 
 MISSING = importlib.util.find_spec("deepspeed") is None
@@ -90,6 +93,16 @@ def test_a_run_goes_on_in_another_form(steps, run):
 def test_without_deepspeed_it_is_named():
     with pytest.raises(ConfigError, match=r"mm-agrae\[deepspeed\]"):
         zero.settings()
+
+
+@pytest.mark.skipif(MISSING, reason="DeepSpeed is not installed")
+def test_one_process_does_not_offload(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "cpu")
+    AcceleratorState._reset_state()
+    with pytest.raises(ConfigError, match=r"offload_param.*one process"):
+        Processes(run_config(tmp_path, TEXT))
 
 
 def config(**others):

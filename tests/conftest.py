@@ -11,9 +11,12 @@ from mm_agrae.compat import prepare
 prepare()
 
 
+SLOW = os.environ.get("MM_AGRAE_SLOW", "0") != "0"
+
+
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
     for item in items:
-        if "gpu" in item.keywords:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+        if "slow" in item.keywords and not SLOW:
+            item.add_marker(pytest.mark.skip(reason="takes long; set MM_AGRAE_SLOW=1"))

@@ -497,6 +497,7 @@ def untied(tmp_path_factory) -> str:
 
 
 @needs_vllm
+@pytest.mark.slow
 def test_untied_text_model_behind_a_key(untied, tmp_path, monkeypatch):
     server = Server(tmp_path, untied, key="a-secret")
     try:

@@ -37,7 +37,9 @@ def config_for(tmp_path, path, engine, **sections):
 
 
 @pytest.mark.parametrize(
-    ("path", "model"), [(VL, {}), (TEXT, {}), (VL, LORA)], ids=["vl", "text", "vl-lora"]
+    ("path", "model"),
+    [(VL, {}), (TEXT, {}), pytest.param(VL, LORA, marks=pytest.mark.slow)],
+    ids=["vl", "text", "vl-lora"],
 )
 def test_a_run_whose_greedy_evaluation_is_that_of_its_checkpoint(tmp_path, path, model):
     fast = {"learning_rate": 3e-2 if model else 1e-2}  # so that greedy answers change

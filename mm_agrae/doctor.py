@@ -30,7 +30,7 @@ from mm_agrae import tasks
 from mm_agrae.compat import prepare
 from mm_agrae.config import Config
 from mm_agrae.errors import ModelError, UserError
-from mm_agrae.policy import _add_lora, misfit, parts
+from mm_agrae.policy import add_lora, misfit, parts
 from mm_agrae.processing import model_and_adapter
 from mm_agrae.progress import Reporter
 from mm_agrae.versions import versions
@@ -212,7 +212,7 @@ def _adapt(model: Any, config: Config, known: dict[str, nn.Module]) -> tuple[int
         found.inference_mode = False
         return found.r, get_peft_model(model, found)
     if config.model.lora is not None:
-        return config.model.lora.rank, _add_lora(model, config.model.lora, known)
+        return config.model.lora.rank, add_lora(model, config.model.lora, known)
     return 0, model
 
 

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import inspect
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -533,7 +534,7 @@ def _load(settings: ModelSection) -> Any:
     if adapter is not None:
         return _add_adapter(model, adapter, settings.lora)
     if settings.lora is not None:
-        return _add_lora(model, settings.lora, known)
+        return add_lora(model, settings.lora, known)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ModelError("model.freeze leaves nothing to learn; remove one part from it")
     return model
@@ -652,7 +653,11 @@ def _unfit_adapter(adapter: str, model: Any, problem: str) -> ModelError:
     )
 
 
-def _add_lora(model: Any, lora: LoraSection, known: dict[str, nn.Module]) -> Any:
+def add_lora(model: Any, lora: LoraSection, known: dict[str, nn.Module]) -> Any:
+    """The model with the adapters that `lora` asks for; `known` are its `parts`.
+
+    Raises ModelError if there is nothing to adapt.
+    """
     from peft import LoraConfig, get_peft_model
 
     names = {id(module): name for name, module in model.named_modules()}
@@ -674,12 +679,13 @@ def _add_lora(model: Any, lora: LoraSection, known: dict[str, nn.Module]) -> Any
             f"model.lora: no linear layer named {', '.join(lora.modules)} in "
             f"{', '.join(lora.parts)}"
         )
-    return get_peft_model(
-        model,
-        LoraConfig(
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets,
-        ),
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
     )
+    with warnings.catch_warnings():
+        # Of merging a head that is tied to the embeddings; `export` keeps them apart.
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")
+        return get_peft_model(model, config)

@@ -17,7 +17,7 @@ from helpers import ROOT, VL, run_config
 from mm_agrae import config as configs
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
-LORA = {"lora": {"rank": 4, "alpha": 8, "parts": ["language", "vision"]}}
+LORA = {"lora": {"rank": 4, "alpha": 8, "parts": ["language", "vision", "head"]}}
 RUNS = {
     "full": {"evaluate": {"before": False, "after": True}},
     "lora": {"model": LORA},

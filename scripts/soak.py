@@ -17,11 +17,14 @@ Resident memory falls by itself when other programs need memory: the system then
 of files, such as those of libraries.
 """
 
+from __future__ import annotations
+
 import argparse
 import json
 import sys
 import tempfile
 import time
+from array import array
 from pathlib import Path
 
 import numpy as np
@@ -39,16 +42,17 @@ WINDOWS = 100
 class Watched(Trainer):
     """A trainer that notes what it holds after each step, and ends when time is up."""
 
-    samples: list[tuple[float, ...]]
+    # Eight bytes a number, so that the notes do not grow with what they are about.
+    samples: array[float]
     end: float
 
     def step(self) -> dict[str, float]:
         values = super().step()
-        self.samples.append(self._sample())
+        self.samples.extend(self._sample())
         if time.monotonic() > self.end:
             self.stop_requested = True
         if self.steps_done % 500 == 0:
-            seconds, *rest = self.samples[-1]
+            seconds, *rest = self.samples[-len(COLUMNS) :]
             print(f"step {self.steps_done} {seconds:.0f} s", *(f"{value:.1f}" for value in rest))
             sys.stdout.flush()
         return values
@@ -157,10 +161,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         config = run_config(Path(folder) / "run", arguments.model)
         trainer = Watched(config, Reporter(enabled=False))
-        trainer.samples = []
+        trainer.samples = array("d")
         trainer.end = time.monotonic() + 60 * arguments.minutes
         trainer.train()
-    samples = np.array(trainer.samples)
+    samples = np.array(trainer.samples).reshape(-1, len(COLUMNS))
     samples[:, 0] -= samples[0, 0]
     found = summarise(samples, arguments.warm_up)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Kill runs at random moments, resume them by the same command, and compare with whole ones.
 
-    python scripts/kill_and_resume.py --runs 50 --out kill_and_resume
+    python scripts/kill_and_resume.py --runs 50
 
 Small runs of the embedded checkpoints: pictures and text, all weights and LoRA with dropout,
 checkpoints at every or every second step, written at once or in the background. Each is killed by
@@ -367,7 +367,7 @@ def main() -> int:
         "--fresh", type=int, default=5, help="every so-and-so-many-th run is no fork"
     )
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
-    parser.add_argument("--out", type=Path, default=Path("kill_and_resume.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/kill_and_resume.json"))
     parser.add_argument("--keep", type=Path, help="a folder for the runs, which are else deleted")
     arguments = parser.parse_args()
     preload()

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Train small steps for an hour and watch what the process holds on to.
 
-    python scripts/soak.py --minutes 60 --out soak
+    python scripts/soak.py --minutes 60
 
 A real run in this process: pictures, rollouts, rewards in worker processes, checkpoints written in
 the background every few steps, evaluations now and then, all records kept. After each step it notes
@@ -153,7 +153,7 @@ def plot(samples: np.ndarray, found: dict[str, dict[str, float]], path: Path) ->
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--out", type=Path, default=Path("soak"), help="without suffix")
+    parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="without suffix")
     parser.add_argument("--model", type=Path, default=ROOT / "data" / "warm_start" / "vl")
     parser.add_argument("--warm-up", type=float, default=0.15, help="share of the time left out")
     parser.add_argument("--limit", type=float, default=2.0, help="MB an hour that are borne")

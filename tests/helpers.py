@@ -1,6 +1,8 @@
 """What several tests need: the embedded checkpoints and small configs on them."""
 
 import os
+import resource
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -75,3 +77,14 @@ def run_config(run_dir, path: str = VL, **sections):
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return configs.parse(values)
+
+
+@contextmanager
+def small_files(limit):
+    """A real failure in the middle of writing: no file may grow beyond `limit` bytes."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)

@@ -151,6 +151,13 @@ def batch_for(processing, policy):
     return micro_batch(prompts, rows, policy.device)
 
 
+def randomise_lora(policy):
+    torch.manual_seed(1)
+    for name, parameter in policy.model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+
+
 def gradients(policy, batch):
     policy.train()
     policy.zero_grad()
@@ -178,10 +185,7 @@ def test_shared_prompts_equal_repeated_ones(checkpoint, family, lora):
     _, repeated = build(checkpoint(family), "off", lora=section)
     assert shared.repeats_because == ""
     for policy in (shared, repeated):
-        torch.manual_seed(1)
-        for name, parameter in policy.model.named_parameters():
-            if "lora_" in name:
-                parameter.data.normal_(std=0.1)
+        randomise_lora(policy)
     batch = batch_for(processing, shared)
     shared.check_sharing(batch)
     require_equal(gradients(shared, batch), gradients(repeated, batch))
@@ -465,10 +469,7 @@ def test_lora_on_the_vocabulary_head(checkpoint, family):
     processing, policy = build(checkpoint(family), "on", lora=HEAD)
     _, repeated = build(checkpoint(family), "off", lora=HEAD)
     for each in (policy, repeated):
-        torch.manual_seed(1)
-        for name, parameter in each.model.named_parameters():
-            if "lora_" in name:
-                parameter.data.normal_(std=0.1)
+        randomise_lora(each)
     batch = batch_for(processing, policy)
     found = gradients(policy, batch)
     assert sum("lm_head" in name for name in found[1]) == 2

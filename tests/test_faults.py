@@ -6,13 +6,12 @@ happened to.
 
 import json
 import os
-import resource
 import subprocess
 from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from helpers import TEXT, run_config
+from helpers import TEXT, run_config, small_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,17 +61,6 @@ def checkpoints(run_dir):
 
 
 # ---------------------------------------------------------------------------- the disk
-
-
-@contextmanager
-def small_files(limit):
-    """A real failure in the middle of writing: no file may grow beyond `limit` bytes."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 @pytest.mark.parametrize(

@@ -3,17 +3,16 @@ import json
 import logging
 import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers import small_files
 from PIL import Image
 
 from mm_agrae.errors import ConfigError, RunFolderError
@@ -67,17 +66,6 @@ def folder(tmp_path):
 
 def no_leftovers(folder):
     return not [path for path in folder.path.rglob("*") if path.name.endswith(".part")]
-
-
-@contextmanager
-def full_disk(limit):
-    """A real failure in the middle of writing: no file may grow beyond `limit` bytes."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 # -- creating
@@ -147,7 +135,7 @@ def test_full_disk_leaves_every_file_as_it_was(folder):
     ]
     for write in writes:
         with (
-            full_disk(8000),
+            small_files(8000),
             pytest.raises(RunFolderError, match=r"disk or quota is full.*free") as caught,
         ):
             write()

@@ -370,6 +370,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/kill_and_resume.json"))
     parser.add_argument("--keep", type=Path, help="a folder for the runs, which are else deleted")
     arguments = parser.parse_args()
+    if arguments.out.is_dir():
+        parser.error(f"--out {arguments.out} is a folder; name a file")
     preload()
     started = time.monotonic()
     with contextlib.ExitStack() as stack:

@@ -37,6 +37,7 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
     InitProcessGroupKwargs,
     gather_object,
+    parse_flag_from_env,
 )
 
 from mm_agrae import zero
@@ -247,7 +248,7 @@ def _form(accelerator: Accelerator) -> _Copies | zero.Zero3:
                 f"the DeepSpeed config sets {', '.join(offloaded)}, and there is one process, "
                 "which is trained without DeepSpeed; start two or more, or use model.lora"
             )
-    elif accelerator.num_processes > 1 and _set("ACCELERATE_USE_FSDP"):
+    elif accelerator.num_processes > 1 and parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return _Fsdp2(accelerator)
     return _Copies(accelerator)
 
@@ -257,19 +258,15 @@ def _of_communication(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
-def _set(variable: str) -> bool:
-    return os.environ.get(variable, "false").lower() in ("true", "1", "yes")
-
-
 def _refuse_what_is_not_supported() -> None:
     """Raise ConfigError for settings of accelerate's launcher, which come by the environment."""
-    if not _set("ACCELERATE_USE_FSDP"):
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError("the accelerate config asks for FSDP 1; set fsdp_version: 2")
-    if _set("FSDP_OFFLOAD_PARAMS"):
+    if parse_flag_from_env("FSDP_OFFLOAD_PARAMS"):
         raise ConfigError("the accelerate config sets fsdp_offload_params, which is not supported")
-    if _set("FSDP_ACTIVATION_CHECKPOINTING"):
+    if parse_flag_from_env("FSDP_ACTIVATION_CHECKPOINTING"):
         raise ConfigError(
             "the accelerate config sets fsdp_activation_checkpointing; use "
             "model.gradient_checkpointing=true in its place"

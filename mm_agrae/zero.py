@@ -45,7 +45,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def asked_for() -> bool:
     """Whether accelerate's launcher was told to use DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes")
+    from accelerate.utils import parse_flag_from_env
+
+    return parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
 
 
 @contextlib.contextmanager
@@ -118,9 +120,8 @@ class Zero3:
     def __init__(self, stage: Mapping[str, Any], device: torch.device):
         os.environ.setdefault("DS_ACCELERATOR", device.type)
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-        warnings.filterwarnings(
-            "ignore", "`torch.distributed", FutureWarning
-        )  # about its own calls
+        # About calls that DeepSpeed makes.
+        warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
         self._device, self._world = device, dist.get_world_size()
         self._config = {
             "train_micro_batch_size_per_gpu": 1,

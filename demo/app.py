@@ -9,7 +9,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio i
 
 import gradio as gr
 
-from mm_agrae.demo_settings import DemoSettings
+from mm_agrae.view.demo_settings import DemoSettings
 
 from . import compare, explorer, lab, playground, style
 

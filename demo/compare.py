@@ -9,18 +9,18 @@ from typing import Any
 
 import gradio as gr
 
-from mm_agrae.contrast import (
+from mm_agrae.errors import UserError
+from mm_agrae.evaluation.comparison import (
     KINDS,
     Contrast,
     Evaluation,
     SampleReader,
     find_evaluations,
 )
-from mm_agrae.demo_settings import DemoSettings
-from mm_agrae.errors import UserError
-from mm_agrae.explorer import Library
-from mm_agrae.page import Html, el, empty, note, percent, tile
-from mm_agrae.views import Pictures, pass_at_k_plot, pass_at_k_table, trace_card
+from mm_agrae.view.demo_settings import DemoSettings
+from mm_agrae.view.page import Html, el, empty, note, percent, tile
+from mm_agrae.view.parts import Pictures, pass_at_k_plot, pass_at_k_table, trace_card
+from mm_agrae.view.runs import Library
 
 from . import style
 from .explorer import html, scroll_to

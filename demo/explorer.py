@@ -11,11 +11,11 @@ from typing import Any
 
 import gradio as gr
 
-from mm_agrae.demo_settings import DemoSettings
 from mm_agrae.errors import UserError
-from mm_agrae.explorer import FILTERS, ORDERS, Group, Library, RunView, select
-from mm_agrae.page import Html, el, empty, note
-from mm_agrae.views import ADVANTAGES, FIRST_CURVES, Pictures, curve_figures, group_card
+from mm_agrae.view.demo_settings import DemoSettings
+from mm_agrae.view.page import Html, el, empty, note
+from mm_agrae.view.parts import ADVANTAGES, FIRST_CURVES, Pictures, curve_figures, group_card
+from mm_agrae.view.runs import FILTERS, ORDERS, Group, Library, RunView, select
 
 from . import style
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import gradio as gr
 
-from mm_agrae import lab
-from mm_agrae.demo_settings import DemoSettings
-from mm_agrae.page import el
+from mm_agrae.view import lab
+from mm_agrae.view.demo_settings import DemoSettings
+from mm_agrae.view.page import el
 
 from .style import area
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import gradio as gr
 
-from mm_agrae import playground_view as view
-from mm_agrae.demo_settings import DemoSettings
 from mm_agrae.errors import UserError
-from mm_agrae.page import empty
-from mm_agrae.playground import (
+from mm_agrae.tasks.synthetic.task import LEVELS, SyntheticTask
+from mm_agrae.view import playground_view as view
+from mm_agrae.view.demo_settings import DemoSettings
+from mm_agrae.view.page import empty
+from mm_agrae.view.playground import (
     MAX_CHECKPOINTS,
     MAX_NEW_TOKENS,
     MAX_QUESTION,
@@ -25,7 +26,6 @@ from mm_agrae.playground import (
     in_words,
     read_picture,
 )
-from mm_agrae.tasks.synthetic import LEVELS, SyntheticTask
 
 from .style import area, error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mm_agrae.page import Html, css_inside, el
+from mm_agrae.view.page import Html, css_inside, el
 
 SCOPE = "agrae"
 

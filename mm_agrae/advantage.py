@@ -76,15 +76,23 @@ def levels(
     name: str, reward_PG: Any, success_PG: Any, length_PG: Any = None, **settings: Any
 ) -> AdvantageLevels:
     """As `compute`, with the advantages before and after each level, ω and the rates."""
-    rule = _rule(name)
+    check_settings(name, settings)
+    return _rule(name)(_step(reward_PG, success_PG, length_PG), **settings)
+
+
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for a setting that the rule `name` does not take, of the wrong type, or
+    out of range."""
+    parameters = inspect.signature(_rule(name)).parameters
     accepted = accepted_settings(name)
     for key, value in settings.items():
         if key not in accepted:
             raise ValueError(
                 f"advantage rule {name!r} has no setting {key!r}; {_nearest(key, accepted)}"
             )
-        _check_setting(key, value)
-    return rule(_step(reward_PG, success_PG, length_PG), **settings)
+        is_valid, expected = _VALID.get(key) or _like(parameters[key].default)
+        if not is_valid(value):
+            raise ValueError(f"advantage setting {key} must be {expected}, but it is {value!r}")
 
 
 def accepted_settings(name: str) -> tuple[str, ...]:
@@ -459,11 +467,17 @@ _VALID: Mapping[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _check_setting(key: str, value: Any) -> None:
-    if key in _VALID:
-        is_valid, expected = _VALID[key]
-        if not is_valid(value):
-            raise ValueError(f"advantage setting {key} must be {expected}, but it is {value!r}")
+def _like(default: Any) -> tuple[Callable[[Any], bool], str]:
+    """What a setting without an entry in `_VALID` must be: of the kind of its default."""
+    if isinstance(default, bool):
+        return lambda v: isinstance(v, bool), "true or false"
+    if isinstance(default, int):
+        return lambda v: isinstance(v, int) and not isinstance(v, bool), "a whole number"
+    if isinstance(default, float):
+        return _number, "a number"
+    if isinstance(default, str):
+        return lambda v: isinstance(v, str), "text"
+    return lambda v: True, ""
 
 
 def _rule(name: str) -> Rule:

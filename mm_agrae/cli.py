@@ -186,12 +186,12 @@ def _train(arguments: argparse.Namespace) -> int:
             [list(line) for line in configs.plan(config, rows)],
         )
         return 0
-    from mm_agrae.report import write_report
     from mm_agrae.trainer import Trainer
+    from mm_agrae.view.report import write_report
 
     run_dir = Path(config.run_dir)
     if arguments.overwrite:
-        from mm_agrae.distributed import start
+        from mm_agrae.parallel.processes import start
 
         state = start(config)
         if state.is_main_process:
@@ -250,14 +250,14 @@ def _eval(arguments: argparse.Namespace) -> int:
     models = [item for item in given if item not in overrides]
     if not models:
         raise ConfigError("eval: name at least one model or checkpoint")
-    from mm_agrae.compare import evaluate_checkpoints
+    from mm_agrae.evaluation.checkpoints import evaluate_checkpoints
 
     return evaluate_checkpoints(models, arguments.config, overrides, Path(arguments.out), _load)
 
 
 def _sample(arguments: argparse.Namespace) -> int:
     """Show examples of a config's data, pictures with questions and gold answers."""
-    from mm_agrae.sample import write_samples
+    from mm_agrae.view.sample import write_samples
 
     config = _load(arguments.config, arguments.overrides)
     path = write_samples(
@@ -273,7 +273,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     """Write RUN/report.html; of several runs, one page that compares them."""
-    from mm_agrae.report import compare_report, write_report
+    from mm_agrae.view.report import compare_report, write_report
 
     if len(arguments.runs) == 1:
         print(write_report(Path(arguments.runs[0])))
@@ -287,7 +287,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     Without arguments it opens on the embedded checkpoints and the example run.
     """
-    from mm_agrae.demo_settings import settings_for
+    from mm_agrae.view.demo_settings import settings_for
 
     settings = settings_for(
         arguments.paths,
@@ -311,7 +311,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     """Write a trained policy as transformers and vLLM load it, LoRA merged into the weights."""
-    from mm_agrae.export import export
+    from mm_agrae.run.export import export
 
     made = export(Path(arguments.source), Path(arguments.out), arguments.dtype)
     print(f"{arguments.out}  {made['parameters']:,} parameters, {made['dtype']}")
@@ -320,7 +320,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _serve(arguments: argparse.Namespace) -> int:
     """Start a vLLM server that takes its weights from training, and stay until it ends."""
-    from mm_agrae.serve import serve
+    from mm_agrae.rollout.serve import serve
 
     return serve(**{name: value for name, value in vars(arguments).items() if name != "command"})
 
@@ -370,8 +370,8 @@ def _machine() -> int:
 
     import torch
 
-    from mm_agrae.compat import prepare
-    from mm_agrae.versions import versions
+    from mm_agrae.model.compat import prepare
+    from mm_agrae.run.versions import versions
 
     for name, version in versions().items():
         print(f"{name:14} {version}")

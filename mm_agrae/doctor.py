@@ -27,14 +27,15 @@ from torch import nn
 
 from mm_agrae import config as configs
 from mm_agrae import tasks
-from mm_agrae.compat import prepare
 from mm_agrae.config import Config
+from mm_agrae.config.reading import apply_override
 from mm_agrae.errors import ModelError, UserError
-from mm_agrae.policy import add_lora, misfit, parts
-from mm_agrae.processing import model_and_adapter
+from mm_agrae.model.compat import prepare
+from mm_agrae.model.policy import add_lora, misfit, parts
+from mm_agrae.model.processing import model_and_adapter
+from mm_agrae.model.vocab_head import CHUNK_BYTES
 from mm_agrae.progress import Reporter
-from mm_agrae.versions import versions
-from mm_agrae.vocab_head import CHUNK_BYTES
+from mm_agrae.run.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
 GIB = 2**30
@@ -532,7 +533,7 @@ def _candidates(config: Config, shape: Shape) -> Iterator[tuple[str, str]]:
 def _changed(config: Config, changes: Sequence[str]) -> Config:
     values = config.model_dump(mode="json")
     for change in changes:
-        configs.apply_override(values, change)
+        apply_override(values, change)
     return configs.parse(values)
 
 

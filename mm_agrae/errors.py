@@ -4,6 +4,16 @@ Anything else that escapes is a bug of ours and keeps its traceback; the command
 prints these as one line.
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """The end of a message about a wrong name: "did you mean …?", or all that are valid."""
+    names = list(choices)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else "valid: " + ", ".join(names)
+
 
 class UserError(Exception):
     """Something outside the program is wrong: a setting, a file, a row, a full disk."""

@@ -16,64 +16,25 @@ import torch
 from mm_agrae.advantage import AdvantageLevels
 from mm_agrae.batching import Row, micro_batch
 from mm_agrae.loss import Denominator, LossOutput, SamplerWeight
-from mm_agrae.records import RolloutRecord
-from mm_agrae.shared_prompt import split_by_tokens
-from mm_agrae.types import Completion, MicroBatch, Prompt, Score
+from mm_agrae.model.shared_prompt import split_by_tokens
+from mm_agrae.run.records import RolloutRecord
+from mm_agrae.types import Group, GroupSummary, MicroBatch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
 @dataclass(frozen=True)
-class GroupRow:
-    """What all processes need to know of one group; small enough to be sent around."""
-
-    position: int
-    rewards: list[float]
-    success: list[bool]
-    lengths: list[int]
-    prompt_length: int
-    parts: list[dict[str, float]]
-    errors: int
-    truncated: int
-    logprob_sum: float
-
-
-@dataclass
-class Group:
-    """One prompt of the step and what became of it. `position` counts over all processes."""
-
-    position: int
-    prompt: Prompt
-    completions: list[Completion]
-    scores: list[Score]
-    draw: int = 0
-
-    def row(self) -> GroupRow:
-        return GroupRow(
-            position=self.position,
-            rewards=[score.reward for score in self.scores],
-            success=[score.success for score in self.scores],
-            lengths=[len(completion.token_ids) for completion in self.completions],
-            prompt_length=len(self.prompt),
-            parts=[dict(score.parts) for score in self.scores],
-            errors=sum(bool(score.error) for score in self.scores),
-            truncated=sum(c.finish_reason == "length" for c in self.completions),
-            logprob_sum=sum(sum(completion.logprobs) for completion in self.completions),
-        )
-
-
-@dataclass(frozen=True)
 class StepTable:
     """Every completion of the step, over all processes, in the order of positions."""
 
-    rows: list[GroupRow]
+    rows: list[GroupSummary]
     reward_PG: torch.Tensor
     success_PG: torch.Tensor
     length_PG: torch.Tensor
 
     @classmethod
-    def of(cls, rows: Iterable[GroupRow]) -> StepTable:
+    def of(cls, rows: Iterable[GroupSummary]) -> StepTable:
         rows = sorted(rows, key=lambda row: row.position)
         return cls(
             rows,
@@ -248,7 +209,7 @@ def rollout_records(
             records.append(
                 RolloutRecord(
                     step=step,
-                    draw=group.draw,
+                    draw=group.resample_round,
                     prompt_index=group.position,
                     completion_index=index,
                     example_id=example.id,

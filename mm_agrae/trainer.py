@@ -26,21 +26,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from mm_agrae import advantage, checkpoint, evaluate, metrics, sharding
+from mm_agrae import advantage
 from mm_agrae import config as configs
 from mm_agrae import loss as losses
-from mm_agrae.collect import Collector
 from mm_agrae.config import Config
-from mm_agrae.distributed import Processes, announced
 from mm_agrae.errors import ConfigError, DataError, ModelError, RunFolderError
-from mm_agrae.policy import Policy
-from mm_agrae.processing import Processing
+from mm_agrae.evaluation import evaluate
+from mm_agrae.model.policy import Policy
+from mm_agrae.model.processing import Processing
+from mm_agrae.parallel import sharding
+from mm_agrae.parallel.processes import Processes, announced
 from mm_agrae.progress import Reporter
-from mm_agrae.records import RunFolder, to_json, write_atomic
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout import derive_seed, make_engine
+from mm_agrae.rollout.collector import Collector
+from mm_agrae.run import checkpoint, metrics
+from mm_agrae.run.records import RunFolder, to_json, write_atomic
+from mm_agrae.run.versions import changes, versions
 from mm_agrae.step import (
-    Group,
     MiniBatch,
     StepTable,
     UpdateTotals,
@@ -49,8 +52,7 @@ from mm_agrae.step import (
     step_metrics,
 )
 from mm_agrae.tasks import load_all
-from mm_agrae.types import MicroBatch
-from mm_agrae.versions import changes, versions
+from mm_agrae.types import Group, MicroBatch
 
 
 class Trainer:
@@ -100,7 +102,7 @@ class Trainer:
         )
         if self.policy.repeats_because:
             self.reporter.say(f"prompts are repeated in the update: {self.policy.repeats_because}")
-        self.processes.shard(self.policy)
+        self.processes.distribute(self.policy)
         if config.update.kl_coef > 0:
             self.policy.keep_reference()
         self.engine = make_engine(
@@ -136,7 +138,7 @@ class Trainer:
         self._checkpoint_id = ""
         self._resumed = False
         self._resume()
-        self.processes.wait("resume")  # before the main process tidies up the run folder
+        self.processes.barrier("resume")  # before the main process tidies up the run folder
         self._step_end = self._place()
 
     # ------------------------------------------------------------------ the run
@@ -212,7 +214,7 @@ class Trainer:
         # Dropout is all that draws from torch's own state; a resumed run finds it as it was.
         torch.manual_seed(derive_seed(config.train.seed, "torch", self.steps_done))
         with watch("advantage"):
-            rows = self._gather("rewards", [group.row() for group in groups])
+            rows = self._gather("rewards", [group.summary() for group in groups])
             table = StepTable.of(rows)
             levels = advantage.levels(
                 config.advantage.rule,
@@ -330,7 +332,7 @@ class Trainer:
         self.policy.pictures.plan(() if self.policy.is_sharded else mini.batches)
         for index, batch in enumerate(mini.batches):
             last = index + 1 == len(mini.batches)
-            with self.processes.micro_batch(self.module, last):
+            with self.processes.strategy.micro_batch(self.module, last):
                 logp_BT, entropy_BT = self.module(batch)
                 weight = self._sampler_weight(batch, logp_BT)
                 output = losses.policy_loss(
@@ -348,7 +350,7 @@ class Trainer:
                     entropy_coef=update.entropy_coef,
                     sampler_weight_BT=weight.weight_BT if weight else None,
                 )
-                self.processes.backward(output.loss)
+                self.processes.strategy.backward(output.loss)
             totals.add(output, weight)
             self._note("update")
             advance(1)
@@ -376,7 +378,9 @@ class Trainer:
     def _optimiser_step(self) -> float:
         """Clip, step, and return the gradient's norm; a gradient that is not finite is dropped."""
         update = self.config.update
-        norm = self.processes.clip(list(self.policy.trainable_parameters()), update.max_grad_norm)
+        norm = self.processes.strategy.clip(
+            list(self.policy.trainable_parameters()), update.max_grad_norm
+        )
         if math.isfinite(norm):
             self.optimizer.step()
             self.bad_in_a_row = 0
@@ -499,7 +503,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.stopwatch("checkpoint"))
-            self.processes.wait("checkpoint")
+            self.processes.barrier("checkpoint")
             self._checkpoint_id = self._gather("checkpoint", [uuid.uuid4().hex])[0]
             # Of sharded weights and moments the main process gets whole ones, all others none.
             optimizer = sharding.whole_state(self.optimizer, keep=self.is_main)

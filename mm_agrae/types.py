@@ -103,6 +103,52 @@ class Score:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class GroupSummary:
+    """What every rank needs to know of a group to compute advantages and plan the update.
+
+    Numbers alone, small enough to be gathered from all ranks.
+    """
+
+    position: int
+    rewards: list[float]
+    success: list[bool]
+    lengths: list[int]
+    prompt_length: int
+    parts: list[dict[str, float]]
+    errors: int
+    truncated: int
+    logprob_sum: float
+
+
+@dataclass
+class Group:
+    """A prompt with its G completions and their scores.
+
+    `position` is the group's place in the step, counted over all ranks: rank r of N holds the
+    positions p with p mod N = r. `resample_round` counts rounds of dynamic sampling, from 0.
+    """
+
+    position: int
+    prompt: Prompt
+    completions: list[Completion]
+    scores: list[Score]
+    resample_round: int = 0
+
+    def summary(self) -> GroupSummary:
+        return GroupSummary(
+            position=self.position,
+            rewards=[score.reward for score in self.scores],
+            success=[score.success for score in self.scores],
+            lengths=[len(completion.token_ids) for completion in self.completions],
+            prompt_length=len(self.prompt),
+            parts=[dict(score.parts) for score in self.scores],
+            errors=sum(bool(score.error) for score in self.scores),
+            truncated=sum(c.finish_reason == "length" for c in self.completions),
+            logprob_sum=sum(sum(completion.logprobs) for completion in self.completions),
+        )
+
+
 @dataclass
 class MicroBatch:
     """The completions of one forward and backward pass. Row b answers `prompts[prompt_index_B[b]]`.

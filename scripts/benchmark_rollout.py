@@ -28,10 +28,10 @@ import torch
 
 from mm_agrae.batching import Row, micro_batch
 from mm_agrae.config import ModelSection, PromptSection, RolloutSection, SamplingSection
-from mm_agrae.policy import Policy
-from mm_agrae.processing import Processing
+from mm_agrae.model.policy import Policy
+from mm_agrae.model.processing import Processing
 from mm_agrae.rollout import make_engine
-from mm_agrae.tasks.synthetic import SyntheticTask
+from mm_agrae.tasks.synthetic.task import SyntheticTask
 
 WARM_START = Path(__file__).resolve().parents[1] / "data" / "warm_start" / "vl"
 

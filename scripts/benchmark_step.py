@@ -38,8 +38,8 @@ import psutil
 import torch
 
 from mm_agrae import config as configs
-from mm_agrae.compat import prepare
 from mm_agrae.config import Config
+from mm_agrae.model.compat import prepare
 from mm_agrae.progress import Reporter
 from mm_agrae.tasks import load_all
 
@@ -201,7 +201,8 @@ def trl_steps(config: Config, folder: Path) -> Callable[[], None]:
     from datasets import Dataset, Features, Image, List, Value
     from trl import GRPOConfig, GRPOTrainer
 
-    from mm_agrae.rewards import PARTS, load_function
+    from mm_agrae.config.plugins import load_object
+    from mm_agrae.rewards import PARTS
     from mm_agrae.types import Completion
 
     processor: Any = transformers.AutoProcessor.from_pretrained(config.model.path)
@@ -227,7 +228,7 @@ def trl_steps(config: Config, folder: Path) -> Callable[[], None]:
         "index": Value("int64"),
     })  # fmt: skip
     parts = [
-        (weight, PARTS.get(name) or load_function(name))
+        (weight, PARTS.get(name) or load_object(name))
         for name, weight in config.reward.parts.items()
         if weight
     ]
@@ -282,7 +283,7 @@ def trl_steps(config: Config, folder: Path) -> Callable[[], None]:
 
     def check_and_compute(model: Any, inputs: dict[str, Any]) -> Any:
         """Both sides must see the same prompts and pictures."""
-        from mm_agrae.processing import Processing
+        from mm_agrae.model.processing import Processing
 
         processing = Processing(config.model.path, config.prompt)
         shown = {tuple(processing.prompt(example).token_ids.tolist()) for example in examples}
@@ -312,8 +313,8 @@ def trl_steps(config: Config, folder: Path) -> Callable[[], None]:
 
 def grade(config: Config, model: str, out: Path) -> float:
     """pass@1 on the config's first evaluation set."""
-    from mm_agrae.compare import evaluate_checkpoints
-    from mm_agrae.records import RunFolder
+    from mm_agrae.evaluation.checkpoints import evaluate_checkpoints
+    from mm_agrae.run.records import RunFolder
 
     def same(path: str, overrides: Any) -> Config:
         return config

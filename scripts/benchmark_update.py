@@ -37,11 +37,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from mm_agrae import shared_prompt
-from mm_agrae.compat import prepare
 from mm_agrae.loss import Denominator, policy_loss
+from mm_agrae.model import shared_prompt
+from mm_agrae.model.compat import prepare
+from mm_agrae.model.vocab_head import head_logprobs
 from mm_agrae.types import Example, MicroBatch, Prompt
-from mm_agrae.vocab_head import head_logprobs
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # 57 M parameters in the proportions of Qwen2.5-VL-3B: the vision tower has 20 % of the weights

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from mm_agrae import config as configs
 from mm_agrae.progress import Reporter
-from mm_agrae.records import EvaluationResult, RunFolder
-from mm_agrae.report import compare_report
+from mm_agrae.run.records import EvaluationResult, RunFolder
+from mm_agrae.view.report import compare_report
 
 
 def main() -> None:

@@ -37,9 +37,9 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from mm_agrae import compat
 from mm_agrae import config as configs
 from mm_agrae.errors import UserError
+from mm_agrae.model import compat
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 10
@@ -284,8 +284,8 @@ def _files(draw: Any) -> tuple[str, bytes, dict[str, Any], bool]:
 def read_files(case: tuple[str, bytes, dict[str, Any], bool]) -> None:
     from pydantic import ValidationError
 
-    from mm_agrae.images import open_image
     from mm_agrae.tasks import load
+    from mm_agrae.tasks.images import open_image
 
     name, content, options, skip = case
     with tempfile.TemporaryDirectory(dir=workshop()) as folder:
@@ -330,8 +330,8 @@ ANSWERS = st.tuples(
 
 
 def read_answer(case: tuple[str, str, str, list[str], bool]) -> None:
-    from mm_agrae.rewards.accuracy import verify
-    from mm_agrae.rewards.extraction import extract_answer, final_answer
+    from mm_agrae.grading.accuracy import verify
+    from mm_agrae.grading.extraction import extract_answer, final_answer
     from mm_agrae.rewards.format import follows
 
     gold, completion, kind, choices, thinking = case
@@ -357,7 +357,7 @@ def _whole_checkpoint() -> tuple[Path, Any]:
     from helpers import TEXT as MODEL
     from helpers import policy, processing, run_config
 
-    from mm_agrae import checkpoint
+    from mm_agrae.run import checkpoint
 
     made = policy(MODEL)
     optimizer = torch.optim.AdamW(made.trainable_parameters())
@@ -396,7 +396,7 @@ def read_checkpoint(case: tuple[dict[str, bytes | None], bool]) -> None:
 
     import torch
 
-    from mm_agrae import checkpoint
+    from mm_agrae.run import checkpoint
 
     changes, mended = case
     whole, policy = _whole_checkpoint()
@@ -559,10 +559,10 @@ def steered(target: str, cases: int, report: Path) -> None:
 STEERED = """
 import sys, atheris
 from pathlib import Path
-from mm_agrae.compat import prepare
+from mm_agrae.model.compat import prepare
 prepare()
 with atheris.instrument_imports(include=["mm_agrae"]):
-    import mm_agrae.checkpoint, mm_agrae.config, mm_agrae.rewards.accuracy, mm_agrae.tasks.files
+    import mm_agrae.run.checkpoint, mm_agrae.config, mm_agrae.grading.accuracy, mm_agrae.tasks.files
 import fuzz
 fuzz.steered(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
 """

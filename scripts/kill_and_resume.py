@@ -64,7 +64,7 @@ class Box:
 
 def publish(path: Path) -> None:
     """In the run's process: have the stopwatch and the checkpoint's writer tell where they are."""
-    from mm_agrae import checkpoint, metrics
+    from mm_agrae.run import checkpoint, metrics
 
     box, counts = Box(path), Counter[str]()
     box.write(0, "starting 1")
@@ -237,8 +237,8 @@ def fingerprint(run_dir: Path) -> dict[str, Any]:
 
     import torch
 
-    from mm_agrae import checkpoint
-    from mm_agrae.records import RunFolder, to_json
+    from mm_agrae.run import checkpoint
+    from mm_agrae.run.records import RunFolder, to_json
 
     def digest(value: Any) -> str:
         return hashlib.sha256(
@@ -281,7 +281,7 @@ def fingerprint(run_dir: Path) -> dict[str, Any]:
 
 def durations(run_dir: Path) -> dict[str, float]:
     """Seconds of one visit to each stage, from a finished run."""
-    from mm_agrae.records import RunFolder
+    from mm_agrae.run.records import RunFolder
 
     rows = RunFolder(run_dir).read_metrics()
     mean = {
@@ -412,7 +412,7 @@ def preload() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch
 
-    from mm_agrae.compat import prepare
+    from mm_agrae.model.compat import prepare
 
     torch.set_num_threads(1)
     prepare()
@@ -423,10 +423,6 @@ def preload() -> None:
         Qwen2_5_VLProcessor,
         Qwen2ForCausalLM,
     )
-
-    import mm_agrae.report
-    import mm_agrae.rollout.hf
-    import mm_agrae.trainer  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 from PIL import Image
 
 from mm_agrae.errors import RunFolderError, UserError
-from mm_agrae.records import RunFolder, write_atomic, write_jsonl
+from mm_agrae.run.records import RunFolder, write_atomic, write_jsonl
 
 
 def main() -> int:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from mm_agrae.compat import prepare
+from mm_agrae.model.compat import prepare
 
 SHAPES = Path(__file__).resolve().parents[1] / "data" / "model_shapes"
 PUBLISHED = {"3b": "Qwen--Qwen2.5-VL-3B-Instruct", "7b": "Qwen--Qwen2.5-VL-7B-Instruct"}

@@ -33,8 +33,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from mm_agrae.compat import prepare
-from mm_agrae.tasks.synthetic import FAMILIES, FIGURES, KINDS, Problem, SyntheticTask, derive
+from mm_agrae.model.compat import prepare
+from mm_agrae.tasks.synthetic.task import FAMILIES, FIGURES, KINDS, Problem, SyntheticTask, derive
 
 prepare()
 

@@ -26,8 +26,8 @@ from PIL import Image
 from mm_agrae import config as configs
 from mm_agrae import doctor
 from mm_agrae.loss import Denominator, policy_loss
-from mm_agrae.policy import Policy
-from mm_agrae.processing import Processing
+from mm_agrae.model.policy import Policy
+from mm_agrae.model.processing import Processing
 from mm_agrae.rollout.hf import HFEngine
 from mm_agrae.types import Example, MicroBatch, Prompt
 

@@ -23,7 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from browser import DESK, PHONE, chromium, open_tab, served, settle, visit  # noqa: E402
 
-from mm_agrae.demo_settings import embedded_runs, settings_for  # noqa: E402
+from mm_agrae.view.demo_settings import embedded_runs, settings_for  # noqa: E402
 
 LIMIT_BYTES = 1_500_000
 COLOURS = 128

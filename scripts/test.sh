@@ -13,7 +13,7 @@ python -m pytest --numprocesses 2 "$@"
 if [ $# -eq 0 ] && [ "${MM_AGRAE_VLLM:-1}" != 0 ] && prepare_vllm; then
     # The tests of a file share engines and servers, and their order matters.
     "$(vllm_environment)/bin/python" -m pytest --numprocesses 2 --dist loadfile \
-        tests/test_rollout_vllm.py tests/test_rollout_vllm_server.py tests/test_training_vllm.py
+        tests/rollout/test_rollout_vllm.py tests/rollout/test_rollout_vllm_server.py tests/rollout/test_training_vllm.py
 fi
 if [ $# -eq 0 ] && [ "${MM_AGRAE_VERL:-1}" != 0 ]; then
     scripts/test_verl.sh

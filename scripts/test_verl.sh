@@ -21,4 +21,4 @@ if [ "$(cat "$venv/.installed" 2> /dev/null)" != "$want" ]; then
     echo "$want" > "$venv/.installed"
 fi
 export OMP_NUM_THREADS=1
-exec "$venv/bin/python" -m pytest tests/test_adapter_verl.py "$@"
+exec "$venv/bin/python" -m pytest tests/adapters/test_adapter_verl.py "$@"

@@ -6,7 +6,7 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from mm_agrae.compat import prepare
+from mm_agrae.model.compat import prepare
 
 prepare()
 

@@ -10,10 +10,10 @@ import torch
 
 from mm_agrae import config as configs
 from mm_agrae.config import ModelSection, PromptSection, SamplingSection
-from mm_agrae.policy import Policy
-from mm_agrae.processing import Processing
+from mm_agrae.model.policy import Policy
+from mm_agrae.model.processing import Processing
 from mm_agrae.rollout.hf import HFEngine
-from mm_agrae.tasks.synthetic import SyntheticTask
+from mm_agrae.tasks.synthetic.task import SyntheticTask
 
 ROOT = Path(__file__).parent.parent
 WARM_START = Path(os.environ.get("MM_AGRAE_WARM_START", ROOT / "data" / "warm_start"))

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mm_agrae.evaluate import summarise
-from mm_agrae.records import RolloutRecord, RunFolder, SampleRecord
+from mm_agrae.evaluation.evaluate import summarise
+from mm_agrae.run.records import RolloutRecord, RunFolder, SampleRecord
 
 HOSTILE = (
     "<script>window.broken=1</script><img src=x onerror='window.broken=2'>"

@@ -17,7 +17,8 @@ from mm_agrae.rollout.vllm_worker import KEY_VARIABLE
 
 MAX_TOKENS = 256
 PROGRAM = (
-    "import sys, json; from mm_agrae.serve import serve; sys.exit(serve(**json.loads(sys.argv[1])))"
+    "import sys, json; from mm_agrae.rollout.serve import serve; "
+    "sys.exit(serve(**json.loads(sys.argv[1])))"
 )
 
 

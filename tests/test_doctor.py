@@ -7,9 +7,10 @@ import pytest
 import torch
 from helpers import TEXT, VL, engine, examples, policy, processing, run_config
 
-from mm_agrae import activations, doctor
 from mm_agrae import config as configs
-from mm_agrae.policy import Policy
+from mm_agrae import doctor
+from mm_agrae.model import activations
+from mm_agrae.model.policy import Policy
 from mm_agrae.types import MicroBatch
 
 SHAPES = Path(__file__).parent.parent / "data" / "model_shapes"

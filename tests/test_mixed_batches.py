@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import TEXT, VL, examples, run_config
 
-from mm_agrae.images import encode_png, open_image
+from mm_agrae.tasks.images import encode_png, open_image
 from mm_agrae.trainer import Trainer
 
 REWARD = """

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from mm_agrae import config as configs
 from mm_agrae.config import LoraSection, ModelSection
 from mm_agrae.errors import ConfigError, ModelError
-from mm_agrae.policy import Policy
-from mm_agrae.processing import Processing
+from mm_agrae.model.policy import Policy
+from mm_agrae.model.processing import Processing
 from mm_agrae.progress import Reporter
 from mm_agrae.trainer import Trainer
 

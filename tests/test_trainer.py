@@ -8,7 +8,7 @@ from helpers import TEXT, VL, processing, prompts, run_config, sampling
 
 from mm_agrae.errors import DataError, ModelError, RunFolderError
 from mm_agrae.progress import Reporter
-from mm_agrae.records import RunFolder
+from mm_agrae.run.records import RunFolder
 from mm_agrae.tasks.order import DataOrder
 from mm_agrae.trainer import Trainer
 
@@ -321,7 +321,7 @@ def test_pictures_encoded_in_a_step(tmp_path, model, update, expected):
 
 
 def test_a_shared_prompt_that_computes_something_else_is_found_out(tmp_path, monkeypatch):
-    from mm_agrae import shared_prompt
+    from mm_agrae.model import shared_prompt
 
     config = run_config(
         tmp_path / "run", TEXT, advantage={"rule": "w_reinforce"}, evaluate={"before": False}

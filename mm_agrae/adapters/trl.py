@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 
-from mm_agrae import compat
 from mm_agrae.adapters import SUCCESS_THRESHOLD, needs_success, scale_warning, success_of
 from mm_agrae.advantage import levels
+from mm_agrae.model import compat
 
 compat.prepare()  # before TRL imports transformers' image processors
 

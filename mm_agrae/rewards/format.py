@@ -7,7 +7,7 @@ The form of the paper's system prompts (arXiv 2602.05548, Appendix C.2):
 
 from __future__ import annotations
 
-from mm_agrae.rewards.extraction import boxes
+from mm_agrae.grading.extraction import boxes
 
 
 def follows(

@@ -1,89 +1,10 @@
-"""Rollout engines: prompts -> completions. One line in ENGINES adds one."""
+"""Prompts -> completions.
 
-from __future__ import annotations
+In: `Prompt`s and sampling settings. Out: `Completion`s with the log-probability of each token.
+Begin with `engine.py`, the protocol and the list of engines; `hf.py` is the reference engine,
+`collector.py` gathers the groups of a training step.
+"""
 
-import hashlib
-import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from mm_agrae.rollout.engine import ENGINES, Engine, Sync, derive_seed, make_engine
 
-from mm_agrae.config import RolloutSection, SamplingSection
-from mm_agrae.policy import Policy
-from mm_agrae.processing import Processing
-from mm_agrae.types import Completion, Prompt
-
-ENGINES: dict[str, str] = {
-    "hf": "mm_agrae.rollout.hf:HFEngine",
-    "vllm": "mm_agrae.rollout.vllm:VllmEngine",
-    "vllm_server": "mm_agrae.rollout.vllm_server:VllmServerEngine",
-}
-
-
-@dataclass(frozen=True)
-class Sync:
-    """One hand-over of weights to an engine: how much, and how long it took."""
-
-    megabytes: float = 0.0
-    seconds: float = 0.0
-
-
-class Engine(Protocol):
-    """What the trainer and the evaluation ask of an engine."""
-
-    exact: bool
-    """Whether sampling log-probs equal those of the policy's own forward."""
-
-    version: int
-    """The policy version whose weights the engine holds; completions carry it."""
-
-    def sync(self) -> Sync:
-        """Take over the policy's present weights and version. A collective call: every process
-        makes it. Raises EngineError if the engine is left with other weights."""
-        ...
-
-    def close(self) -> None:
-        """Give back memory and processes."""
-        ...
-
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        count: int,
-        sampling: SamplingSection,
-        seeds: Sequence[int],
-        on_progress: Callable[[int], None] | None = None,
-    ) -> list[list[Completion]]:
-        """`count` completions of each prompt, in prompt order; none of one that a server refused.
-
-        The samples of a prompt depend on its seed alone, not on its neighbours. Ids that stand
-        for images, videos or padding are never sampled. `on_progress` is told how many
-        completions have been finished since the last call. Raises EngineError.
-        """
-        ...
-
-
-def make_engine(
-    rollout: RolloutSection,
-    policy: Policy,
-    processing: Processing,
-    *,
-    batch_completions: int,
-    max_tokens: int,
-) -> Engine:
-    """The engine that `rollout.engine` names, its constructor called with the same arguments.
-
-    `batch_completions` bounds how many completions are made at once, `max_tokens` the length of
-    prompt and completion together. Raises EngineError if it cannot start.
-    """
-    module, _, attribute = ENGINES[rollout.engine].partition(":")
-    engine_class = getattr(importlib.import_module(module), attribute)
-    return engine_class(
-        policy, processing, rollout, batch_completions=batch_completions, max_tokens=max_tokens
-    )
-
-
-def derive_seed(*parts: int | str) -> int:
-    """A 63-bit seed from a path of names and numbers, the same on every machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
+__all__ = ["ENGINES", "Engine", "Sync", "derive_seed", "make_engine"]

@@ -15,8 +15,8 @@ import torch
 
 from mm_agrae.batching import pad_sequences
 from mm_agrae.config import RolloutSection, SamplingSection
-from mm_agrae.policy import Policy
-from mm_agrae.processing import Processing
+from mm_agrae.model.policy import Policy
+from mm_agrae.model.processing import Processing
 from mm_agrae.rollout import Sync
 from mm_agrae.types import Completion, Prompt
 

@@ -25,8 +25,9 @@ import torch
 
 from mm_agrae.config import RolloutSection, SamplingSection
 from mm_agrae.errors import ConfigError, DataError, EngineError
-from mm_agrae.policy import Policy
-from mm_agrae.processing import Processing, model_and_adapter
+from mm_agrae.model.policy import Policy
+from mm_agrae.model.processing import Processing, model_and_adapter
+from mm_agrae.model.weights import adapter_config, adapter_weights, full_weights, save_adapter
 from mm_agrae.rollout import Sync
 from mm_agrae.rollout.vllm_common import (
     check,
@@ -39,7 +40,6 @@ from mm_agrae.rollout.vllm_common import (
 )
 from mm_agrae.rollout.vllm_worker import mend_install
 from mm_agrae.types import Completion, Prompt
-from mm_agrae.weights import adapter_config, adapter_weights, full_weights, save_adapter
 
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Sizes that vLLM has room for; an adapter takes the next larger one."""

@@ -13,8 +13,8 @@ import torch
 
 from mm_agrae.config import SamplingSection
 from mm_agrae.errors import ConfigError, DataError, EngineError
-from mm_agrae.policy import EXCLUDED, Policy, parts
-from mm_agrae.processing import Processing
+from mm_agrae.model.policy import EXCLUDED, Policy, parts
+from mm_agrae.model.processing import Processing
 from mm_agrae.rollout import derive_seed
 from mm_agrae.types import Completion, Prompt
 

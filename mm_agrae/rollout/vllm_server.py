@@ -33,11 +33,11 @@ from typing import Any
 import requests
 import torch
 
-from mm_agrae import weights
 from mm_agrae.config import RolloutSection, SamplingSection
 from mm_agrae.errors import DataError, EngineError
-from mm_agrae.policy import Policy
-from mm_agrae.processing import Processing, model_and_adapter
+from mm_agrae.model import weights
+from mm_agrae.model.policy import Policy
+from mm_agrae.model.processing import Processing, model_and_adapter
 from mm_agrae.rollout import Sync
 from mm_agrae.rollout import vllm_common as common
 from mm_agrae.rollout.vllm_worker import FILES, KEY_VARIABLE

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_agrae import __version__
-from mm_agrae.compat import prepare
+from mm_agrae.model.compat import prepare
 
 if TYPE_CHECKING:
     import torch

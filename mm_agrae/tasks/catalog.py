@@ -27,10 +27,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 from zipfile import ZipFile
 
-from mm_agrae.config import nearest
-from mm_agrae.errors import ConfigError, DataError
-from mm_agrae.images import printable
+from mm_agrae.errors import ConfigError, DataError, nearest
 from mm_agrae.tasks.files import COLUMNS, ColumnName, FileTask
+from mm_agrae.tasks.images import printable
 from mm_agrae.tasks.rows import LazyRow, Row, listing, read_rows
 
 DOWNLOADS = Path("data/downloads")

@@ -22,10 +22,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mm_agrae.config import nearest
-from mm_agrae.errors import ConfigError, DataError
-from mm_agrae.images import find_file, is_url, open_image, without_secrets
-from mm_agrae.tasks import check_arguments
+from mm_agrae.config.plugins import check_arguments
+from mm_agrae.errors import ConfigError, DataError, nearest
+from mm_agrae.tasks.images import find_file, is_url, open_image, without_secrets
 from mm_agrae.tasks.rows import LazyRow, Row, listing, read_rows, show
 from mm_agrae.types import Example, ImageSource
 
@@ -129,7 +128,7 @@ class FileTask:
     @staticmethod
     def check_options(options: Mapping[str, Any]) -> None:
         """Look into the nested options. Raises ConfigError naming the key."""
-        from mm_agrae.rewards.accuracy import verify
+        from mm_agrae.grading.accuracy import verify
 
         grading = options.get("grading") or {}
         try:

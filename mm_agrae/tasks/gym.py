@@ -19,8 +19,7 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
-from mm_agrae.config import nearest
-from mm_agrae.errors import ConfigError
+from mm_agrae.errors import ConfigError, nearest
 from mm_agrae.types import Example
 
 LEFT_OUT = {
@@ -135,7 +134,7 @@ def score(
 
     `where_it_stands` are arguments of `rewards.extraction.extract_answer`.
     """
-    from mm_agrae.rewards.extraction import extract_answer
+    from mm_agrae.grading.extraction import extract_answer
 
     answer = extract_answer(completion, **{"bare_limit": 4096, **where_it_stands})
     if answer is not None and not _harmless(name, answer):

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mm_agrae.errors import DataError
-from mm_agrae.images import find_file
 from mm_agrae.tasks.catalog import CatalogTask, DataSet, describe, locate
 from mm_agrae.tasks.files import ColumnName
+from mm_agrae.tasks.images import find_file
 from mm_agrae.tasks.rows import LazyRow, Row, listing, read_rows
 
 TEST_PAIRS, TRAIN_PAIRS = 300, 600

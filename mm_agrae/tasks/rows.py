@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mm_agrae.errors import DataError
-from mm_agrae.images import printable
+from mm_agrae.tasks.images import printable
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 

@@ -1,0 +1,39 @@
+"""Settings: YAML files and `key=value` overrides -> one validated `Config`.
+
+In: paths and overrides. Out: `Config`, an immutable tree of sections that every stage reads. Begin
+with `schema.py`, which lists every setting; `reading.py` parses, `plan.py` works out what a config
+amounts to, `plugins.py` finds code that a config names.
+"""
+
+from mm_agrae.config.plan import contradictions, plan, total_steps
+from mm_agrae.config.reading import dump, load, parse, public
+from mm_agrae.config.schema import (
+    Config,
+    DataSource,
+    EvaluateSection,
+    LoraSection,
+    ModelSection,
+    PromptSection,
+    RewardSection,
+    RolloutSection,
+    SamplingSection,
+)
+
+__all__ = [
+    "Config",
+    "DataSource",
+    "EvaluateSection",
+    "LoraSection",
+    "ModelSection",
+    "PromptSection",
+    "RewardSection",
+    "RolloutSection",
+    "SamplingSection",
+    "contradictions",
+    "dump",
+    "load",
+    "parse",
+    "plan",
+    "public",
+    "total_steps",
+]

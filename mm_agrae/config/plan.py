@@ -1,0 +1,110 @@
+"""What a config amounts to, worked out before a model is loaded: steps, batches, tokens.
+
+Also what a resumed run may change without becoming another run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mm_agrae.config.reading import public
+from mm_agrae.config.schema import Config
+from mm_agrae.errors import ConfigError
+
+
+def plan(config: Config, train_rows: int, processes: int = 1) -> list[tuple[str, str]]:
+    """What a run will do, as (name, value) lines, worked out before anything is loaded."""
+    rollout, update = config.rollout, config.update
+    steps = total_steps(config, train_rows)
+    prompts, group = rollout.prompts_per_step, rollout.completions_per_prompt
+    completions = prompts * group
+    mini = update.mini_batch_prompts or prompts
+    optimiser_steps = prompts // mini * update.epochs
+    rows = -(-mini * group // processes)
+    micro = -(-rows // update.micro_batch_completions)
+    if update.micro_batch_tokens:
+        micro_batches = f"of up to {update.micro_batch_tokens:,} tokens"
+    else:
+        micro_batches = (
+            f"{micro} an optimiser step and process, up to "
+            f"{min(rows, update.micro_batch_completions)} completions each"
+        )
+    tokens = completions * rollout.max_new_tokens
+    policy = "on-policy" if optimiser_steps == 1 else "off-policy after the first"
+    epochs = steps * prompts / train_rows
+    return [
+        ("training rows", f"{train_rows:,} ({epochs:.2f} epochs)"),
+        ("steps (rollouts)", f"{steps:,}"),
+        (
+            "per step",
+            f"{prompts} prompts × {group} completions = {completions} on {processes} "
+            f"process{'es' if processes > 1 else ''}",
+        ),
+        (
+            "optimiser steps",
+            f"{optimiser_steps} a rollout ({policy}), {steps * optimiser_steps:,} in all",
+        ),
+        ("micro-batches", micro_batches),
+        ("tokens", f"up to {tokens:,} sampled a step, {steps * tokens:,} in all"),
+        ("rule and loss", f"{config.advantage.rule} / {update.loss}"),
+    ]
+
+
+RESUMABLE = (
+    "run_dir",
+    "resume",
+    "evaluate",
+    "checkpoint",
+    "log",
+    "data.evaluate",
+    "train.timeout_minutes",
+    "rollout.vllm.servers",
+    "rollout.vllm.start_limit_s",
+    "rollout.vllm.request_limit_s",
+    "rollout.mismatch.probe_every",
+    "rollout.mismatch.probe_prompts",
+    "rollout.mismatch.warn_above",
+    "rollout.mismatch.stop_above",
+)
+"""What a resumed run may change: nothing here has a say in the weights."""
+
+
+def contradictions(config: Config, earlier: Config) -> list[str]:
+    """Settings that would make a resumed run another run: "key: earlier value -> new value"."""
+    new, old = _flat(public(config)), _flat(public(earlier))
+    found = []
+    for key in sorted(new.keys() | old.keys()):
+        same = new.get(key) == old.get(key)
+        if same or any(key == free or key.startswith(f"{free}.") for free in RESUMABLE):
+            continue
+        if key in ("train.steps", "train.epochs") and config.update.schedule == "constant":
+            continue  # a longer or shorter run with a constant rate is the same run
+        found.append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
+    return found
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(values, dict):
+        items = values.items()
+    elif isinstance(values, list):
+        items = {str(index): value for index, value in enumerate(values)}.items()
+    else:
+        return {prefix.removesuffix("."): values}
+    flat: dict[str, Any] = {}
+    for key, value in items:
+        flat.update(_flat(value, f"{prefix}{key}."))
+    return flat
+
+
+def total_steps(config: Config, train_rows: int) -> int:
+    """Rollouts of the whole run. Raises ConfigError if an epoch is less than one rollout."""
+    if config.train.steps is not None:
+        return config.train.steps
+    assert config.train.epochs is not None
+    steps = config.train.epochs * train_rows // config.rollout.prompts_per_step
+    if steps == 0:
+        raise ConfigError(
+            f"rollout.prompts_per_step = {config.rollout.prompts_per_step} is more than "
+            f"train.epochs × rows = {config.train.epochs} × {train_rows}; lower it"
+        )
+    return steps

@@ -1,0 +1,117 @@
+"""Names in a config that stand for code: the user's own tasks, rewards and engines.
+
+A name is "package.module:Name" or "path/to/file.py:Name", looked for from the working directory,
+whether the program was started as `mm-agrae` or `python -m mm_agrae.cli`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+import typing
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mm_agrae.errors import ConfigError, nearest
+
+_REQUIRED = inspect.Parameter.empty
+
+
+def is_import_name(name: str) -> bool:
+    """Whether a name is of the form "module:Name" or "file.py:Name"."""
+    return re.fullmatch(r".+:\w+", name) is not None
+
+
+def load_object(name: str) -> Any:
+    """Import what "package.module:Name" or "path/to/file.py:Name" stands for.
+
+    Raises ConfigError if there is no such file, module or name; whatever else the import
+    raises comes through.
+    """
+    where, _, attribute = name.rpartition(":")
+    if where.endswith(".py"):
+        path = Path(where).expanduser().resolve()
+        if not path.is_file():
+            raise ConfigError(f"there is no file {path}")
+        module = _file_module(path)
+    else:
+        if "" not in sys.path and str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"cannot import {where}: there is no module {error.name!r}; modules are looked "
+                f"for in the environment and in {Path.cwd()}"
+            ) from None
+    found = getattr(module, attribute, None)
+    if not callable(found):
+        names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
+        raise ConfigError(
+            f"{where} has no function or class {attribute!r}; it has {', '.join(names) or 'none'}"
+        )
+    return found
+
+
+def _file_module(path: Path) -> ModuleType:
+    """The module of a file, executed once. Modules beside it can be imported from it."""
+    name = f"{path.stem}_{zlib.crc32(str(path).encode()):08x}"
+    if name in sys.modules:
+        return sys.modules[name]
+    specification = importlib.util.spec_from_file_location(name, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    sys.path.append(str(path.parent))
+    try:
+        specification.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def check_arguments(
+    function: Callable[..., Any], arguments: Mapping[str, Any], filled_in: Sequence[str] = ()
+) -> None:
+    """Compare keyword arguments with a function's (or a class's constructor's) signature.
+
+    `filled_in` are parameters that others set. Raises ConfigError for an unknown name, a missing
+    one, and a value of the wrong type.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    parameters = signature(function)
+    names = [name for name in parameters if name not in filled_in]
+    for name in arguments:
+        if name not in names:
+            raise ConfigError(f"no option {name!r}; {nearest(name, names)}")
+    for name in names:
+        if parameters[name].default is _REQUIRED and name not in arguments:
+            raise ConfigError(f"needs the option {name!r}")
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    for name, value in arguments.items():
+        if name not in hints:
+            continue
+        try:
+            TypeAdapter(hints[name], config=ConfigDict(strict=True)).validate_python(value)
+        except ValidationError as error:
+            first = error.errors()[0]
+            inside = [
+                str(part) for part in first["loc"] if isinstance(value, dict) and part in value
+            ]
+            key = ".".join([name, *inside])
+            problem = first["msg"][:1].lower() + first["msg"][1:]
+            raise ConfigError(f"{key}: {problem} (got {first['input']!r})") from None
+
+
+def signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a function, or of a class's constructor, by name."""
+    return inspect.signature(function).parameters

@@ -1,0 +1,223 @@
+"""Config files and overrides -> a `Config`, and back to YAML.
+
+Unknown keys, wrong types and settings that contradict each other raise `ConfigError`, which names
+the key and the nearest valid one. Nothing else is loaded before a config is known to be whole.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mm_agrae.config.schema import SECRET_NAME, URL_SECRET, Config
+from mm_agrae.errors import ConfigError, nearest
+
+MAX_VALUES, MAX_DEPTH = 100_000, 50
+"""Of a config file: far above what anybody writes."""
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML config and apply overrides: `key=value`, or further YAML files laid over it.
+
+    A file may build on another one: `base: other.yaml`, relative to itself. Sections are merged
+    key by key, anything else is replaced, by what comes later. Raises ConfigError naming the file
+    and the key.
+    """
+    values = _read(Path(path))
+    for override in overrides:
+        if "=" not in override and Path(override).suffix in (".yaml", ".yml"):
+            values = _merge(values, _read(Path(override)))
+        else:
+            apply_override(values, override)
+    return parse(values, source=str(path))
+
+
+def _read(path: Path, built_on_it: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The plain values of a config file, over those of its `base`."""
+    named_by = f" (base of {built_on_it[-1]})" if built_on_it else ""
+    try:
+        again = path.resolve() in [other.resolve() for other in built_on_it]
+        text = "" if again else path.read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:
+        not_text = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "no file name"
+        reason = getattr(error, "strerror", None) or not_text
+        raise ConfigError(f"config {path}{named_by}: cannot be read ({reason})") from None
+    if again:
+        circle = " -> ".join(str(other) for other in (*built_on_it, path))
+        raise ConfigError(f"config {path}: base goes in a circle: {circle}")
+    try:
+        values = _from_yaml(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {path}: expected a mapping of settings at the top level")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ConfigError(f"config {path}: base must be the path of one file (got {base!r})")
+    return _merge(_read(path.parent / base, (*built_on_it, path)), values)
+
+
+def _from_yaml(text: str) -> Any:
+    """`yaml.safe_load` that raises YAMLError and nothing else."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise
+    except Exception as error:  # a 13th month, 5,000 digits, 1,000 brackets: of many kinds
+        raise yaml.YAMLError(f"{error or type(error).__name__}") from None
+    # An alias may stand for what holds it, or lists of aliases double at every line.
+    inside, count = [(value, 0)], 0
+    while inside:
+        node, depth = inside.pop()
+        count += 1
+        if count > MAX_VALUES or depth > MAX_DEPTH:
+            raise yaml.YAMLError(f"more than {MAX_VALUES:,} values, or more than {MAX_DEPTH} deep")
+        children = [*node, *node.values()] if isinstance(node, dict) else node
+        if isinstance(children, list | tuple | set):
+            inside += [(child, depth + 1) for child in children]
+    return value
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` laid over `below`; mappings are merged, anything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, dict)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def parse(values: dict[str, Any], source: str = "config") -> Config:
+    """Validate plain values, as read from YAML. Raises ConfigError."""
+    try:
+        return Config.model_validate(_tuples(values))
+    except ValidationError as error:
+        lines = [_explain(item) for item in error.errors()]
+        raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved config as YAML; `load` gives it back, with *** for each secret."""
+    return yaml.safe_dump(public(config), sort_keys=False, allow_unicode=True)
+
+
+def public(config: Config) -> dict[str, Any]:
+    """Plain values that may be written and logged: passwords in URLs, and what is named like a
+    secret (a task's or an engine's own option), are replaced by ***."""
+    return _hide(config.model_dump(mode="json"))
+
+
+def _hide(value: Any, name: str = "") -> Any:
+    if isinstance(value, dict):
+        return {key: _hide(item, str(key)) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_hide(item, name) for item in value]
+    if isinstance(value, str) and value:
+        return "***" if SECRET_NAME.fullmatch(name) else URL_SECRET.sub(r"\1***@", value)
+    return value
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(
+            f"override {override!r}: expected key=value, such as train.steps=10, or a YAML file"
+        )
+    try:
+        value = _from_yaml(text) if text else ""
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not valid YAML") from None
+    if isinstance(value, str):
+        value = _number(value)
+    *parents, last = key.split(".")
+    node: Any = values
+    for depth, parent in enumerate(parents):
+        if isinstance(node, list):
+            node = _list_item(node, parent, key)
+            continue
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
+        if not isinstance(node, dict | list):
+            where = ".".join(parents[: depth + 1])
+            raise ConfigError(f"override {override!r}: {where} is a single value, not a section")
+    if isinstance(node, list):
+        _list_item(node, last, key)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _list_item(node: list[Any], index: str, key: str) -> Any:
+    if not index.isdecimal() or int(index) >= len(node):
+        raise ConfigError(
+            f"override {key}: {index!r} is not an index of a list of {len(node)} (counted from 0)"
+        )
+    return node[int(index)]
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads 1e-6 as text; people write learning rates that way."""
+    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    """Strict mode takes no list for a tuple; YAML has only lists."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return tuple(_tuples(item) for item in value)
+    return _number(value)
+
+
+def _explain(item: Any) -> str:
+    location = [part for part in item["loc"] if not str(part).startswith("function-")]
+    key = ".".join(str(part) for part in location)
+    if item["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in location[:-1]:
+            section = _section_type(section, part)
+        fields = section.model_fields if section is not None else {}
+        return f"{key}: unknown setting; {nearest(str(location[-1]), fields)}"
+    if item["type"] == "missing":
+        return f"{key}: required, but not set"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return (
+            message
+            if (key and message.startswith(key)) or "." in message.split(" ")[0]
+            else (f"{key}: {message}" if key else message)
+        )
+    message = message[:1].lower() + message[1:]
+    if item["type"] == "literal_error" and isinstance(item["input"], str):
+        expected = item["ctx"]["expected"].replace("' or '", "', '").replace("'", "")
+        message = f"{item['input']!r} is not valid; {nearest(item['input'], expected.split(', '))}"
+        return f"{key}: {message} (one of {expected})"
+    return f"{key}: {message} (got {item['input']!r})"
+
+
+def _section_type(section: Any, part: Any) -> Any:
+    """The model class that the field `part` of `section` holds, through Optional and tuple."""
+    if section is None or isinstance(part, int):
+        return section
+    field = getattr(section, "model_fields", {}).get(part)
+    stack = [field.annotation] if field else []
+    while stack:
+        kind = stack.pop()
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+        stack.extend(typing.get_args(kind))
+    return None

@@ -1,0 +1,461 @@
+"""One strict schema for every run, vision-language or text, laptop or cluster.
+
+A run is one YAML file; `key=value` overrides with dotted keys change single settings, and further
+files are laid over it:
+
+    mm-agrae train configs/quickstart.yaml train.steps=10 configs/with/grpo.yaml
+
+Unknown keys, wrong types and settings that contradict each other raise `ConfigError`, which
+names the key and the nearest valid one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from mm_agrae.errors import nearest
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+
+SECRET_NAME = re.compile(
+    r"(.*_)?(api_?key|access_?key|private_?key|secret|password|passwd|credentials?|token)",
+    re.IGNORECASE,
+)
+URL_SECRET = re.compile(r"(\w://)[^/@\s]+@")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class LoraSection(Section):
+    """LoRA by peft. `parts` chooses which parts of the model get adapters."""
+
+    rank: PositiveInt = 16
+    alpha: PositiveInt = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    parts: tuple[Literal["language", "vision", "merger", "head"], ...] = ("language",)
+    """Which parts of the model: language layers, vision tower, the merger between them, or the
+    vocabulary head."""
+    modules: tuple[str, ...] = ()
+    """Names of linear layers inside those parts, such as q_proj. Empty: every linear layer."""
+
+
+class ModelSection(Section):
+    path: str
+    """A Hugging Face model id or a local folder, vision-language or text-only."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic. What learns is kept in float32 all the same; what is frozen under LoRA is not."""
+    attn_implementation: str = "sdpa"
+    gradient_checkpointing: bool = False
+    freeze: tuple[Literal["language", "vision", "merger", "embeddings"], ...] = ()
+    """Parts that do not learn. Under LoRA everything but the adapters is frozen already."""
+    lora: LoraSection | None = None
+    trust_remote_code: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+class DataSource(Section):
+    """One set of examples. Further keys are the task's own options (see `mm-agrae tasks`)."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    task: str
+    name: str = ""
+    """Label in logs and reports; the task's name if empty."""
+    limit: PositiveInt | None = None
+    """Use only this many examples, from the front."""
+    samples: PositiveInt | None = None
+    """Completions per problem in evaluation; not set: evaluate.samples."""
+
+    @property
+    def label(self) -> str:
+        return self.name or self.task
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class DataSection(Section):
+    train: tuple[DataSource, ...]
+    """Several sources are concatenated, then shuffled."""
+    evaluate: tuple[DataSource, ...] = ()
+    shuffle: bool = True
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What a row that cannot be used does: stop the run, or be counted and left out."""
+
+
+class PromptSection(Section):
+    system: str = ""
+    """System prompt; empty for none."""
+    instruction: str = ""
+    """Appended to the question, after a line break."""
+    max_tokens: PositiveInt = 1024
+    """A prompt longer than this, its image tokens included, is a bad row."""
+    min_pixels: PositiveInt | None = None
+    """Images below this area are enlarged. Not set: the checkpoint's own."""
+    max_pixels: PositiveInt | None = None
+    """Images above this area are made smaller. Not set: the checkpoint's own."""
+    chat_template: str = ""
+    """A Jinja file, for base models without a chat template. Empty: the checkpoint's own."""
+
+
+class SamplingSection(Section):
+    temperature: Annotated[float, Field(ge=0)] = 1.0
+    """0 is greedy."""
+    top_p: Fraction = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """0 keeps every token."""
+    max_new_tokens: PositiveInt = 512
+
+
+class DynamicSampling(Section):
+    """DAPO: groups without signal are drawn again, at most `max_draws` times."""
+
+    max_draws: PositiveInt = 3
+
+
+class VllmSection(Section):
+    """For the engines vllm (inside the training process) and vllm_server (over HTTP)."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: model.dtype."""
+    sync: Literal["merged", "adapter"] = "merged"
+    """What reaches the engine after an optimiser step: all weights, LoRA merged into them, or
+    the LoRA adapter alone."""
+    max_model_len: PositiveInt | None = None
+    """Tokens of prompt and completion together; not set: prompt.max_tokens + max_new_tokens."""
+    memory_fraction: Fraction = 0.4
+    """Share of a GPU's memory for weights and KV cache. On a CPU see cache_gib."""
+    cache_gib: PositiveInt = 1
+    """KV cache on a CPU, in GiB."""
+    tensor_parallel: PositiveInt = 1
+    sleep: bool = True
+    """Free the GPU's memory for the update between rollouts (engine vllm)."""
+    enforce_eager: bool = False
+    servers: tuple[str, ...] = ()
+    """Addresses for vllm_server, such as http://127.0.0.1:8000, started by `mm-agrae serve`."""
+    start_limit_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long to wait for an engine to get ready."""
+    request_limit_s: Annotated[float, Field(gt=0)] = 600.0
+    """How long one prompt's completions may take before its server counts as lost."""
+    options: dict[str, Any] = {}
+    """Further arguments of vLLM's engine, as they are (engine vllm)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> VllmSection:
+        if any(URL_SECRET.search(server) for server in self.servers):
+            raise ValueError(
+                "rollout.vllm.servers: an address holds a password, which would be logged; leave "
+                "it out and set MM_AGRAE_VLLM_KEY, which `mm-agrae serve` reads as well"
+            )
+        return self
+
+
+class MismatchSection(Section):
+    """What is done about an engine whose log-probabilities differ from the trained model's."""
+
+    correction: Literal["auto", "off", "token", "sequence"] = "auto"
+    """Truncated importance sampling by π_old / π_engine, of each token or of whole completions.
+    auto: token for every engine but hf, whose numbers are the model's own."""
+    limit: Annotated[float, Field(ge=1)] = 2.0
+    """Weights are cut to this."""
+    beyond: Literal["truncate", "mask"] = "truncate"
+    """mask: what is beyond the limit, or below its inverse, is left out."""
+    probe_every: Annotated[int, Field(ge=0)] = 50
+    """Compare log-probabilities at the start and every N steps; 0: never."""
+    probe_prompts: PositiveInt = 4
+    warn_above: Annotated[float, Field(gt=0)] = 0.05
+    """Mean difference (nats a token) above which the probe warns; bfloat16 gives about 0.01."""
+    stop_above: Annotated[float, Field(gt=0)] = 0.5
+    """Mean difference above which the run stops: the engine holds other weights or pictures."""
+
+
+class RolloutSection(SamplingSection):
+    engine: str = "hf"
+    """hf: the trained model itself. vllm: vLLM in this process. vllm_server: vLLM over HTTP. Or one
+    of your own, as "module:Class" or "path/to/file.py:Class"."""
+    vllm: VllmSection = VllmSection()
+    mismatch: MismatchSection = MismatchSection()
+    overlap: bool = False
+    """Sample the next step's completions while the update runs (vllm_server): they are one
+    version behind, which the same importance weights correct."""
+    prompts_per_step: Annotated[int, Field(ge=1)] = 16
+    """Prompts of one rollout, over all processes."""
+    completions_per_prompt: int = 8
+    """The group size G; advantages are relative to the group, so at least 2."""
+    batch_completions: PositiveInt = 128
+    """Completions generated at once on one device: bounds memory, not results."""
+    dynamic_sampling: DynamicSampling | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RolloutSection:
+        if self.engine == "vllm_server" and not self.vllm.servers:
+            raise ValueError(
+                "rollout.vllm.servers names no server; start one with `mm-agrae serve` and give "
+                "its address, such as rollout.vllm.servers=[http://127.0.0.1:8000]"
+            )
+        if self.overlap and self.engine != "vllm_server":
+            raise ValueError(
+                f"rollout.overlap needs rollout.engine=vllm_server, not {self.engine}: only a "
+                "server can sample while this process updates"
+            )
+        if self.overlap and self.dynamic_sampling is not None:
+            raise ValueError(
+                "rollout.overlap and rollout.dynamic_sampling exclude each other: which groups to "
+                "draw again is known only after the update has begun"
+            )
+        if self.completions_per_prompt < 2:
+            raise ValueError(
+                f"rollout.completions_per_prompt is {self.completions_per_prompt}: a group of one "
+                "has no relative advantage; use 2 or more (8 is usual)"
+            )
+        if self.temperature == 0:
+            raise ValueError(
+                "rollout.temperature is 0: greedy completions of a group are all the same and "
+                "carry no signal; use 1.0"
+            )
+        return self
+
+
+class OverlongPenalty(Section):
+    """DAPO's soft penalty: 0 up to `buffer_tokens` before the limit, then down to `-penalty`."""
+
+    buffer_tokens: PositiveInt
+    penalty: NonNegative = 1.0
+
+
+class RewardSection(Section):
+    parts: dict[str, float] = Field(default={"accuracy": 1.0}, min_length=1)
+    """Weight of each part: accuracy, format, or your own as "module:function"."""
+    time_limit_s: Annotated[float, Field(gt=0)] = 1.0
+    """Per answer. A part that takes longer is stopped, counted, and scores as unsolved."""
+    workers: PositiveInt = 1
+    memory_limit_mb: PositiveInt = 2048
+    answer_after_thinking: bool = True
+    """Only a final answer outside the thinking part counts."""
+    overlong: OverlongPenalty | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> RewardSection:
+        if "accuracy" not in self.parts:
+            raise ValueError(
+                "reward.parts must hold accuracy, which decides success; give it weight 0 if "
+                "only your own function should be rewarded"
+            )
+        return self
+
+
+class AdvantageSection(Section):
+    """Further keys are the rule's own settings (see `mm-agrae rules`): the keyword arguments of its
+    function in `advantage.py`, whose names and types are checked. One left out, or null, has the
+    rule's default."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True)
+    rule: str = "agrae"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        extra = self.model_extra or {}
+        return {name: value for name, value in extra.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _check(self) -> AdvantageSection:
+        from mm_agrae import advantage
+
+        if self.rule not in advantage.RULES:
+            raise ValueError(
+                f"advantage.rule is {self.rule!r}; {nearest(self.rule, advantage.RULES)}"
+            )
+        accepted = advantage.accepted_settings(self.rule)
+        everywhere = {key for rule in advantage.RULES for key in advantage.accepted_settings(rule)}
+        for key in self.settings:
+            if key not in everywhere:
+                raise ValueError(f"advantage.{key}: unknown setting; {nearest(key, accepted)}")
+            if key not in accepted:
+                takes = ", ".join(accepted) or "no settings"
+                raise ValueError(
+                    f"advantage.{key} has no effect under rule {self.rule!r}, which takes {takes}; "
+                    "remove it or choose another rule"
+                )
+        try:
+            advantage.check_settings(self.rule, self.settings)
+        except ValueError as error:
+            problem = str(error).replace("advantage setting ", "advantage.")
+            raise ValueError(problem) from None
+        return self
+
+
+class UpdateSection(Section):
+    loss: str = "grpo"
+    """One of `LOSSES` in `loss.py`."""
+    mini_batch_prompts: PositiveInt | None = None
+    """Prompts per optimiser step; not set: all of the rollout's (on-policy)."""
+    epochs: PositiveInt = 1
+    """Passes over each rollout."""
+    micro_batch_completions: PositiveInt = 16
+    """Completions in one forward and backward pass on one device: bounds memory, not results."""
+    micro_batch_tokens: PositiveInt | None = None
+    """The same bound in tokens of prompts and completions; if set, it is used instead."""
+    shared_prompt: Literal["auto", "on", "off"] = "auto"
+    """Send each prompt and its images through the model once a group instead of once a
+    completion. auto: where the model can."""
+    clip_low: NonNegative | None = None
+    clip_high: NonNegative | None = None
+    """Distance of the clip from 1. Not set: the loss's own."""
+    kl_coef: NonNegative = 0.0
+    """Weight of the k3 estimate of KL to the starting policy; 0 loads no reference."""
+    entropy_coef: NonNegative = 0.0
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-6
+    weight_decay: NonNegative = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_bad_gradients: Annotated[int, Field(ge=0)] = 3
+    """An optimiser step whose gradient is not finite is left out; more than so many in a row end
+    the run."""
+
+    @model_validator(mode="after")
+    def _check(self) -> UpdateSection:
+        from mm_agrae.loss import LOSSES
+
+        if self.loss not in LOSSES:
+            raise ValueError(
+                f"update.loss: {self.loss!r} is not valid; {nearest(self.loss, LOSSES)}"
+            )
+        return self
+
+
+class TrainSection(Section):
+    steps: PositiveInt | None = None
+    """Rollouts. Give this or `epochs`."""
+    epochs: PositiveInt | None = None
+    """Passes over the training data."""
+    seed: int = 0
+    timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
+    """With several processes: how long one waits for another before the run ends, naming it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainSection:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give one of train.steps and train.epochs")
+        return self
+
+
+def passes(samples: int) -> list[int]:
+    """The k of pass@k with so many samples: 1, 2, 4, 8 … and `samples` itself."""
+    return sorted({1 << power for power in range(samples.bit_length())} | {samples})
+
+
+class EvaluateSection(SamplingSection):
+    samples: PositiveInt = 16
+    """Completions per problem, for pass@k with k up to this many."""
+    greedy: bool = True
+    """Also decode once greedily."""
+    before: bool = True
+    after: bool = True
+    every: Annotated[int, Field(ge=0)] = 0
+    """Evaluate every N steps; 0: never in between."""
+    bootstrap: PositiveInt = 2000
+    """Resamples of the problems for the 95 % intervals."""
+    batch_completions: PositiveInt = 256
+    seed: int = 1234
+
+    def for_source(self, source: DataSource) -> EvaluateSection:
+        """These settings with the number of samples that `source` asks for."""
+        return self.model_copy(update={"samples": source.samples or self.samples})
+
+
+class CheckpointSection(Section):
+    every: Annotated[int, Field(ge=0)] = 0
+    """Save every N steps; 0: only at the end."""
+    keep: PositiveInt = 2
+    """Only the newest so many are kept."""
+    best: str = ""
+    """Also keep the checkpoint whose evaluation has the highest such value, as label/metric:
+    test/pass@1, test/pass@8 or test/greedy. It is saved if it is not due. Empty: none."""
+    background: bool = False
+    """Write while training goes on, from a copy in the CPU's memory. At most one is being
+    written; the next save, the end of the run and a signal to stop wait for it."""
+
+
+class LogSection(Section):
+    sinks: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = ()
+    """Trackers beside the run folder's own metrics.jsonl, which is always written."""
+    project: str = "mm-agrae"
+    rollouts: bool = True
+    """Keep every completion of every step in the run folder."""
+
+
+class Config(Section):
+    """A whole run. See `configs/` for examples of each kind."""
+
+    run_dir: str
+    resume: str = "auto"
+    """auto: go on with the run in run_dir if there is one. never: refuse a folder that holds a
+    run. Or the path of a checkpoint to go on from."""
+    model: ModelSection
+    data: DataSection
+    train: TrainSection
+    prompt: PromptSection = PromptSection()
+    rollout: RolloutSection = RolloutSection()
+    reward: RewardSection = RewardSection()
+    advantage: AdvantageSection = AdvantageSection()
+    update: UpdateSection = UpdateSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    log: LogSection = LogSection()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        prompts = self.rollout.prompts_per_step
+        mini = self.update.mini_batch_prompts
+        if mini is not None and (mini > prompts or prompts % mini):
+            divisors = [d for d in range(1, prompts + 1) if prompts % d == 0]
+            nearest = min(divisors, key=lambda d: abs(d - mini))
+            raise ValueError(
+                f"update.mini_batch_prompts is {mini}, which does not divide "
+                f"rollout.prompts_per_step = {prompts}; the nearest that does is {nearest}"
+            )
+        if self.reward.overlong is not None:
+            buffer = self.reward.overlong.buffer_tokens
+            if buffer > self.rollout.max_new_tokens:
+                raise ValueError(
+                    f"reward.overlong.buffer_tokens is {buffer}, more than "
+                    f"rollout.max_new_tokens = {self.rollout.max_new_tokens}"
+                )
+        most = max([self.evaluate.samples, *(s.samples or 1 for s in self.data.evaluate)])
+        if self.evaluate.temperature == 0 and most > 1:
+            raise ValueError(
+                "evaluate.temperature is 0 but evaluate.samples is "
+                f"{most}: greedy samples are all the same; set samples=1"
+            )
+        if self.evaluate.every and not self.data.evaluate:
+            raise ValueError("evaluate.every is set but data.evaluate names no data")
+        if self.checkpoint.best:
+            self._check_best()
+        return self
+
+    def _check_best(self) -> None:
+        best, settings = self.checkpoint.best, self.evaluate
+        values = {
+            f"{source.label}/{metric}"
+            for source in self.data.evaluate
+            for metric in (
+                *(f"pass@{k}" for k in passes(settings.for_source(source).samples)),
+                *(["greedy"] if settings.greedy else []),
+            )
+        }
+        if best not in values:
+            raise ValueError(
+                f"checkpoint.best is {best!r}, which no evaluation measures; "
+                + nearest(best, sorted(values) or ["nothing: data.evaluate is empty"])
+            )
+        if not settings.every:
+            raise ValueError("checkpoint.best is set, but evaluate.every is 0; set it to N steps")

@@ -1,0 +1,151 @@
+"""Several checkpoints on the same problems with the same random numbers, side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from mm_agrae import config as configs
+from mm_agrae.config import Config, ModelSection
+from mm_agrae.errors import ConfigError
+from mm_agrae.evaluation import evaluate
+from mm_agrae.model.policy import Policy
+from mm_agrae.model.processing import Processing
+from mm_agrae.progress import Reporter
+from mm_agrae.rewards import Rewarder
+from mm_agrae.rollout import Engine, make_engine
+from mm_agrae.run import checkpoint
+from mm_agrae.run.records import EvaluationResult, RunFolder
+from mm_agrae.run.versions import versions
+from mm_agrae.tasks import load
+
+
+def build(config: Config, path: str) -> tuple[Processing, Policy, Engine]:
+    """A checkpoint made ready for sampling with the settings of `config`."""
+    processing = Processing(path, config.prompt, trust_remote_code=config.model.trust_remote_code)
+    wants_cuda = config.model.device == "cuda"
+    use_cuda = wants_cuda or (config.model.device == "auto" and torch.cuda.is_available())
+    model = ModelSection(
+        path=path,
+        dtype=config.model.dtype,
+        attn_implementation=config.model.attn_implementation,
+        trust_remote_code=config.model.trust_remote_code,
+    )
+    policy = Policy(
+        model,
+        forbidden_ids=processing.forbidden_ids,
+        pad_id=processing.pad_id,
+        device="cuda" if use_cuda else "cpu",
+    )
+    engine = make_engine(
+        config.rollout,
+        policy,
+        processing,
+        batch_completions=config.evaluate.batch_completions,
+        max_tokens=config.prompt.max_tokens + config.evaluate.max_new_tokens,
+    )
+    return processing, policy, engine
+
+
+def evaluate_checkpoints(
+    models: Sequence[str],
+    config_path: str | None,
+    overrides: Sequence[str],
+    out: Path,
+    load_config: Callable[[str, Sequence[str]], Config],
+) -> int:
+    """Evaluate each model on every evaluation set and write results and samples to `out`.
+
+    Raises ConfigError if no config is given and the first model carries none.
+    """
+    paths = [resolve(model) for model in models]
+    if config_path is None:
+        own = Path(paths[0]) / checkpoint.CONFIG_FILE
+        if not own.is_file():
+            raise ConfigError(f"eval: {paths[0]} carries no {own.name}; name a config by --config")
+        config_path = str(own)
+    config = load_config(config_path, overrides)
+    if not config.data.evaluate:
+        raise ConfigError(f"{config_path}: data.evaluate names no data to evaluate on")
+    names = _names(models)
+    reporter = Reporter()
+    run = RunFolder(out).create(configs.dump(config), versions(), resume=True)
+    results: list[EvaluationResult] = []
+    with Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder, reporter.bars():
+        for name, path in zip(names, paths, strict=True):
+            processing, _, engine = build(config, path)
+            with contextlib.closing(engine):
+                for source in config.data.evaluate:
+                    task = load(source, on_bad_row=config.data.on_bad_row)
+                    started = time.perf_counter()
+                    section = config.evaluate.for_source(source)
+                    total = len(task) * (section.samples + section.greedy)
+                    with reporter.bar(f"{name} on {source.label}", total) as advance:
+                        problems = evaluate.run(
+                            engine,
+                            processing,
+                            rewarder,
+                            task,
+                            range(len(task)),
+                            section,
+                            on_bad_row=config.data.on_bad_row,
+                            on_progress=advance,
+                        )
+                    results.append(
+                        evaluate.write(
+                            run,
+                            name,
+                            source.label,
+                            problems,
+                            section,
+                            time.perf_counter() - started,
+                        )
+                    )
+                    reporter.say(evaluate.one_line(results[-1]))
+    for source in config.data.evaluate:
+        _table(reporter, source.label, [r for r in results if r.label == source.label])
+    reporter.say(f"results and samples in {out}")
+    return 0
+
+
+def resolve(model: str) -> str:
+    """A checkpoint folder for what the user named: itself, or a run folder's newest one."""
+    newest = checkpoint.newest(Path(model) / "checkpoints")
+    return str(newest) if newest else model
+
+
+def _names(models: Sequence[str]) -> list[str]:
+    """Short names that differ: as many trailing parts of the paths as that takes."""
+    for depth in range(1, 8):
+        names = ["/".join(Path(model).parts[-depth:]) for model in models]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{index}:{model}" for index, model in enumerate(models)]
+
+
+def _table(reporter: Reporter, label: str, results: Sequence[EvaluationResult]) -> None:
+    rows = []
+    for result in results:
+        values = [result.greedy] if result.greedy else []
+        rows.append(
+            [
+                result.name,
+                *(
+                    f"{value.mean:.1%} [{value.low:.1%}, {value.high:.1%}]"
+                    for value in [*result.pass_at_k.values(), *values]
+                ),
+                "-" if result.entropy is None else f"{result.entropy:.3f}",
+                f"{result.mean_tokens:.0f}",
+            ]
+        )
+    ks = [f"pass@{k}" for k in results[0].pass_at_k]
+    greedy = ["greedy"] if results[0].greedy else []
+    reporter.table(
+        f"{label}: {results[0].problems} problems × {results[0].samples} samples",
+        ["checkpoint", *ks, *greedy, "entropy", "tokens"],
+        rows,
+    )

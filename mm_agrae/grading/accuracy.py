@@ -1,0 +1,315 @@
+r"""Is the final answer of a completion right?
+
+    >>> verify("1/2", r"<think>a quarter, twice</think> It is \boxed{\dfrac{1}{2}}.")
+    True
+
+`verify` finds the final answer (`mm_agrae.grading.extraction`), decides what kind of answer the
+gold one is, and compares the two (`mm_agrae.grading.equivalence`). It can be called from any
+thread with any text: text is never evaluated, and a formula that needs sympy is decided in a
+worker process with a time and a memory limit, started on first use.
+
+Inside the worker processes of `mm_agrae.rewards.Rewarder` the pool's own limits hold instead.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+
+from mm_agrae.grading import formulas
+from mm_agrae.grading.equivalence import Symbolic, same
+from mm_agrae.grading.extraction import PLACES, Place, check, final_answer, readings
+from mm_agrae.grading.notation import as_text, normalise
+from mm_agrae.grading.quantities import Rules, Units
+
+if TYPE_CHECKING:
+    from mm_agrae.grading.pool import WorkerPool
+
+Kind = Literal["auto", "math", "number", "choice", "yes_no", "text"]
+
+MEMORY_LIMIT_MB = 2048
+"""What one comparison may take in the worker that `verify` starts by itself."""
+
+
+def verify(
+    gold: str,
+    completion: str,
+    *,
+    kind: Kind = "auto",
+    choices: Sequence[str] = (),
+    answer_in: Sequence[Place] = PLACES,
+    after_thinking: bool = True,
+    think_tags: tuple[str, str] = ("<think>", "</think>"),
+    answer_tag: str = "answer",
+    bare_limit: int = 64,
+    tolerance: float | None = None,
+    units: Units = "auto",
+    time_limit_s: float = 1.0,
+) -> bool:
+    r"""Whether the completion's final answer is the gold answer.
+
+    `gold` may be bare (`\frac12`, `12 cm`), in math delimiters, or the end of a solution: in a box,
+    after "answer is" or "####". An empty one is never matched. `answer_in`, `after_thinking`,
+    `think_tags`, `answer_tag` and `bare_limit` say where the final answer stands: see
+    `extraction.extract_answer`. Of an answer that is a sentence, what it says ("There are 12
+    ways") counts as well as the whole.
+
+    `kind` says how the two are compared:
+
+    * `math`: numbers exactly, with units; text without case and articles; lists and sets in any
+      order, tuples and intervals in theirs; formulas by their values and by math-verify.
+      A name in front of the value (x =, Area =) is dropped.
+    * `number`: as math, and if the answer is a sentence with a single number in it, that number.
+    * `choice`: by letter, or by the text of a choice; wrong if the two disagree.
+    * `yes_no`: the first word, unless the opposite one follows as an alternative.
+    * `text`: words without case, punctuation, articles, plural s and spaces.
+    * `auto`: choice if there are `choices` or the gold answer is one letter A to J or a choice
+      such as "C. 42", yes_no if it is yes or no, else math.
+
+    `tolerance` is relative to the gold number. Without one integers and fractions are exact, and
+    rounding is forgiven as `quantities.agree` says. A percent sign on one side is either a unit
+    left out (50% and 50) or a hundredth (50% and 1/2); 500% is not taken for 5.
+
+    `units`: auto compares them where both sides have one and converts (5 m is 500 cm, not
+    5 cm), required wants the gold's unit in the answer, ignore drops them.
+
+    `time_limit_s` bounds the comparison of formulas; past it the answer counts as wrong.
+
+    Raises ValueError for a setting that is not one of the above, never for the text.
+    """
+    check("kind", kind, get_args(Kind))
+    check("units", units, get_args(Units))
+    answers = readings(
+        completion,
+        answer_in=answer_in,
+        after_thinking=after_thinking,
+        think_tags=think_tags,
+        answer_tag=answer_tag,
+        bare_limit=bare_limit,
+    )
+    gold = final_answer(gold).strip()
+    question = _Question(gold, kind, tuple(choices), Rules(tolerance, units))
+    return gold != "" and any(
+        not _too_odd(answer, gold) and _is_right_within(question, answer, time_limit_s)
+        for answer in answers
+    )
+
+
+def _is_right_within(question: _Question, answer: str, time_limit_s: float) -> bool:
+    if _limits_hold_here:
+        return _decide(question, answer)
+    try:
+        return _is_right(question, answer, _ask_a_worker)
+    except _NeedsWorker:
+        from mm_agrae.grading.pool import CallFailed
+
+        try:
+            return _decide_in_worker(question, answer, time_limit_s)
+        except CallFailed:
+            return False
+
+
+# --------------------------------------------------------------------------- comparing it
+
+# Characters that no answer holds: controls, halves of surrogate pairs, and marks that make a
+# text read otherwise than it is stored.
+_FORBIDDEN = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+
+
+def _too_odd(answer: str, gold: str) -> bool:
+    return len(answer) > max(2000, 4 * len(gold)) or _FORBIDDEN.search(answer) is not None
+
+
+class _Question(NamedTuple):
+    gold: str
+    kind: Kind
+    choices: tuple[str, ...]
+    rules: Rules
+
+
+_LETTER = re.compile(r"\(?\s*([A-J])\s*\)?")
+_LETTERED_GOLD = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])\s+(?=\S)")  # "C. 42"
+
+
+def _is_right(question: _Question, answer: str, symbolic: Symbolic) -> bool:
+    gold, kind, choices, rules = question
+    if kind == "auto":
+        kind = _kind_of(gold, choices)
+    if kind == "choice":
+        return _same_choice(gold, answer, choices, rules, symbolic)
+    if kind == "yes_no":
+        return _yes_or_no(answer) == _yes_or_no(gold) is not None
+    if kind == "text":
+        return as_text(gold) == as_text(answer) != ""
+    if same(gold, answer, rules, symbolic):
+        return True
+    return kind == "number" and _same_single_number(gold, answer, rules, symbolic)
+
+
+def _kind_of(gold: str, choices: Sequence[str]) -> Kind:
+    if choices or _LETTER.fullmatch(_plain(gold)) or _LETTERED_GOLD.match(gold):
+        return "choice"
+    return "yes_no" if _plain(gold).lower() in ("yes", "no") else "math"
+
+
+def _plain(text: str) -> str:
+    text = normalise(text)
+    return re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(" .,")
+
+
+def _yes_or_no(text: str) -> str | None:
+    words = re.findall(r"[a-z]+", _plain(text).lower())
+    if not words or words[0] not in ("yes", "no"):
+        return None
+    opposite = "no" if words[0] == "yes" else "yes"
+    # "Yes, no sign of a fracture" is a yes; "yes or no" is neither.
+    return None if words[1:] == [opposite] else words[0]
+
+
+_NUMBER_IN_TEXT = re.compile(r"(?<![\w.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?![\w]*\d)")
+
+
+def _same_single_number(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
+    text = re.sub(r"\^\s*\{?[23]\}?", "", normalise(answer))
+    if "\\" in text or "/" in text:
+        return False
+    found = {match[0] for match in _NUMBER_IN_TEXT.finditer(text) if re.search(r"\d", match[0])}
+    return len(found) == 1 and same(gold, found.pop(), rules, symbolic)
+
+
+_LETTERED = re.compile(r"\(?\s*([A-Za-z])\s*(?:\)\s*[.:,]?|[.:,](?!\d)|$)\s*(.*)", re.DOTALL)
+_LETTER_SPACE = re.compile(r"\(?\s*([A-Z])\s*\)?\s*(?:-|–|\s)\s*(.*)", re.DOTALL)
+_OPTION = re.compile(
+    r"^(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s+(?:is\s+)?|\w+\s*=)", re.IGNORECASE
+)
+_MORE = re.compile(r"(?:or|and|not)\b|[^\w\s$\\(\[]", re.IGNORECASE)
+
+
+def _same_choice(
+    gold: str, answer: str, choices: tuple[str, ...], rules: Rules, symbolic: Symbolic
+) -> bool:
+    if not choices and (lettered := _LETTERED_GOLD.match(gold)):
+        letter = lettered[1] or lettered[2]
+        choices = ("",) * (ord(letter) - ord("A")) + (gold[lettered.end() :],)
+        gold = letter
+    choices = tuple(_without_letter(choice, index) for index, choice in enumerate(choices))
+    run_together = re.compile(rf"[A-{chr(ord('A') + max(1, min(len(choices), 26)) - 1)}]{{2,}}")
+    if choices and not {normalise(gold), normalise(answer)} & set(map(normalise, choices)):
+        gold, answer = (
+            ", ".join(text) if run_together.fullmatch(text) else text
+            for text in (_strip_text(gold), _strip_text(answer))
+        )
+    right = _letters(gold, len(choices)) or _letter_of_text(gold, choices, rules, symbolic)
+    if not right:
+        return same(gold, answer, rules, symbolic)
+    answer = _OPTION.sub("", _strip_text(answer))
+    chosen = _letters(answer, len(choices))
+    if len(chosen) > 1 or len(right) > 1:
+        return chosen == right
+    first = ord(min(right)) - ord("A")
+    if choices:  # a choice that stands there twice has two letters
+        twins = enumerate(choice == choices[first] for choice in choices[:26])
+        right = {chr(ord("A") + index) for index, equal in twins if equal}
+    if chosen:
+        return chosen <= right
+    lettered = _LETTERED.fullmatch(answer) or _LETTER_SPACE.fullmatch(answer)
+    if lettered and (index := ord(lettered[1].upper()) - ord("A")) < (len(choices) or 10):
+        # A letter and a text must agree.
+        if lettered[1].upper() in right:
+            if not choices:
+                return lettered.re is _LETTERED and not _MORE.match(lettered[2])
+            return same(choices[index], lettered[2], rules, symbolic)
+        if choices and same(choices[index], lettered[2], rules, symbolic):
+            return False
+    return bool(choices) and same(choices[first], answer, rules, symbolic)
+
+
+def _without_letter(choice: str, index: int) -> str:
+    return (
+        re.sub(rf"^\s*\(?{chr(ord('A') + index)}\s*[.:)]\s*", "", choice) if index < 26 else choice
+    )
+
+
+def _strip_text(text: str) -> str:
+    r"""\textbf{(B)} 12 as (B) 12, and no math delimiters around the whole."""
+    text = re.sub(r"\\(?:text|math)(?:bf|rm|it|normal)?\s*\{([^{}]*)\}", r"\1", text)
+    return text.replace("$", "").replace("*", "").strip().rstrip(".").strip()
+
+
+def _letters(text: str, count: int) -> set[str]:
+    """{"B"} for B, (b), "B."; {"A", "C"} for "A, C" and "A and C"; empty for anything else."""
+    text = _strip_text(text)
+    found = re.split(r"\s*(?:,|;|\n|\band\b|&)\s*|\s+", text)
+    letters = [re.sub(r"[().:\s]", "", part).upper() for part in found if part]
+    highest = ord("A") + (count or 10)
+    valid = all(len(letter) == 1 and ord("A") <= ord(letter) < highest for letter in letters)
+    return set(letters) if valid and len(letters) == len(set(letters)) else set()
+
+
+def _letter_of_text(
+    text: str, choices: tuple[str, ...], rules: Rules, symbolic: Symbolic
+) -> set[str]:
+    """The first letter of the choice with this text; as written, or else of the same value."""
+    written = [normalise(choice) for choice in choices[:26]]
+    if (plain := normalise(text)) in written:
+        return {chr(ord("A") + written.index(plain))}
+    for index, choice in enumerate(choices[:26]):
+        if same(choice, text, rules, symbolic):
+            return {chr(ord("A") + index)}
+    return set()
+
+
+# --------------------------------------------------------------------------- where it runs
+
+_limits_hold_here = False  # True in a pool's worker processes
+_lock = threading.Lock()
+_pool: WorkerPool | None = None
+
+
+class _NeedsWorker(Exception):
+    pass
+
+
+def _ask_a_worker(gold: str, answer: str, tolerance: float | None) -> bool:
+    raise _NeedsWorker
+
+
+@lru_cache(maxsize=4096)
+def _decide(question: _Question, answer: str) -> bool:
+    """Decide in this process, however long it takes. A group often gives one answer many times."""
+    return _is_right(question, answer, formulas.symbolic)
+
+
+@lru_cache(maxsize=4096)
+def _decide_in_worker(question: _Question, answer: str, time_limit_s: float) -> bool:
+    """As `_decide`, in a process that this one keeps for it. Raises CallFailed."""
+    global _pool
+    from mm_agrae.grading.pool import WorkerPool
+
+    with _lock:
+        if _pool is None:
+            _pool = WorkerPool(1, MEMORY_LIMIT_MB, prepare_worker)
+    return bool(_pool.call(_decide, (question, answer), time_limit_s))
+
+
+def _after_fork() -> None:
+    """A forked child has none of its parent's threads, so it cannot use the parent's pool."""
+    global _pool, _lock
+    _pool, _lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def prepare_worker() -> None:
+    """Run once in each worker process: load what a comparison needs."""
+    global _limits_hold_here
+    _limits_hold_here = True
+    formulas.warm_up()

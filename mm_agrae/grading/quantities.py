@@ -1,0 +1,283 @@
+r"""Exact numbers with units: 1,234.50, 3/4, 1101_2, 5 cm, 60%, 120 degrees.
+
+Numbers are rationals and are never compared as floats.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Literal, NamedTuple
+
+from mm_agrae.grading.notation import compact, letters_in
+
+Units = Literal["auto", "ignore", "required"]
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What counts as the same. See `mm_agrae.grading.accuracy.verify`."""
+
+    tolerance: float | None = None
+    units: Units = "auto"
+
+
+# ------------------------------------------------------------------------------- numbers
+
+
+class Number(NamedTuple):
+    """An exact rational. `step` is the last place of a decimal, None for an exact number."""
+
+    value: Fraction
+    step: Fraction | None = None
+    digits: int = 0  # significant ones of a decimal
+
+    def times(self, factor: Fraction) -> Number:
+        step = None if self.step is None else self.step * abs(factor)
+        return Number(self.value * factor, step, self.digits)
+
+
+_DECIMAL = r"(?:\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?:\.\d*)?|\d+(?:\.\d*)?|\.\d+)"
+_NUMBER = re.compile(
+    rf"(?P<sign>[+-]?)\s*(?:(?P<decimal>{_DECIMAL})"
+    r"(?:\s*(?:\\times|\\cdot|x)\s*10\s*\^\s*\{?\s*(?P<power>[+-]?\s*\d{1,4})\s*\}?"
+    r"|[eE](?P<e>[+-]?\d{1,4}))?"
+    r"|(?:(?P<whole>\d+)\s*)?\\frac\s*"
+    rf"\{{\s*(?P<p>[+-]?\s*{_DECIMAL})\s*\}}\s*\{{\s*(?P<q>[+-]?\s*{_DECIMAL})\s*\}}"
+    rf"|(?:(?P<whole2>\d+)\s+)?(?P<p2>{_DECIMAL})\s*/\s*(?P<q2>{_DECIMAL}))",
+    re.ASCII,
+)
+# Python refuses to read longer integers, and no answer needs them.
+_MOST_DIGITS = 4000
+
+
+def number(text: str) -> Number | None:
+    r"""Read 5, -1,234.50, 3/4, \frac{3}{4}, 1\frac{3}{4}, 1 3/4, 1.5 \times 10^{3}; else None."""
+    if len(text) > _MOST_DIGITS:
+        return None
+    match = _NUMBER.fullmatch(text)
+    if match is None:
+        return None
+    sign = -1 if match["sign"] == "-" else 1
+    if match["decimal"]:
+        digits = re.sub("[, ]", "", match["decimal"])
+        exponent = int((match["power"] or match["e"] or "0").replace(" ", ""))
+        places = len(digits.partition(".")[2])
+        scale = Fraction(10) ** (exponent - places)
+        whole = int(digits.replace(".", ""))
+        if places == 0:
+            return Number(sign * whole * scale)
+        return Number(sign * whole * scale, scale, len(str(whole)))
+    p = match["p"] or match["p2"]
+    q = match["q"] or match["q2"]
+    p, q = (Fraction(re.sub("[, ]", "", part)) for part in (p, q))
+    if q == 0:
+        return None
+    return Number(sign * (int(match["whole"] or match["whole2"] or 0) + p / q))
+
+
+def agree(gold: Number, answer: Number, tolerance: float | None = None) -> bool:
+    """Equal, or as near as rounding explains.
+
+    With a `tolerance`: within that fraction of the gold. Without one: integers are exact. Other
+    exact numbers also take a decimal that they round to, of at least six places and four
+    significant digits. A decimal gold of at least three significant digits also takes an exact
+    answer that rounds to it, and a longer decimal that does and is within 0.1 % of it.
+    """
+    gap = abs(gold.value - answer.value)
+    if gap == 0:
+        return True
+    if tolerance is not None:
+        return gap <= Fraction(tolerance) * abs(gold.value)
+    if gold.step is not None:
+        rounds = gold.digits >= 3 and 2 * gap <= gold.step
+        if answer.step is None:
+            return rounds and answer.value.denominator != 1
+        return rounds and answer.step < gold.step and 1000 * gap <= abs(gold.value)
+    if answer.step is not None and gold.value.denominator != 1:
+        fine = answer.step <= Fraction(1, 10**6) and answer.digits >= 4
+        return fine and 2 * gap <= answer.step
+    return False
+
+
+_BASED = re.compile(r"(-?)0*([0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)_\{?(\d{1,2}|two|three|eight)\}?")
+_BASES = {"two": 2, "three": 3, "eight": 8}
+
+
+def based(text: str) -> tuple[str, int] | None:
+    """1101_2 as ("1101", 2): digits that are valid in the base."""
+    match = _BASED.fullmatch(compact(text).replace(",", ""))
+    if match is None:
+        return None
+    base = _BASES.get(match[3]) or int(match[3])
+    valid = "0123456789abcdefghijklmnopqrstuvwxyz"[:base]
+    if base < 2 or base > 36 or set(match[2].lower()) - set(valid) - {"."}:
+        return None
+    return match[1] + match[2].lower(), base
+
+
+# --------------------------------------------------------------------------------- units
+
+
+class Unit(NamedTuple):
+    dimension: frozenset[tuple[str, int]]  # such as {("length", 1), ("time", -1)}
+    factor: Fraction  # in the base unit of the dimension
+    known: bool
+
+
+_UNIT_TABLE = """
+length 1        m meter metre
+length 1000     km kilometer kilometre
+length 1/10     dm decimeter decimetre
+length 1/100    cm centimeter centimetre
+length 1/1000   mm millimeter millimetre
+length 127/5000 in inch inche
+length 381/1250 ft foot feet
+length 1143/1250 yd yard
+length 201168/125 mi mile
+mass 1          g gm gram
+mass 1000       kg kilogram
+mass 1/1000     mg milligram
+mass 45359237/100000 lb lbs pound
+mass 45359237/1600000 oz ounce
+time 1          s sec second
+time 60         min minute
+time 3600       h hr hour
+time 86400      day
+time 604800     week
+calendar 1      month
+calendar 12     year yr
+am 1            am
+pm 1            pm
+celsius 1       celsius
+fahrenheit 1    fahrenheit
+volume 1        l liter litre
+volume 1/1000   ml milliliter millilitre
+angle 1         degree deg
+money 1         dollar usd
+money 1/100     cent
+euro 1          euro
+unit 1          unit
+"""
+_UNITS = {
+    name: (line.split()[0], Fraction(line.split()[1]))
+    for line in _UNIT_TABLE.strip().splitlines()
+    for name in line.split()[2:]
+}
+_SHORTHAND = {"mph": "mile/hour", "kmh": "km/hour", "kph": "km/hour", "cc": "cm^3"}
+_ONE_UNIT = re.compile(
+    r"(square|sq|cubic|cu)?\s*(.*?)\s*(squared|cubed)?\s*(?:\^?\s*\{?\s*([23])\s*\}?)?"
+)
+_POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+
+
+@lru_cache(maxsize=1024)
+def unit(text: str) -> Unit | None:
+    """Read cm, "square feet", km/h, "miles per hour", apples. None if these are no words."""
+    text = re.sub(r"[.~]|\\(?:cdot|text)", " ", text.lower()).replace("{", "").replace("}", "")
+    text = " ".join(text.split())
+    text = re.sub(r"\b([ap]) m\b", r"\1m", text)
+    text = _SHORTHAND.get(text, text)
+    dimension: dict[str, int] = {}
+    factor, known = Fraction(1), True
+    for position, part in enumerate(re.split(r"\s*/\s*|\s+per\s+|\s+an?\s+", text)):
+        match = _ONE_UNIT.fullmatch(part)
+        assert match is not None  # every group may be empty
+        power = _POWERS.get(match[1] or match[3] or "") or int(match[4] or 1)
+        words = re.findall(r"[^\W\d_]+", match[2])
+        if not words:
+            return None
+        name = words[-1]
+        singular = name[:-1] if len(name) > 2 and name.endswith("s") and name[-2] != "s" else name
+        kind, size = _UNITS.get(name) or _UNITS.get(singular) or ("", Fraction(1))
+        known = known and bool(kind)
+        power = -power if position else power
+        dimension[kind or singular] = dimension.get(kind or singular, 0) + power
+        factor *= size**power
+    return Unit(frozenset(dimension.items()), factor, known)
+
+
+def ratio_of_units(gold: Unit | None, answer: Unit | None, rules: Rules) -> Fraction | None:
+    """What to multiply the answer by to have it in the gold's unit; None if that cannot be."""
+    if rules.units == "ignore":
+        return Fraction(1)
+    if gold is None or answer is None:
+        return None if gold is not None and rules.units == "required" else Fraction(1)
+    if gold.dimension == answer.dimension:
+        return answer.factor / gold.factor
+    names = {name for name, _ in gold.dimension | answer.dimension}
+    # 5 units may be 5 cm, 20° may be 20 °C; "18 ways" and "18 orders" count the same things.
+    vague = "unit" in names or {"angle"} < names <= {"angle", "celsius", "fahrenheit"}
+    return Fraction(1) if vague or not (gold.known or answer.known) else None
+
+
+class Quantity(NamedTuple):
+    head: str
+    unit: Unit | None = None
+    percent: bool = False
+
+
+_DEGREES = re.compile(r"(.*\S)\s*\^\\circ\s*(?:\\text\{\s*)?([TCF]?)\s*\}?")
+_TEXT_UNIT = re.compile(
+    r"(.*?[^\s/])((?:\s*/?\s*\\text\{[^{}]*\}\s*(?:\^\s*\{?\s*-?\d\s*\}?)?)+)\s*", re.DOTALL
+)
+_PLAIN_UNIT = re.compile(
+    r"(.*(?:[\d)}\]]|\\pi))(\s*)([A-Za-z]+(?:\.? [A-Za-z]+)*\.?(?:\s*\^?\s*\{?[23]\}?)?"
+    r"(?:\s*/\s*[A-Za-z]+)?)"
+)
+
+
+# Text after a formula that says more than what is counted.
+_NO_UNIT = re.compile(
+    r"\\text\{\s*.{0,2}\}|\b(?:if|for|when|where|otherwise|is|are|to|at|not|no)\b"
+)
+
+
+@lru_cache(maxsize=4096)
+def quantity(text: str) -> Quantity:
+    r"""Take the unit off: 5\text{ cm}^2, 12 cm, 120^\circ, 50%, 24 apples. Variables stay."""
+    if text.endswith("%"):
+        return Quantity(text[:-1].strip(), percent=True)
+    if (match := _DEGREES.fullmatch(text)) and not re.search("sin|cos|tan|cot|sec|csc", text):
+        scale = {"C": "celsius", "F": "fahrenheit"}.get(match[2], "degree")
+        return Quantity(match[1], unit(scale))
+    match = _TEXT_UNIT.fullmatch(text)
+    found = unit(match[2]) if match else None
+    if match and found:
+        # "3\text{i}" is a symbol in an upright font, "2\text{ dogs}" a count.
+        symbol = re.fullmatch(r"\s*\\text\{\s*[eixyz]\s*\}\s*", match[2])
+        counted = not symbol if number(match[1]) else not _NO_UNIT.search(match[2])
+        if found.known or counted:
+            return Quantity(match[1].strip(), found)
+    match = _PLAIN_UNIT.fullmatch(text)
+    found = unit(match[3]) if match else None
+    if match and found:
+        head, space, name = match.groups()
+        counted = number(head) is not None and re.match(r"[a-zA-Z]{3,}", name) is not None
+        # 5m is a product, 5 m and 5m^2 are measured; R^2 h is a product again.
+        measured = len(name) > 1 or bool(space)
+        if len(name.rstrip("^{}23 ")) == 1:
+            measured = measured and not letters_in(head)
+        if (found.known and measured) or counted:
+            return Quantity(head.strip(), found)
+    return Quantity(text)
+
+
+def same_quantity(gold: Number, answer: Number, percent: tuple[bool, bool], rules: Rules) -> bool:
+    """A percent sign on one side alone is either a unit left out or a hundredth.
+
+    It is not a hundredth beside an integer above 1: 500% is not what 5 is meant to say.
+    """
+    if percent[0] == percent[1] or (
+        rules.units != "required" and agree(gold, answer, rules.tolerance)
+    ):
+        return agree(gold, answer, rules.tolerance)
+    bare = answer if percent[0] else gold
+    if bare.value.denominator == 1 and abs(bare.value) > 1:
+        return False
+    hundredth = Fraction(1, 100)
+    if percent[0]:
+        return agree(gold.times(hundredth), answer, rules.tolerance)
+    return agree(gold, answer.times(hundredth), rules.tolerance)

@@ -1,0 +1,442 @@
+"""Example -> Prompt: chat template, images, token ids. The only owner of tokenizer and processor.
+
+Each prompt is processed exactly once, and the tensors made here serve rollout and update. The
+number of image placeholders is checked against the number of image features of every row.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
+
+from mm_agrae.config import PromptSection
+from mm_agrae.errors import DataError, ModelError
+from mm_agrae.model.compat import prepare
+from mm_agrae.tasks.images import open_image
+from mm_agrae.types import Example, Prompt
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+IMAGE_MARKER = "<image>"
+
+PROBE, ANSWER = "{question}", "{answer}"
+"""What a chat template is tried with."""
+
+PLACEHOLDERS = (
+    "<|image_pad|>",
+    "<|video_pad|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+)
+"""Tokens of the Qwen family that only the processor may write."""
+
+
+THINK = "<think>"
+"""Opens the thinking part, in chat templates that do so and in completions."""
+
+CHAT_TEMPLATES = {
+    "55b2f4a2": "Qwen2.5",
+    "a0bc6f6f": "Qwen2.5-VL",
+    "a55ee1b1": "Qwen3",
+    "9d879ef9": "Qwen3-VL",
+    "ba03a121": "Llama-3",
+    "93c0e9aa": "Llama-3.1",
+    "d82792f9": "Llama-3.2",
+    "56a1447a": "DeepSeek-R1-Distill",
+    "ecd6ae51": "Gemma",
+    "8d9e3a3c": "Gemma-3",
+    "82e45de2": "mm-agrae warm start",
+}
+"""Names of published chat templates by the start of their SHA-256, outer white space left out."""
+
+TODAY = datetime.date(2024, 7, 26)
+"""What a chat template is told the date is (Llama 3 writes it into each prompt), so that the same
+data give the same prompts on any day. This is the date Meta's own templates fall back to."""
+
+
+class Processing:
+    """Tokenizer and, for a vision-language model, image processor of one checkpoint.
+
+    `path` may also be a LoRA adapter, whose base model then gives what the adapter lacks. Raises
+    ModelError if the checkpoint's processor or chat template cannot be loaded or does not fit.
+    """
+
+    def __init__(self, path: str, prompt: PromptSection, *, trust_remote_code: bool = False):
+        prepare()
+        from transformers import AutoConfig, AutoProcessor, AutoTokenizer, GenerationConfig
+
+        self.path = path
+        self.settings = prompt
+        model, adapter = model_and_adapter(path)
+        own_tokenizer = adapter is not None and (Path(adapter) / "tokenizer_config.json").is_file()
+        try:
+            config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+            self.is_multimodal = hasattr(config, "vision_config")
+            loader = AutoProcessor if self.is_multimodal else AutoTokenizer
+            self.processor: Any = loader.from_pretrained(
+                adapter if own_tokenizer else model, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:  # other people's files and, if trusted, their code
+            raise cannot_load(path, "config and processor", error) from error
+        self.family: str = config.model_type
+        self.tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
+        if self.is_multimodal:
+            self._require_patches()
+        self._control = _control_tokens(self.tokenizer)
+        self._pixels: WeakValueDictionary[bytes, torch.Tensor] = WeakValueDictionary()
+        self.template = self._chat_template()
+        self.image_token_id: int | None = getattr(config, "image_token_id", None)
+        self._try_template()
+        try:
+            generation = GenerationConfig.from_pretrained(model)
+        except OSError:
+            generation = GenerationConfig()
+        text_config = config.get_text_config()
+        self.eos_ids = _ids(
+            self.tokenizer.eos_token_id,
+            generation.eos_token_id,
+            getattr(text_config, "eos_token_id", None),
+            self._end_of_turn(),
+        )
+        """Ids that end a completion: those the checkpoint names, and the one that the chat
+        template ends a turn with (base models name another one)."""
+        if not self.eos_ids:
+            raise ModelError(f"model.path {path!r}: names no end-of-sequence token")
+        pad = self.tokenizer.pad_token_id
+        self.pad_id: int = min(self.eos_ids) if pad is None else pad
+        vision_ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
+        for name in PLACEHOLDERS:
+            index = self.tokenizer.convert_tokens_to_ids(name)
+            if index is not None and index != self.tokenizer.unk_token_id:
+                vision_ids.append(index)
+        forbidden = set(_ids(*vision_ids))
+        if self.pad_id not in self.eos_ids:
+            forbidden.add(self.pad_id)
+        self.forbidden_ids: tuple[int, ...] = tuple(sorted(forbidden))
+        """Ids that a policy may never sample: image, video and padding placeholders."""
+
+    def prompt(self, example: Example) -> Prompt:
+        """Render, tokenize and process one example.
+
+        Raises DataError naming the row: an unreadable image, more or fewer markers than images,
+        control tokens in the text, or a prompt longer than `prompt.max_tokens`.
+        """
+        where = example.origin or example.id
+        if example.images and not self.is_multimodal:
+            raise DataError(
+                f"{where}: has an image, but the model {self.path!r} is text-only; choose a "
+                "vision-language model or a text task"
+            )
+        question = example.question
+        if self.settings.instruction:
+            question = f"{question}\n{self.settings.instruction}"
+        if found := self._control.search(question):
+            raise DataError(f"{where}: the question holds the control token {found[0]}; remove it")
+        images = [self._image(source, where) for source in example.images]
+        text = self._render(_content(question, len(images), where))
+        if images:
+            inputs = self.processor(
+                text=[text],
+                images=images,
+                do_resize=False,
+                return_tensors="pt",
+                return_mm_token_type_ids=True,
+                # The template writes all control tokens itself; a second BOS would be one too many.
+                add_special_tokens=False,
+            )
+            self._check_image_tokens(inputs, len(images), where)
+        else:
+            inputs = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
+        token_ids = inputs["input_ids"][0]
+        if len(token_ids) > self.settings.max_tokens:
+            raise DataError(
+                f"{where}: the prompt is {len(token_ids)} tokens, more than prompt.max_tokens = "
+                f"{self.settings.max_tokens}; raise it, lower prompt.max_pixels, or set "
+                "data.on_bad_row=skip"
+            )
+        return Prompt(
+            example=example,
+            text=text,
+            token_ids=token_ids,
+            mm_token_type_ids=inputs["mm_token_type_ids"][0] if images else None,
+            pixel_values=self._one_copy(images, inputs["pixel_values"]) if images else None,
+            image_grid_thw=inputs["image_grid_thw"] if images else None,
+            images=tuple(images),
+        )
+
+    def _one_copy(self, images: Sequence[Image.Image], pixel_values: torch.Tensor) -> torch.Tensor:
+        """The same tensor for the same pictures, while one of their prompts is alive."""
+        digest = hashlib.sha256()
+        for image in images:
+            digest.update(repr(image.size).encode())
+            digest.update(image.tobytes())
+        return self._pixels.setdefault(digest.digest(), pixel_values)
+
+    @property
+    def opens_thinking(self) -> bool:
+        """Whether the prompt ends inside a thinking part, as DeepSeek's distilled models' does.
+
+        Completions then hold only the closing tag, and one without it is all thinking.
+        """
+        return self._ending.rfind(THINK) > self._ending.rfind("</think>")
+
+    def describe(self) -> list[tuple[str, str]]:
+        """(name, value) lines on how prompts are made, for the start of a run."""
+        digest = hashlib.sha256(self.template.strip().encode()).hexdigest()[:8]
+        origin = self.settings.chat_template or "the checkpoint's own"
+        lines = [
+            ("model", f"{self.family}, {type(self.processor).__name__}"),
+            (
+                "chat template",
+                f"{CHAT_TEMPLATES.get(digest, 'not a known one')} ({digest}), {origin}",
+            ),
+            ("system prompt", self.settings.system or "none of ours"),
+            ("prompt", repr(self._render(PROBE))),
+            ("thinking", "opened by the prompt" if self.opens_thinking else "left to the model"),
+        ]
+        if self.is_multimodal:
+            low, high = self._pixel_budget()
+            side = self.processor.image_processor.patch_size * 2
+            lines.append(
+                ("pixels", f"{low:,} to {high:,}, up to {high // side**2:,} tokens an image")
+            )
+        names = self.tokenizer.convert_ids_to_tokens
+        for label, ids in (("ends at", self.eos_ids), ("never sampled", self.forbidden_ids)):
+            listed = [f"{name} ({index})" for name, index in zip(names(ids), ids, strict=True)]
+            lines.append((label, ", ".join(listed) or "none"))
+        return lines
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Text of a completion, control tokens left out. Never raises on sampled ids.
+
+        Where the prompt has opened the thinking part, its tag stands in front, so that rewards
+        and readers see what is thought and what is said, also if it was never closed.
+        """
+        text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
+        return f"{THINK}\n{text}" if self.opens_thinking else text
+
+    def save(self, folder: str) -> None:
+        self.processor.save_pretrained(folder)
+
+    def _image(self, source: Any, where: str) -> Any:
+        from qwen_vl_utils import fetch_image
+
+        image = open_image(source, origin=where)
+        low, high = self._pixel_budget()
+        request = {"image": image, "min_pixels": low, "max_pixels": high}
+        try:
+            return fetch_image(request, image_patch_size=self.processor.image_processor.patch_size)
+        except ValueError as error:
+            raise DataError(f"{where}: image of {image.width}×{image.height}: {error}") from None
+
+    def _pixel_budget(self) -> tuple[int, int]:
+        """Least and largest area; a bound that is set moves the checkpoint's own other one."""
+        size, settings = self.processor.image_processor.size, self.settings
+        low = settings.min_pixels or size["shortest_edge"]
+        high = settings.max_pixels or size["longest_edge"]
+        if settings.min_pixels and settings.max_pixels:
+            return low, high
+        return (low, max(low, high)) if settings.min_pixels else (min(low, high), high)
+
+    def _require_patches(self) -> None:
+        """Raise ModelError unless pictures become patches under a pixel budget, as Qwen's do."""
+        image_processor: Any = getattr(self.processor, "image_processor", None)
+        size = getattr(image_processor, "size", None) or {}
+        fits = all(hasattr(image_processor, name) for name in ("patch_size", "merge_size"))
+        # Not hasattr(size, …): the class of sizes has a field for every kind.
+        if not fits or None in (size.get("shortest_edge"), size.get("longest_edge")):
+            raise ModelError(
+                f"model.path {self.path!r}: {type(self.processor).__name__} of family "
+                f"{self.family} does not cut pictures into patches as Qwen's processors do "
+                "(patch_size, merge_size, a budget of pixels); Qwen2-VL, Qwen2.5-VL and Qwen3-VL "
+                "fit"
+            )
+        side = image_processor.patch_size * 2
+        low, high = self._pixel_budget()
+        if low > high or high < side**2:
+            raise ModelError(
+                f"prompt.min_pixels = {low} and prompt.max_pixels = {high}: this model needs "
+                f"min_pixels ≤ max_pixels and max_pixels ≥ {side**2} (one token of "
+                f"{side}×{side} pixels)"
+            )
+
+    def _chat_template(self) -> str:
+        path = self.settings.chat_template
+        if path:
+            try:
+                template: Any = Path(path).read_text(encoding="utf-8")
+            except (OSError, UnicodeError) as error:
+                raise ModelError(
+                    f"prompt.chat_template {path}: cannot be read ({error}); leave it empty for a "
+                    "checkpoint that was made with it, which carries it"
+                ) from None
+            # Checkpoints carry the template they were trained with.
+            self.processor.chat_template = self.tokenizer.chat_template = template
+            return template
+        template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
+        if isinstance(template, dict):
+            template = template.get("default")
+        if not template:
+            raise ModelError(
+                f"model.path {self.path!r}: has no chat template; choose an instruct model, or "
+                "name a Jinja file in prompt.chat_template"
+            )
+        return template
+
+    def _render(self, content: Any, answer: str | None = None) -> str:
+        messages = [{"role": "user", "content": content}]
+        if self.settings.system:
+            messages.insert(0, {"role": "system", "content": self.settings.system})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+        return self.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.template,
+            tokenize=False,
+            add_generation_prompt=answer is None,
+            strftime_now=TODAY.strftime,
+        )
+
+    def _try_template(self) -> None:
+        """Render a prompt. Raises ModelError if the template fails, or drops what it is given."""
+        named = self.settings.chat_template or "its chat template"
+        where = f"model.path {self.path!r}: {named}"
+        try:
+            text = self._render(PROBE)
+        except Exception as error:  # a template is a program of someone else's
+            problem = f"{where} fails: {one_line(error)}"
+            if self.settings.system and "system" in str(error).lower():
+                problem = (
+                    f"{where} takes no system prompt ({one_line(error)}); leave prompt.system "
+                    "empty and say it in prompt.instruction"
+                )
+            raise ModelError(problem) from None
+        if PROBE not in text:
+            raise ModelError(f"{where} leaves the question out")
+        if self.settings.system.strip() not in text:
+            raise ModelError(
+                f"{where} leaves the system prompt out; leave prompt.system empty and say it in "
+                "prompt.instruction"
+            )
+        self._ending = text[text.rindex(PROBE) + len(PROBE) :]
+        if self.is_multimodal:
+            text = self._render(_content(PROBE, 1, ""))
+            ids = self.tokenizer([text], add_special_tokens=False)["input_ids"][0]
+            if ids.count(self.image_token_id) != 1:
+                raise ModelError(f"{where} writes no placeholder for an image")
+
+    def _end_of_turn(self) -> int | None:
+        """The control token that the template writes after an assistant's message."""
+        try:
+            text = self._render(PROBE, answer=ANSWER)
+        except Exception:  # a template for single questions need not know answers
+            return None
+        _, found, rest = text.rpartition(ANSWER)
+        token = self._control.match(rest.lstrip()) if found else None
+        return self.tokenizer.convert_tokens_to_ids(token[0]) if token else None
+
+    def _check_image_tokens(self, inputs: Any, images: int, where: str) -> None:
+        placeholders = int((inputs["input_ids"] == self.image_token_id).sum())
+        merge = self.processor.image_processor.merge_size**2
+        features = int((inputs["image_grid_thw"].prod(-1) // merge).sum())
+        if placeholders != features or len(inputs["image_grid_thw"]) != images:
+            raise DataError(
+                f"{where}: {placeholders} image placeholders for {features} image features of "
+                f"{images} images"
+            )
+
+
+def _ids(*values: Any) -> tuple[int, ...]:
+    found: set[int] = set()
+    for value in values:
+        if value is not None:
+            found.update(value if isinstance(value, list | tuple) else [value])
+    return tuple(sorted(found))
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """What text from outside must not hold: special tokens, and those that only look like it."""
+    names = {
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.special or token.content.startswith(("<|", "<｜"))
+    }
+    # A pattern without names must match nothing, not everywhere.
+    return re.compile("|".join(map(re.escape, sorted(names, reverse=True))) or r"(?!)")
+
+
+def _content(question: str, images: int, where: str) -> str | list[dict[str, str]]:
+    """Chat content with a picture at each `<image>` marker, or all in front if there is none."""
+    pieces = re.split(re.escape(IMAGE_MARKER), question)
+    markers = len(pieces) - 1
+    if markers not in (0, images):
+        raise DataError(f"{where}: {markers} {IMAGE_MARKER} markers for {images} images")
+    if images == 0:
+        return question
+    if markers == 0:
+        return [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    content: list[dict[str, str]] = []
+    for index, piece in enumerate(pieces):
+        if index:
+            content.append({"type": "image"})
+        if piece.strip():
+            content.append({"type": "text", "text": piece})
+    return content
+
+
+def model_and_adapter(path: str) -> tuple[str, str | None]:
+    """What `model.path` names: (a model, None), or (its base model, a LoRA adapter folder).
+
+    Raises ModelError for a run folder, and for an adapter that does not name its base.
+    """
+    folder = Path(path)
+    if checkpoints := sorted(folder.glob("checkpoints/step_*")):
+        raise ModelError(
+            f"model.path {path!r} is a run folder; name a checkpoint, the newest is "
+            f"{checkpoints[-1]}"
+        )
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        return path, None
+    try:
+        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{file}: names no base model ({one_line(error)})") from None
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{file}: base_model_name_or_path names no base model; add it")
+    return base, path
+
+
+def cannot_load(path: str, what: str, error: Exception) -> ModelError:
+    """A ModelError that says which of the files behind `model.path` failed."""
+    base, adapter = model_and_adapter(path)
+    problem = one_line(error)
+    # Hub ids have one slash at most, and what transformers says of longer ones is no help.
+    if not Path(base).exists() and (base.count("/") > 1 or base.startswith((".", "/", "~"))):
+        problem = "there is no such folder"
+    elif "contains custom code" in str(error):
+        problem = "it brings code of its own; set model.trust_remote_code=true if you trust it"
+    elif "no file named model.safetensors" in str(error):
+        problem = "it has no model.safetensors, and weights in other formats are not loaded"
+    if adapter is None:
+        return ModelError(f"model.path {path!r}: its {what} cannot be loaded: {problem}")
+    return ModelError(
+        f"model.path {path!r} is a LoRA adapter for the base model {base!r}, whose {what} cannot "
+        f"be loaded: {problem}; put that model there, or correct base_model_name_or_path in "
+        "adapter_config.json"
+    )
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """An error of another library, short enough for a message of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]}…"

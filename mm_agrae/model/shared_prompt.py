@@ -1,0 +1,404 @@
+"""The update without repeated prompts: `[prompt + images][completion 1]…[completion G]` in a row.
+
+The completions of a group share their prompt, so its tokens and images need to go through the
+model once, not G times. All groups of a micro-batch lie one after another in one row, each
+prompt followed by its completions. A completion sees its prompt and itself, and its positions go
+on from the prompt's end. Log-probabilities and gradients equal those of the repeated batch.
+
+A completion's last token, which predicts nothing, is left out.
+
+The model's classes stay as they are: `install` selects an attention function from transformers'
+registry that does what `sdpa` does unless a forward call brings a `Layout` as keyword argument.
+
+    install(hf)                                  # once, where unsupported_reason(hf) is None
+    packed = pack(hf.base_model, batch)
+    hidden_NH = hidden_states(hf.base_model, packed)
+    logp_N, entropy_N = head_logprobs(hf.get_output_embeddings(), hidden_NH, packed.target_N)
+    logp_BT = packed.unpack(logp_N)
+
+How a completion attends to its prompt and itself is `shared_attention`'s business; `last_layer`
+leaves out what nothing is predicted from.
+
+Shapes: S tokens of the row, N predicted tokens; H heads of size D; B and T as in a MicroBatch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mm_agrae.errors import DataError, ModelError
+from mm_agrae.model import last_layer, shared_attention
+from mm_agrae.model.activations import recompute_elementwise
+from mm_agrae.model.shared_attention import Group, Layout
+from mm_agrae.types import Example, MicroBatch, Prompt
+
+ATTENTION = "mm_agrae_shared_prompt"
+"""Name of the attention function in transformers' registry."""
+
+PLACEHOLDERS = ("image_token_id", "video_token_id")
+"""Config fields that name the tokens which stand for image features."""
+
+
+# ------------------------------------------------------------------------------------- packing
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """One row of model inputs [1,S], and where its N predictions belong in the micro-batch.
+
+    The hidden state at `source_N` predicts token `target_N`, which stands at `row_N`, `column_N`
+    of [B,T]; a prompt's last position occurs once per completion. `position_ids` are [3,1,S] for
+    models with images, else [1,S]. `prompts` are the indices of the prompts in their order.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    layout: Layout
+    pixel_values: torch.Tensor | None
+    image_grid_thw: torch.Tensor | None
+    source_N: torch.Tensor
+    target_N: torch.Tensor
+    row_N: torch.Tensor
+    column_N: torch.Tensor
+    shape: tuple[int, int]
+    prompts: tuple[int, ...]
+
+    def unpack(self, value_N: torch.Tensor) -> torch.Tensor:
+        """One value per prediction -> [B,T], zeros on padding."""
+        return value_N.new_zeros(self.shape).index_put((self.row_N, self.column_N), value_N)
+
+
+def pack(backbone: Any, batch: MicroBatch) -> Packed:
+    """Lay the micro-batch out in one row, on the device of its tokens.
+
+    `backbone` is the model below the vocabulary head (`hf.base_model`), asked for its config and
+    positions. Completions without tokens are left out. Raises DataError naming the example if
+    image placeholders, `mm_token_type_ids` and image sizes do not agree, or if a completion holds
+    an image placeholder.
+    """
+    device = batch.token_BT.device
+    lengths_B = batch.mask_BT.sum(-1).long().tolist()
+    rows: dict[int, list[int]] = {}
+    for row, index in enumerate(batch.prompt_index_B.tolist()):
+        if lengths_B[row]:
+            rows.setdefault(index, []).append(row)
+    if not rows:
+        # A process without tokens still runs the model, so that all processes do the same.
+        rows = {0: []}
+    ids, positions, groups = [], [], []
+    source: list[int] = []
+    rows_N: list[int] = []
+    columns_N: list[int] = []
+    end = 0
+    for index, members in rows.items():
+        prompt = batch.prompts[index]
+        _require_matching_images(backbone.config, prompt)
+        position_3P = _positions(backbone, prompt)
+        following = int(position_3P.max()) + 1
+        ids.append(prompt.token_ids.to(device))
+        positions.append(position_3P)
+        start, end = end, end + len(prompt)
+        ranges = []
+        for row in members:
+            # The prompt's last token predicts the first of the completion, and so on; the
+            # completion's last token predicts nothing that counts and stays outside.
+            length = lengths_B[row]
+            inside = length - 1
+            _require_no_placeholder(backbone.config, batch.token_BT[row, :length], prompt.example)
+            ids.append(batch.token_BT[row, :inside])
+            positions.append(torch.arange(following, following + inside).expand(3, -1))
+            source += [start + len(prompt) - 1, *range(end, end + inside)]
+            rows_N += [row] * length
+            columns_N += range(length)
+            if inside:
+                ranges.append((end, end + inside))
+            end += inside
+        groups.append(Group((start, start + len(prompt)), tuple(ranges)))
+    position_31S = torch.cat(positions, dim=1)[:, None].to(device)
+    pixels = [batch.prompts[index].pixel_values for index in rows]
+    grids = [batch.prompts[index].image_grid_thw for index in rows]
+    source_N, row_N, column_N = torch.tensor(
+        [source, rows_N, columns_N], dtype=torch.long, device=device
+    )
+    return Packed(
+        input_ids=torch.cat(ids)[None],
+        position_ids=position_31S if hasattr(backbone, "get_rope_index") else position_31S[0],
+        layout=Layout(groups, device),
+        pixel_values=_cat(pixels, device),
+        image_grid_thw=_cat(grids, device),
+        source_N=source_N,
+        target_N=batch.token_BT[row_N, column_N],
+        row_N=row_N,
+        column_N=column_N,
+        shape=(batch.token_BT.shape[0], batch.token_BT.shape[1]),
+        prompts=tuple(rows),
+    )
+
+
+def hidden_states(
+    backbone: Any, packed: Packed, image_features: Sequence[torch.Tensor] | None = None
+) -> torch.Tensor:
+    """Last hidden states [N, hidden size] from which `packed.target_N` are predicted.
+
+    `image_features` [tokens, hidden size], one per image in the order of `packed.image_grid_thw`,
+    stand in for the vision tower where the caller has its output already.
+    """
+    vision: dict[str, Any] = {}
+    if image_features is not None:
+        from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+        output = BaseModelOutputWithPooling(pooler_output=tuple(image_features))  # type: ignore[arg-type]
+        vision["mm_encoder_outputs"] = {"image": output}
+    elif packed.pixel_values is not None:
+        vision = {"pixel_values": packed.pixel_values, "image_grid_thw": packed.image_grid_thw}
+    with recompute_elementwise():
+        hidden_1SH = backbone(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids,
+            # Being four-dimensional it is handed on as it is, and being empty it makes any
+            # attention function but ours fail instead of computing something else.
+            attention_mask=torch.empty(1, 1, 0, 0, device=packed.input_ids.device),
+            use_cache=False,
+            shared_prompt=packed.layout,
+            **vision,
+        ).last_hidden_state
+    return hidden_1SH[0].index_select(0, packed.source_N)
+
+
+def split_by_tokens(
+    prompt_length_P: Sequence[int],
+    prompt_index_B: Sequence[int],
+    length_B: Sequence[int],
+    budget: int,
+) -> list[list[int]]:
+    """Rows of each call so that prompts and completions stay within `budget` tokens.
+
+    Rows of one prompt are adjacent. A group is cut only if it exceeds the budget by itself; a
+    single completion that does goes alone.
+    """
+    calls: list[list[int]] = [[]]
+    room = budget
+    for index, group in itertools.groupby(range(len(length_B)), lambda b: prompt_index_B[b]):
+        rows, prompt = list(group), prompt_length_P[index]
+        whole = prompt + sum(length_B[row] for row in rows)
+        if whole > room and calls[-1]:
+            calls.append([])
+            room = budget
+        room -= prompt
+        for position, row in enumerate(rows):
+            if length_B[row] > room and position:
+                calls.append([])
+                room = budget - prompt
+            calls[-1].append(row)
+            room -= length_B[row]
+    return [call for call in calls if call]
+
+
+def _cat(parts: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
+    present = [part for part in parts if part is not None]
+    return torch.cat(present).to(device) if present else None
+
+
+def _positions(backbone: Any, prompt: Prompt) -> torch.Tensor:
+    """Positions [3,P] of a prompt: time, height and width of image tokens, else all the same."""
+    if prompt.image_grid_thw is None:
+        return torch.arange(len(prompt)).expand(3, -1)
+    assert prompt.mm_token_type_ids is not None
+    positions_31P, _ = backbone.get_rope_index(
+        prompt.token_ids[None].cpu(),
+        mm_token_type_ids=prompt.mm_token_type_ids[None].cpu(),
+        image_grid_thw=prompt.image_grid_thw.cpu(),
+    )
+    return positions_31P[:, 0]
+
+
+def _require_matching_images(config: Any, prompt: Prompt) -> None:
+    where = f"example {prompt.example.id!r} {prompt.example.origin}".rstrip()
+    grid_N3, kinds = prompt.image_grid_thw, prompt.mm_token_type_ids
+    placeholder = getattr(config, "image_token_id", None)
+    placeholders = 0 if placeholder is None else int((prompt.token_ids == placeholder).sum())
+    if (grid_N3 is None) != (prompt.pixel_values is None):
+        raise DataError(f"{where}: pixel_values and image_grid_thw must be given together")
+    if grid_N3 is None:
+        if placeholders:
+            raise DataError(f"{where}: {placeholders} image placeholder tokens, but no image")
+        return
+    if not hasattr(config, "vision_config"):
+        raise DataError(f"{where}: has images, but the model takes text only")
+    if kinds is None:
+        raise DataError(
+            f"{where}: has images but no mm_token_type_ids, without which its tokens would get "
+            "one-dimensional positions; process it with return_mm_token_type_ids=True"
+        )
+    merge = config.vision_config.spatial_merge_size
+    expected = int(grid_N3.prod(-1).sum()) // merge**2
+    if not placeholders == int((kinds == 1).sum()) == expected:
+        raise DataError(
+            f"{where}: {placeholders} image placeholder tokens, {int((kinds == 1).sum())} tokens "
+            f"marked as image, but the images give {expected} features"
+        )
+
+
+def _require_no_placeholder(config: Any, token_T: torch.Tensor, example: Example) -> None:
+    for name in PLACEHOLDERS:
+        forbidden = getattr(config, name, None)
+        if forbidden is not None and bool((token_T == forbidden).any()):
+            raise DataError(
+                f"example {example.id!r}: a completion holds token {forbidden} ({name}), which "
+                "stands for an image; exclude that id from sampling"
+            )
+
+
+# ----------------------------------------------------------------------------------- attention
+
+
+def unsupported_reason(hf: Any) -> str | None:
+    """Why prompts cannot be shared for this model, in one line; None if they can.
+
+    Looks at the config and then lets the model itself judge: two short completions, packed and
+    one by one, must give the same hidden states. Call it on the transformers model (below PEFT)
+    before it is sharded over devices.
+    """
+    name, config = type(hf).__name__, hf.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if other := kinds - {"full_attention", "sliding_attention"}:
+        return f"{name} has layers of kind {', '.join(sorted(other))}"
+    if config._attn_implementation not in ("sdpa", ATTENTION):
+        return f"model.attn_implementation is {config._attn_implementation}; it takes sdpa"
+    if getattr(config, "use_bidirectional_attention", None):
+        return f"{name} attends in both directions"
+    if hasattr(hf.config, "vision_config") and not hasattr(hf.base_model, "get_rope_index"):
+        return f"{name} does not say how it numbers image tokens (get_rope_index)"
+    training, installed = hf.training, config._attn_implementation == ATTENTION
+    hf.eval()
+    try:
+        install(hf)
+        error = _probe(hf.base_model)
+    except Exception as failure:  # a foreign model class may fail in any way
+        reason = str(failure).strip().splitlines() or [""]
+        return f"{name} does not take a packed row ({type(failure).__name__}: {reason[0]})"
+    finally:
+        hf.train(training)
+        if not installed:
+            uninstall(hf)
+    if not error < (1e-3 if next(hf.parameters()).dtype.itemsize > 2 else 0.1):
+        return f"{name} computes something else on a packed row (relative difference {error:.2g})"
+    return None
+
+
+@torch.no_grad()
+def _probe(backbone: Any) -> float:
+    """Relative difference of hidden states, packed against one by one."""
+    device = next(backbone.parameters()).device
+    images = {getattr(backbone.config, name, None) for name in PLACEHOLDERS}
+    ids = torch.tensor([index for index in range(20) if index not in images][:13])
+    token_BT = ids[5:13].view(2, 4).to(device)
+    mask_BT = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]], device=device)
+    prompt = Prompt(Example("probe", "", ""), "", ids[:5])
+    nothing = mask_BT[:, 0].float()
+    batch = MicroBatch([prompt], mask_BT[:, 0] * 0, token_BT, mask_BT, nothing, nothing)
+    packed = pack(backbone, batch)
+    ours = hidden_states(backbone, packed).float()
+    theirs = []
+    for token_T, mask_T in zip(token_BT, mask_BT, strict=True):
+        ids = torch.cat([prompt.token_ids.to(device), token_T[mask_T.bool()]])[None]
+        output = backbone(input_ids=ids, use_cache=False).last_hidden_state[0]
+        theirs.append(output[len(prompt) - 1 : -1].float())
+    return float((ours - torch.cat(theirs)).norm() / torch.cat(theirs).norm())
+
+
+def require_agreement(
+    shared_BT: torch.Tensor,
+    repeated_BT: torch.Tensor,
+    mask_BT: torch.Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Compare log-probabilities (nats) of both ways. Raises ModelError if they disagree.
+
+    Meant for the first micro-batch of a run, with real prompts and images. `dtype` is the
+    precision that the model computes in.
+    """
+    error_N = (shared_BT - repeated_BT).detach().abs()[mask_BT.bool()].float()
+    if not error_N.numel():
+        return
+    mean, largest = float(error_N.mean()), float(error_N.max())
+    # Image tokens with wrong positions move log-probabilities by as little as 2e-3.
+    allowed = (1e-4, 1e-3) if dtype.itemsize > 2 else (3e-2, 1.0)
+    if not (mean <= allowed[0] and largest <= allowed[1]):
+        raise ModelError(
+            f"the shared-prompt update differs from the repeated batch: log-probabilities by "
+            f"{mean:.1e} on average and {largest:.1e} at most (allowed {allowed[0]:.0e} and "
+            f"{allowed[1]:.0e}); set update.shared_prompt=off"
+        )
+
+
+def install(hf: Any) -> None:
+    """Let the model's text layers take a `Layout`; without one they go on using sdpa.
+
+    `hf` is the transformers model (below PEFT). Generation and plain forwards are unchanged.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    _set_attention(hf, ATTENTION)
+    last_layer.install(hf)
+
+
+def uninstall(hf: Any) -> None:
+    """Undo `install`."""
+    _set_attention(hf, "sdpa")
+    last_layer.uninstall(hf)
+
+
+def _set_attention(hf: Any, name: str) -> None:
+    key = "" if hf.config.get_text_config() is hf.config else "text_config"
+    hf.set_attn_implementation({key: name})
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    shared_prompt: Layout | None = None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention function for transformers' registry: [1,H,S,D] -> [1,S,H,D].
+
+    Raises ModelError if the layer asks for something that is not computed here (soft-capping,
+    attention sinks, a position bias).
+    """
+    if shared_prompt is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
+            sliding_window=sliding_window, **others,
+        )  # fmt: skip
+    asked = [
+        name
+        for name in ("softcap", "s_aux", "sinks", "position_bias")
+        if others.get(name) is not None
+    ]
+    if asked:
+        raise ModelError(
+            f"{type(module).__name__} cannot share prompts: its attention has "
+            f"{', '.join(asked)}; set update.shared_prompt=off"
+        )
+    last_layer.announce(module, shared_prompt.predicting, shared_prompt.length)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return shared_attention.attention(
+        query, key, value, shared_prompt,
+        scale=scale, window=sliding_window or None, dropout=dropout,
+    ), None  # fmt: skip

@@ -1,0 +1,154 @@
+"""This process among those of a run: what it exchanges with them, and how the model is spread.
+
+accelerate's launcher says how many processes there are and which parallelism strategy to use
+(`strategies`). Every exchange begins with a barrier that can name a missing rank (`watchdog`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    gather_object,
+)
+from torch import nn
+
+from mm_agrae.config import Config
+from mm_agrae.errors import ConfigError, ProcessError
+from mm_agrae.parallel.strategies import Distributable, backend, check_environment, make_strategy
+from mm_agrae.parallel.watchdog import GRACE_S, Watchdog
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def start(config: Config) -> PartialState:
+    """Join the other processes, if there are any."""
+    check_environment()
+    on_cpu = config.model.device == "cpu"
+    return PartialState(cpu=on_cpu, backend=backend(on_cpu), timeout=_timeout(config))
+
+
+def _timeout(config: Config) -> timedelta:
+    # Collective calls give up a little later than our barriers, which can say who is missing.
+    return timedelta(minutes=config.train.timeout_minutes, seconds=2 * GRACE_S)
+
+
+def announced(method: Method) -> Method:
+    """For methods of an object with `processes`: tell the other ranks what ends this one."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException as error:
+            if processes := getattr(self, "processes", None):
+                processes.announce(error)
+            raise
+
+    return cast(Method, run)
+
+
+class Processes:
+    """This process among all those of a run. With a single process every method is trivial.
+
+    Raises ConfigError for launcher settings that are not supported.
+    """
+
+    def __init__(self, config: Config):
+        check_environment()
+        on_cpu = config.model.device == "cpu"
+        self.accelerator = Accelerator(
+            cpu=on_cpu,
+            kwargs_handlers=[
+                # Gradients live in DDP's buckets, of which there would else be a second copy.
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(backend=backend(on_cpu), timeout=_timeout(config)),
+            ],
+        )
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.is_main = self.accelerator.is_main_process
+        self.device = self.accelerator.device
+        self.strategy = make_strategy(self.accelerator)
+        if self.world > config.rollout.prompts_per_step:
+            raise ConfigError(
+                f"rollout.prompts_per_step = {config.rollout.prompts_per_step} is less than the "
+                f"{self.world} processes, each of which needs a prompt; raise it or start fewer"
+            )
+        timeout_s = 60 * config.train.timeout_minutes
+        self._watchdog = Watchdog(self.rank, self.world, timeout_s) if self.world > 1 else None
+
+    # ------------------------------------------------------------------ the model
+
+    @property
+    def loading_device(self) -> torch.device:
+        """Where the model is loaded: a whole one may not fit on the device."""
+        return torch.device("cpu") if self.strategy.sharded else self.device
+
+    def distribute(self, policy: Distributable) -> None:
+        """Tell the policy that it is one of several, and shard it if that is asked for.
+
+        To be called before the optimiser is made.
+        """
+        if self._watchdog is not None:
+            barrier = functools.partial(self.barrier, "gathering weights")
+            policy.distribute(barrier, self.strategy.shard)
+
+    def prepare(self, policy: nn.Module, optimizer: Any) -> tuple[Any, Any]:
+        """The module whose backward pass sums gradients over all processes; the optimiser."""
+        return self.strategy.prepare(policy, optimizer)
+
+    # ------------------------------------------------------------------ the other processes
+
+    def note(self, stage: str, step: int) -> None:
+        """Publish what this process is doing, for the error messages of those that wait for it."""
+        if self._watchdog is not None:
+            self._watchdog.note(stage, step)
+
+    def barrier(self, where: str) -> None:
+        """Wait until all processes are here. Raises ProcessError naming one that is not."""
+        if self._watchdog is not None:
+            self._watchdog.barrier(where)
+
+    def gather(self, items: list[Any], where: str) -> list[Any]:
+        """Items of all processes, in the order of ranks. Raises ProcessError as `barrier`."""
+        if self._watchdog is None:
+            return items
+        self.barrier(where)
+        with self.explained():
+            return gather_object(items)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Around collective calls: if one fails because of another rank, say which."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._watchdog is None or not _is_communication_error(error):
+                raise
+            if problem := self._watchdog.explain():
+                raise ProcessError(problem) from error
+            raise
+
+    def announce(self, error: BaseException) -> None:
+        """Tell the other processes that this one ends, and why."""
+        if self._watchdog is not None:
+            self._watchdog.announce(f"{type(error).__name__}: {error}")
+
+    def close(self) -> None:
+        """Leave: from now on no process needs this one."""
+        if self._watchdog is not None:
+            self._watchdog.close()
+
+
+def _is_communication_error(error: RuntimeError) -> bool:
+    words = ("gloo", "nccl", "connection", "timed out", "timeout")
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)

@@ -1,0 +1,95 @@
+"""A trained policy as an ordinary Hugging Face checkpoint, LoRA merged into its weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mm_agrae.config import ModelSection, PromptSection
+from mm_agrae.errors import RunFolderError
+from mm_agrae.model.policy import Policy
+from mm_agrae.model.processing import Processing, model_and_adapter
+from mm_agrae.run import checkpoint
+from mm_agrae.run.versions import versions
+
+EXPORT_FILE = "mm_agrae_export.json"
+"""Where an export came from."""
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def export(
+    source: Path, out: Path, dtype: Dtype = "auto", *, trust_remote_code: bool = False
+) -> dict[str, Any]:
+    """Write `source` to the new folder `out` as plain transformers, vLLM and we ourselves load it.
+
+    `source` is a checkpoint (full or LoRA), a LoRA adapter, or a run folder, which stands for its
+    newest checkpoint. `dtype` auto keeps the one that the (base) model's files have; LoRA is
+    merged in float32 and rounded once. Returns what is written to `mm_agrae_export.json`: source,
+    step, dtype, parameters, versions.
+
+    Raises ModelError if the source cannot be loaded, RunFolderError if `out` holds something or
+    cannot be written; it is written whole or not at all.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    out = out.resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunFolderError(f"export: {out} exists and is not empty; name a new folder")
+    folder = checkpoint.newest(source / "checkpoints") or source
+    state: dict[str, Any] = {}
+    if (folder / checkpoint.STATE_FILE).is_file():
+        state = checkpoint.checked_state(folder)
+    processing = Processing(str(folder), PromptSection(), trust_remote_code=trust_remote_code)
+    policy = Policy(
+        ModelSection(path=str(folder), trust_remote_code=trust_remote_code),
+        forbidden_ids=(),
+        pad_id=processing.pad_id,
+        shared_prompt="off",
+    )
+    hf = policy.hf
+    target = _stored_dtype(str(folder)) if dtype == "auto" else getattr(torch, dtype)
+    weights = {name: _cast(tensor, target) for name, tensor in policy.full_weights()}
+    facts = {
+        "source": str(folder),
+        "step": state.get("step"),
+        "dtype": str(target).removeprefix("torch."),
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "versions": versions(),
+    }
+    if hf.all_tied_weights_keys and hasattr(hf.get_output_embeddings(), "lora_A"):
+        # The merged head is no longer the embeddings.
+        hf.config.tie_word_embeddings = hf.config.get_text_config().tie_word_embeddings = False
+    hf.config.dtype = target
+    hf.config.architectures = [type(hf).__name__]
+    # Whoever generates with plain transformers should stop where training stopped.
+    hf.generation_config.eos_token_id = list(processing.eos_ids)
+    hf.generation_config.pad_token_id = processing.pad_id
+    with checkpoint.written_whole(out) as aside:
+        save_torch_state_dict(weights, aside)
+        hf.config.save_pretrained(aside)
+        hf.generation_config.save_pretrained(aside)
+        processing.save(str(aside))
+        config = folder / checkpoint.CONFIG_FILE
+        if config.is_file():
+            shutil.copy(config, aside / config.name)
+        (aside / EXPORT_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    return facts
+
+
+def _stored_dtype(path: str) -> torch.dtype:
+    from transformers import PreTrainedConfig
+
+    model, _ = model_and_adapter(path)
+    # A field that every config has: reading the file needs no code of the model's.
+    values, _ = PreTrainedConfig.get_config_dict(model)
+    name = values.get("dtype") or values.get("torch_dtype") or "float32"
+    return getattr(torch, name)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,0 +1,190 @@
+"""Where a run's numbers go: the run folder's metrics.jsonl always, trackers if asked for."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mm_agrae.errors import ConfigError
+from mm_agrae.run.records import RunFolder
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """A started tracker: how to send one step's numbers, and how to end."""
+
+    def __init__(self, log: Callable[[dict[str, float], int], Any], close: Callable[[], Any]):
+        self.log, self.close = log, close
+
+
+class MetricLogger:
+    """Writes one line a step to the run folder and hands the same numbers to the trackers.
+
+    sinks: any of "tensorboard" (files under `<run>/tensorboard`), "trackio", "wandb". Raises
+    ConfigError if a tracker is not installed or cannot start. One that fails later is reported
+    once and dropped; the run goes on. Raises RunFolderError if the run folder itself fails.
+    """
+
+    def __init__(
+        self,
+        run_folder: RunFolder,
+        sinks: Sequence[str] = (),
+        project: str = "mm-agrae",
+        run_name: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.run_folder = run_folder
+        self._trackers: dict[str, Tracker] = {}
+        for sink in sinks:
+            start = _SINKS.get(sink)
+            if start is None:
+                raise ConfigError(f"log.sinks: unknown {sink!r}; valid: {', '.join(_SINKS)}")
+            name = run_name or run_folder.path.name
+            try:
+                self._trackers[sink] = start(run_folder.path, project, name, dict(config or {}))
+            except ImportError as error:
+                raise ConfigError(
+                    f"log.sinks holds {sink}, which is not installed ({error}); run "
+                    "pip install 'mm-agrae[trackers]' or remove it from log.sinks"
+                ) from None
+            except Exception as error:
+                raise ConfigError(
+                    f"log.sinks holds {sink}, which cannot start ({error}); set it up or remove "
+                    "it from log.sinks"
+                ) from error
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Write one step's numbers; those that are not finite are null and not sent to trackers."""
+        numbers = {name: float(value) for name, value in metrics.items() if value is not None}
+        self.run_folder.append_metrics({"step": step} | numbers)
+        finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
+        self._each(lambda tracker: tracker.log(finite, step))
+
+    def close(self) -> None:
+        self._each(lambda tracker: tracker.close())
+        self._trackers = {}
+
+    def _each(self, act: Callable[[Tracker], Any]) -> None:
+        for sink, tracker in list(self._trackers.items()):
+            try:
+                act(tracker)
+            except Exception as error:
+                logger.warning("%s failed and gets no more numbers of this run: %s", sink, error)
+                del self._trackers[sink]
+
+
+def _tensorboard(path: Path, project: str, name: str, config: dict[str, Any]) -> Tracker:
+    try:
+        module = importlib.import_module("torch.utils.tensorboard")
+    except ImportError:
+        module = importlib.import_module("tensorboardX")
+    writer = module.SummaryWriter(str(path / "tensorboard"))
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        for key, value in metrics.items():
+            writer.add_scalar(key, value, step)
+        writer.flush()
+
+    return Tracker(log, writer.close)
+
+
+def _trackio(path: Path, project: str, name: str, config: dict[str, Any]) -> Tracker:
+    trackio = importlib.import_module("trackio")
+    trackio.init(project=project, name=name, config=config)
+    return Tracker(lambda metrics, step: trackio.log(metrics, step=step), trackio.finish)
+
+
+def _wandb(path: Path, project: str, name: str, config: dict[str, Any]) -> Tracker:
+    wandb = importlib.import_module("wandb")
+    run = wandb.init(project=project, name=name, config=config, dir=str(path))
+    return Tracker(lambda metrics, step: run.log(metrics, step=step), run.finish)
+
+
+_SINKS: dict[str, Callable[[Path, str, str, dict[str, Any]], Tracker]] = {
+    "tensorboard": _tensorboard,
+    "trackio": _trackio,
+    "wandb": _wandb,
+}
+
+
+class Stopwatch:
+    """Wall and CPU seconds by stage.
+
+        with stopwatch("rollout"):
+            ...
+        metrics |= stopwatch.lap()
+
+    CPU seconds are this process's, over all its threads; child processes (reward workers) are
+    not in them. Work queued on a GPU is waited for at both ends of a stage, else it would be
+    charged to whichever stage waits next. A stage inside a stage counts in both.
+    """
+
+    def __init__(self, on_stage: Callable[[str], None] | None = None) -> None:
+        self._on_stage = on_stage
+        self.totals: dict[str, float] = {}
+        """Seconds by `seconds/<stage>` and `cpu_seconds/<stage>` since the start."""
+        self._lap: dict[str, float] = {}
+        self._since = (time.perf_counter(), time.process_time())
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        if self._on_stage:
+            self._on_stage(stage)
+        _wait_for_gpu()
+        wall, cpu = time.perf_counter(), time.process_time()
+        try:
+            yield
+        finally:
+            _wait_for_gpu()
+            self._add(stage, time.perf_counter() - wall, time.process_time() - cpu)
+
+    def lap(self) -> dict[str, float]:
+        """Seconds by stage since the last lap; `total` also holds what no stage covered."""
+        now = (time.perf_counter(), time.process_time())
+        self._add("total", now[0] - self._since[0], now[1] - self._since[1])
+        self._since = now
+        lap, self._lap = self._lap, {}
+        return lap
+
+    def _add(self, stage: str, wall: float, cpu: float) -> None:
+        for key, seconds in ((f"seconds/{stage}", wall), (f"cpu_seconds/{stage}", cpu)):
+            self._lap[key] = self._lap.get(key, 0.0) + seconds
+            self.totals[key] = self.totals.get(key, 0.0) + seconds
+
+
+def _used_cuda() -> Any:
+    """torch.cuda if this process has used it; asking must not start it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
+def _wait_for_gpu() -> None:
+    if (cuda := _used_cuda()) is not None:
+        cuda.synchronize()
+
+
+def peak_memory_mb() -> float:
+    """Highest resident memory of this process so far, in MiB."""
+    try:  # ru_maxrss also remembers the process that started this one, before exec
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        pass
+    unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+
+def peak_gpu_memory_mb() -> float | None:
+    """Most memory torch has held on the current GPU so far, in MiB; None without a GPU in use."""
+    cuda = _used_cuda()
+    return None if cuda is None else cuda.max_memory_allocated() / (1 << 20)

@@ -1,0 +1,141 @@
+"""The list of tasks. A task is a sequence of `Example`s.
+
+To add one, write a class with `__len__` and `__getitem__` (IndexError past the end) and put a
+line into `TASKS`, or name it as "module:Class" or "path/to/file.py:Class" in the config. The
+keyword arguments of its constructor are its options in the config. Two arguments are filled in
+where the constructor has them: `limit` (stop after so many examples) and `on_bad_row` ("error" or
+"skip"). A task that leaves rows out lists the reasons in an attribute `skipped`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol
+
+from mm_agrae.config import DataSource
+from mm_agrae.config.plugins import check_arguments, is_import_name, load_object, signature
+from mm_agrae.errors import ConfigError, nearest
+from mm_agrae.types import Example
+
+NAMED = (
+    "geometry3k",
+    "math",
+    "math500",
+    "gsm8k",
+    "aime2024",
+    "aime2025",
+    "amc23",
+    "mathvision",
+    "mathverse",
+    "vqa_rad",
+)
+MEDICAL = ("medical_mri", "medical_ct", "medical_xray")
+
+TASKS: dict[str, str] = {
+    "synthetic": "mm_agrae.tasks.synthetic.task:SyntheticTask",
+    "files": "mm_agrae.tasks.files:FileTask",
+    "gym": "mm_agrae.tasks.gym:GymTask",
+    **{name: f"mm_agrae.tasks.catalog:{name}" for name in NAMED},
+    **{name: f"mm_agrae.tasks.medical:{name}" for name in MEDICAL},
+}
+
+FILLED_IN = ("limit", "on_bad_row")
+_REQUIRED = inspect.Parameter.empty
+
+
+class Task(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+class Concatenation:
+    """Several tasks one after the other, each cut to its limit."""
+
+    def __init__(self, tasks: Sequence[Task], limits: Sequence[int | None]):
+        self.tasks = tuple(tasks)
+        self.lengths = [
+            len(task) if limit is None else min(len(task), limit)
+            for task, limit in zip(tasks, limits, strict=True)
+        ]
+        self.skipped = [reason for task in tasks for reason in getattr(task, "skipped", ())]
+        """Rows that were left out: file, row and reason."""
+
+    def __len__(self) -> int:
+        return sum(self.lengths)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        for task, length in zip(self.tasks, self.lengths, strict=True):
+            if index < length:
+                return task[index]
+            index -= length
+        raise AssertionError("unreachable")
+
+
+def load(source: DataSource, *, on_bad_row: Literal["error", "skip"] = "error") -> Concatenation:
+    """The examples of one source, cut to its `limit`.
+
+    Raises ConfigError for a wrong option, DataError for data that cannot be read.
+    """
+    return load_all([source], on_bad_row=on_bad_row)
+
+
+def load_all(
+    sources: Sequence[DataSource], *, on_bad_row: Literal["error", "skip"] = "error"
+) -> Concatenation:
+    """The examples of several sources, one source after the other. Raises as `load`."""
+    for source in sources:
+        check(source)
+    tasks = []
+    for source in sources:
+        task_class = _task_class(source)
+        filled_in = {"limit": source.limit, "on_bad_row": on_bad_row}
+        accepted = signature(task_class)
+        options = {name: value for name, value in filled_in.items() if name in accepted}
+        tasks.append(task_class(**source.options, **options))
+    return Concatenation(tasks, [source.limit for source in sources])
+
+
+def check(source: DataSource) -> None:
+    """Compare a source's options with its task's constructor, without reading any data.
+
+    A task class with a `check_options(options)` of its own is asked as well. Raises ConfigError
+    that names the option and the nearest valid one.
+    """
+    task_class = _task_class(source)
+    where = f"data source {source.label!r}"
+    try:
+        check_arguments(task_class, source.options, filled_in=FILLED_IN)
+        if hasattr(task_class, "check_options"):
+            task_class.check_options(source.options)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def describe(name: str) -> str:
+    """A task's options with their defaults and what they mean, as text."""
+    task_class = _task_class(DataSource(task=name))
+    options = [
+        f"  {parameter.name}: {parameter.annotation}"
+        + ("" if parameter.default is _REQUIRED else f" = {parameter.default!r}")
+        for parameter in signature(task_class).values()
+        if parameter.name not in FILLED_IN
+    ]
+    text = inspect.getdoc(task_class) or ""
+    return "\n".join([name, *options, "", *(f"  {line}".rstrip() for line in text.splitlines())])
+
+
+def _task_class(source: DataSource) -> Any:
+    target = TASKS.get(source.task, source.task)
+    if not is_import_name(target):
+        raise ConfigError(f"data: no task {source.task!r}; {nearest(source.task, TASKS)}")
+    try:
+        return load_object(target)
+    except Exception as error:  # whatever a user's module does when it is imported
+        if source.task in TASKS:
+            raise
+        problem = str(error) or type(error).__name__
+        raise ConfigError(f"data: task {source.task!r} cannot be imported: {problem}") from error

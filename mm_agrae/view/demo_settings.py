@@ -1,0 +1,89 @@
+"""What the demo may show and to whom. Everything in the app is built from one of these."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mm_agrae.errors import ConfigError
+
+DATA = Path(__file__).parent.parent.parent / "data"
+EMBEDDED = {
+    "base": DATA / "warm_start" / "vl",
+    "GRPO": DATA / "trained" / "vl_grpo",
+    "A-GRAE": DATA / "trained" / "vl_agrae",
+    "base (text)": DATA / "warm_start" / "text",
+}
+"""Checkpoints that come with the source, by the names they are shown under."""
+EXAMPLE_RUN = DATA / "example_run"
+
+
+def embedded_models() -> dict[str, str]:
+    """Name -> folder of those that are there: a bare installation carries no data."""
+    return {name: str(path) for name, path in EMBEDDED.items() if (path / "config.json").is_file()}
+
+
+def embedded_runs() -> tuple[Path, ...]:
+    """The small run that comes with the source, if it is there."""
+    return (EXAMPLE_RUN,) if (EXAMPLE_RUN / "config.yaml").is_file() else ()
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    """models: name -> checkpoint folder or model id. runs: the run folders that may be read.
+
+    `allow_model_paths` lets the browser name further models; `share` opens Gradio's public
+    tunnel. `max_upload_mb` and `max_upload_pixels` bound one picture, `max_waiting` the requests
+    that wait for the model. `port` 0 takes a free one from 7860 on.
+    """
+
+    models: Mapping[str, str] = field(default_factory=embedded_models)
+    runs: tuple[Path, ...] = field(default_factory=embedded_runs)
+    allow_model_paths: bool = False
+    host: str = "127.0.0.1"
+    port: int = 0
+    share: bool = False
+    open_browser: bool = False
+    max_upload_mb: float = 8.0
+    max_upload_pixels: int = 16_000_000
+    max_waiting: int = 32
+    device: str = "auto"
+
+
+def settings_for(paths: Sequence[str], **options: object) -> DemoSettings:
+    """Settings for what the command line names: run folders, checkpoints, or model ids.
+
+    A run folder, or one that holds several, is offered to the explorer, and a run's newest
+    checkpoint, if it kept one, to the playground; anything else is a model. The embedded models
+    stay, first, and the embedded run, last. Raises ConfigError for a folder that is not there.
+    """
+    from mm_agrae.run import checkpoint
+
+    models = embedded_models()
+    runs: list[Path] = []
+    for path in paths:
+        folder = Path(path)
+        if (folder / "config.yaml").is_file():
+            runs.append(folder)
+            newest = checkpoint.newest(folder / "checkpoints")
+            if newest is not None:
+                models[_free_name(folder.resolve().name, models)] = str(newest)
+        elif any(folder.glob("*/config.yaml")):
+            runs.append(folder)
+        elif folder.exists() or _MODEL_ID.fullmatch(path):
+            models[_free_name(folder.resolve().name, models)] = path
+        else:
+            raise ConfigError(f"demo: {path} is no run folder, checkpoint or model id")
+    all_runs = (*runs, *embedded_runs())
+    return DemoSettings(models=models, runs=all_runs, **options)  # type: ignore[arg-type]
+
+
+_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def _free_name(name: str, taken: Mapping[str, str]) -> str:
+    """`name`, or with a number if that is another model's."""
+    numbers = (f"{name} ({number})" for number in range(2, len(taken) + 3))
+    return name if name not in taken else next(free for free in numbers if free not in taken)

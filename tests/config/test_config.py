@@ -1,0 +1,135 @@
+"""The schema: every shipped config loads; a wrong key or value is named with what is right."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mm_agrae import config as configs
+from mm_agrae import tasks
+from mm_agrae.errors import ConfigError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+MINIMAL = {
+    "run_dir": "runs/x",
+    "model": {"path": "some/model"},
+    "data": {"train": [{"task": "synthetic"}]},
+    "train": {"steps": 3},
+}
+
+
+def parse(**sections):
+    return configs.parse(MINIMAL | sections)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_loads(path):
+    config = configs.load(path)
+    for source in (*config.data.train, *config.data.evaluate):
+        tasks.check(source)
+    assert configs.plan(config, train_rows=1000)
+
+
+def test_round_trip():
+    config = parse(reward={"parts": {"accuracy": 0.9, "format": 0.1}})
+    assert configs.parse(yaml.safe_load(configs.dump(config))) == config
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({"modle": {}}, "modle: unknown setting; did you mean 'model'?"),
+        (
+            {"rollout": {"temprature": 1.0}},
+            "rollout.temprature: unknown setting; did you mean 'temperature'?",
+        ),
+        ({"update": {"loss": "gropo"}}, "update.loss: 'gropo' is not valid; did you mean 'grpo'?"),
+        ({"model": {"path": "x", "lora": {"rnk": 4}}}, "did you mean 'rank'?"),
+        ({"advantage": {"rule": "a-grae"}}, "did you mean 'agrae'?"),
+        ({"advantage": {"rule": "grpo", "alpha": 0.5}}, "advantage.alpha has no effect"),
+        ({"advantage": {"alpha": 1.5}}, "advantage.alpha"),
+        ({"train": {"steps": 3, "epochs": 1}}, "give one of train.steps and train.epochs"),
+        ({"train": {}}, "give one of train.steps and train.epochs"),
+        ({"rollout": {"completions_per_prompt": 1}}, "a group of one"),
+        ({"rollout": {"temperature": 0.0}}, "rollout.temperature is 0"),
+        (
+            {"rollout": {"prompts_per_step": 16}, "update": {"mini_batch_prompts": 6}},
+            "nearest that does is 4",
+        ),
+        ({"update": {"learning_rate": "fast"}}, "update.learning_rate"),
+        ({"reward": {"parts": {"format": 1.0}}}, "must hold accuracy"),
+        (
+            {"rollout": {"max_new_tokens": 10}, "reward": {"overlong": {"buffer_tokens": 20}}},
+            "more than rollout.max_new_tokens",
+        ),
+        ({"evaluate": {"temperature": 0.0}}, "greedy samples are all the same"),
+        ({"evaluate": {"every": 5}}, "data.evaluate names no data"),
+        ({"model": {"dtype": "float32"}}, "model.path: required"),
+    ],
+)
+def test_a_wrong_setting_is_named(sections, expected):
+    with pytest.raises(ConfigError) as error:
+        parse(**sections)
+    assert expected in str(error.value)
+
+
+def test_overrides(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    config = configs.load(
+        path,
+        [
+            "train.steps=7",
+            "update.learning_rate=1e-5",
+            "model.lora.rank=4",
+            "data.train.0.limit=5",
+            "reward.parts={accuracy: 1.0}",
+            "prompt.system=",
+        ],
+    )
+    assert config.train.steps == 7
+    assert config.update.learning_rate == 1e-5
+    assert config.model.lora is not None
+    assert config.model.lora.rank == 4
+    assert config.data.train[0].limit == 5
+    for override, expected in [
+        ("train.steps", "expected key=value"),
+        ("run_dir.x=1", "run_dir is a single value"),
+        ("data.train.3.limit=1", "not an index of a list of 1"),
+        ("train.step=1", "did you mean 'steps'"),
+    ]:
+        with pytest.raises(ConfigError, match=expected):
+            configs.load(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a: [", "not valid YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping")],
+)
+def test_a_file_that_is_no_config(tmp_path, text, expected):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=expected) as error:
+        configs.load(path)
+    assert "bad.yaml" in str(error.value)
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
+        configs.load(tmp_path / "absent.yaml")
+
+
+def test_plan_counts():
+    config = parse(
+        rollout={"prompts_per_step": 12, "completions_per_prompt": 4, "max_new_tokens": 10},
+        update={"mini_batch_prompts": 4, "epochs": 2, "micro_batch_completions": 5},
+    )
+    plan = dict(configs.plan(config, train_rows=100, processes=2))
+    assert "12 prompts × 4 completions = 48 on 2 processes" in plan["per step"]
+    assert plan["optimiser steps"].startswith("6 a rollout (off-policy after the first), 18")
+    assert plan["micro-batches"].startswith("2 an optimiser step")  # 4·4/2 = 8 rows, 5 at most
+    assert plan["tokens"] == "up to 480 sampled a step, 1,440 in all"
+
+
+def test_epochs_become_steps():
+    config = parse(train={"epochs": 2}, rollout={"prompts_per_step": 16})
+    assert configs.total_steps(config, train_rows=100) == 12
+    with pytest.raises(ConfigError, match="prompts_per_step = 16 is more than"):
+        configs.total_steps(config, train_rows=7)

@@ -1,0 +1,380 @@
+"""The run explorer as a person sees it, in a real browser."""
+
+import re
+
+import pytest
+from browser import (
+    PHONE,
+    chromium,
+    demo,
+    fits,
+    low_contrast,
+    needs_browser,
+    served,
+    visit,
+)
+from run_folders import HOSTILE, evaluate, make_run, rollouts, train
+
+from mm_agrae.view.demo_settings import DemoSettings
+
+pytestmark = needs_browser
+GROUPS = 11  # more than one page
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run with everything in it, one that keeps no completions, one that has just begun."""
+    root = tmp_path_factory.mktemp("explorer")
+    full = make_run(root / "runs" / "full", range(2, 41, 2), groups=3)
+    full.write_rollouts(
+        40,
+        rollouts(
+            full,
+            40,
+            groups=GROUPS,
+            completion={(1, 2): f"before {HOSTILE} after", (6, 0): "needle in a haystack"},
+            finish_reason={(2, 3): "length"},
+            error={(3, 1): "accuracy: timed out after 1 s", (4, 0): HOSTILE},
+            question={(2, i): HOSTILE for i in range(4)},
+            images={(5, i): ("../../secret.png",) for i in range(4)},
+        ),
+    )
+    (full.path / "rollouts" / "step_000010.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    full.write_summary({"steps": 40})
+    bare = make_run(root / "runs" / "bare", [1, 2, 3], groups=1)
+    for path in (bare.path / "rollouts").iterdir():
+        path.unlink()
+    evaluate(make_run(root / "runs" / "begun"), "before", [1])
+    evaluate(make_run(root / "runs" / "evaluated"), "models/base", [1])
+    (root / "secret.png").write_bytes(next((full.path / "images").iterdir()).read_bytes())
+    make_run(root / "secret", [1])
+    return root / "runs"
+
+
+@pytest.fixture(scope="module")
+def address(runs):
+    with served(DemoSettings(models={}, runs=(runs,))) as address:
+        yield address
+
+
+def cards(page):
+    return page.locator("#explorer-cards article")
+
+
+def says(page, text, where="#explorer-cards"):
+    page.locator(where).get_by_text(text).first.wait_for()
+
+
+def choose(page, label, option):
+    page.get_by_label(label, exact=True).click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def full(browser, address, **settings):
+    page = visit(browser, address, tab="Runs", **settings)
+    says(page, re.compile("steps"), "#explorer-about")
+    if page.get_by_label("Run", exact=True).input_value() != "full":
+        choose(page, "Run", "full")
+    says(page, f"Step 40: {GROUPS} groups")
+    return page
+
+
+@pytest.fixture(scope="module")
+def window(browser, address):
+    return full(browser, address)
+
+
+@pytest.fixture
+def page(window):
+    """The run "full" as it opens: choosing a run forgets filters, page and step."""
+    choose(window, "Run", "begun")
+    says(window, "No step has been finished yet.")
+    choose(window, "Run", "full")
+    says(window, f"Step 40: {GROUPS} groups")
+    yield window
+    assert window.errors == []
+
+
+def prompts(page, wanted):
+    """Wait until the cards are those of these prompts, in this order."""
+    page.wait_for_function(
+        """wanted => JSON.stringify([...document.querySelectorAll('#explorer-cards article')].map(
+            card => +card.innerText.match(/prompt (\\d+) ·/)[1])) === JSON.stringify(wanted)""",
+        arg=wanted,
+    )
+
+
+def filter_by(page, name):
+    page.locator("#explorer-show label").filter(has_text=re.compile(rf"^\s*{name} \(")).click()
+
+
+def titles(page):
+    return cards(page).locator("h4").all_inner_texts()
+
+
+def test_a_run_opens_with_curves_and_the_groups_of_its_last_step(browser, address):
+    page = full(browser, address)
+    says(page, "Finished after 40 steps.", "#explorer-about")
+    curves = page.locator("#explorer-curves")
+    for title in ("Reward", "Success", "ω", "Groups", "Entropy", "Length", "Right completions"):
+        assert curves.locator("figcaption b", has_text=re.compile(f"^{title}$")).is_visible()
+    right = curves.get_by_role("figure", name=re.compile("^Right"))
+    assert "120" in right.inner_text()  # at the step that is marked
+    assert curves.locator("svg .mark").count() == curves.locator("svg").count()
+    assert titles(page)[:5] == [f"{right} of 4 right" for right in (0, 1, 2, 3, 4)]
+    first = cards(page).nth(1)
+    assert "Question 1?" in first.inner_text()
+    assert "gold 1" in first.inner_text()
+    assert first.locator("img").evaluate("image => image.naturalWidth") == 24
+    assert "A +1.50 → +1.25 → +0.75" in first.inner_text()
+    line = first.locator("details").nth(0)
+    assert not line.locator("pre").is_visible()
+    line.locator("summary").focus()
+    page.keyboard.press("Enter")
+    line.locator("pre").wait_for()
+    assert line.locator("pre").inner_text() == "<think>so it is 40.1.0</think> \\boxed{0}"
+    assert "accuracy 1 · format 1 · finish: stop · entropy 0.25 nats" in line.inner_text()
+    assert page.errors == []
+    assert page.asked == {address.split("/")[2]}  # nothing from anywhere else
+
+
+def test_pages_of_groups(page):
+    assert cards(page).count() == 8
+    assert page.locator("#explorer-back").is_disabled()
+    page.locator("#explorer-next").click()
+    says(page, "shown are 9 to 11 of 11")
+    assert cards(page).count() == 3
+    page.wait_for_function(  # the first of them can be seen
+        """() => {
+            const top = document.querySelector('#explorer-cards').getBoundingClientRect().top;
+            return -5 < top && top < innerHeight / 2;
+        }"""
+    )
+    assert page.locator("#explorer-next").is_disabled()
+    page.locator("#explorer-back").click()
+    says(page, "shown are 1 to 8 of 11")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("mixed", [1, 2, 3, 6, 7, 8]),
+        ("all wrong", [0, 5, 10]),
+        ("all right", [4, 9]),
+        ("truncated", [2]),
+        ("verifier timed out", [3]),
+        ("verifier failed", [3, 4]),
+    ],
+)
+def test_filters(window, name, shown):
+    filter_by(window, name)
+    prompts(window, shown)
+
+
+def test_order_by_advantage_and_search(page):
+    choose(page, "Order", "highest |A| first")
+    prompts(page, [4, 9, 3, 8, 2, 7, 1, 6])
+    box = page.locator("#explorer-search textarea, #explorer-search input")
+    box.fill("NEEDLE")
+    box.press("Enter")
+    says(page, "shown are 1 to 1 of 1.")
+    assert cards(page).locator("details[open] pre").all_inner_texts() == ["needle in a haystack"]
+    box.fill("no such text")
+    page.get_by_role("button", name="Search").click()
+    says(page, "No group of step 40 is like that; 11 are not.")
+    assert page.locator("#explorer-next").is_disabled()
+
+
+def test_sliding_to_a_step_by_keyboard(page):
+    slider = page.locator("#explorer-step input[type=range]")
+    assert [slider.get_attribute(name) for name in ("min", "max", "step")] == ["2", "40", "2"]
+    slider.focus()
+    page.keyboard.press("ArrowLeft")
+    says(page, "Step 38: 3 groups, 12 completions")
+    length = page.locator("#explorer-curves figure", has_text="Length")
+    length.get_by_text("58", exact=True).wait_for()  # 20 + 38 tokens
+    box = page.locator("#explorer-step input[type=number]")
+    box.fill("10")
+    box.press("Enter")
+    says(page, "step_000010.parquet is damaged")
+    assert cards(page).count() == 0
+    box.fill("12")
+    box.press("Enter")
+    says(page, "Step 12: 3 groups")
+
+
+def test_smoothing_draws_the_curve_anew(page):
+    path = page.locator("#explorer-curves figure", has_text="Entropy").locator("path.line")
+    before = path.get_attribute("d")
+    box = page.locator("#explorer-smoothing input[type=number]")
+    box.fill("10")
+    box.press("Enter")
+    page.wait_for_function(
+        "before => ![...document.querySelectorAll('#explorer-curves path.line')]"
+        ".some(path => path.getAttribute('d') === before)",
+        arg=before,
+    )
+    assert page.locator("#explorer-curves path.faint").count() > 0
+
+
+def test_model_text_is_text(page):
+    card = cards(page).nth(1)
+    card.locator("summary").nth(2).click()
+    shown = card.locator("details[open] pre")
+    assert shown.inner_text() == f"before {HOSTILE} after"
+    cards(page).nth(4).locator("summary").nth(0).click()
+    assert HOSTILE in cards(page).nth(4).inner_text()  # the verifier's own message
+    assert HOSTILE.replace("<image>", "") in cards(page).nth(2).locator(".question").inner_text()
+    box = page.locator("#explorer-search textarea, #explorer-search input")
+    box.fill(HOSTILE)
+    box.press("Enter")
+    says(page, "shown are 1 to 2 of 2.")
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.broken") is None
+    assert page.locator("#explorer-cards script, #explorer-cards img[onerror]").count() == 0
+    assert page.locator("h1").first.is_visible()  # no style of the model's took hold
+
+
+def test_a_picture_outside_the_run_is_not_shown(page):
+    card = cards(page).nth(5)
+    assert "picture missing" in card.inner_text()
+    assert card.locator("img").count() == 0
+
+
+def test_files_are_not_served(browser, address, runs):
+    page = visit(browser, address)
+    places = [
+        runs / "full" / "config.yaml",
+        runs / "full" / "rollouts" / "step_000040.parquet",
+        next((runs / "full" / "images").iterdir()),
+        runs.parent / "secret.png",
+        runs / "full" / ".." / ".." / "secret.png",
+        "/etc/passwd",
+    ]
+    for place in places:
+        answer = page.request.get(f"{address}gradio_api/file={place}")
+        assert answer.status in (400, 403, 404), place
+    answer = page.request.get(f"{address}gradio_api/file=../../../../etc/passwd")
+    assert answer.status in (400, 403, 404)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (("../secret", 1, "all", "as sampled", ""), "no such run"),
+        (("secret", 1, "all", "as sampled", ""), "no such run"),
+        (("/etc", 1, "all", "as sampled", ""), "no such run"),
+        ((None, 1, "all", "as sampled", ""), "no such run"),
+        (("full", -(10**30), "all", "as sampled", ""), "Step 2:"),
+        (("full", float("inf"), "all", "as sampled", ""), "Step 40:"),
+        (("full", 40, "all", "as sampled", "\ud800\0" * 9), "No group"),
+    ],
+)
+def test_what_a_browser_could_send_by_hand(runs, arguments, answer):
+    """The functions behind the screen, called with what no screen offers."""
+    import gradio as gr
+
+    with gr.Blocks() as app:
+        demo("explorer").build(DemoSettings(models={}, runs=(runs,)))
+    functions = {fn.fn.__name__: fn.fn for fn in app.fns.values() if fn.fn}
+    assert answer in str(functions["first_page"](*arguments)[0])
+    drawn = str(functions["draw"](*arguments[:2], 1e9)[0])
+    assert ("no such run" in drawn) == (answer == "no such run")
+
+
+@pytest.mark.parametrize("name", ["../secret", "secret", "/etc"])
+def test_a_run_cannot_be_asked_for_by_path(browser, address, runs, name):
+    """What the screen sends, sent with another name."""
+    app = demo("app").build(DemoSettings(models={}, runs=(runs,)))
+    numbers = {fn.fn.__name__: number for number, fn in app.fns.items() if fn.fn}
+    request = visit(browser, address).request
+
+    def ask(run):
+        session = f"by-hand-{abs(hash(run))}"
+        body = {"fn_index": numbers["first_page"], "session_hash": session}
+        body["data"] = [run, 1, "all", "as sampled", ""]
+        joined = request.post(f"{address}gradio_api/queue/join", data=body)
+        assert joined.ok, joined.text()
+        return request.get(f"{address}gradio_api/queue/data?session_hash={session}").text()
+
+    assert "so it is 2.1.0" in ask("full")  # so this is the way it would come
+    answer = ask(name)
+    assert "so it is" not in answer
+    assert '"success":false' in answer or "no such run" in answer
+
+
+def test_runs_that_have_little_to_show(page):
+    choose(page, "Run", "bare")
+    says(page, "This run kept no completions")
+    says(page, "Not finished: 3 of 40 steps so far.", "#explorer-about")
+    assert page.locator("#explorer-curves svg").count() > 5
+    assert page.locator("#explorer-step input[type=range]").is_disabled()
+    choose(page, "Run", "begun")
+    says(page, "No step has been finished yet.")
+    assert page.locator("#explorer-curves svg").count() == 0
+    choose(page, "Run", "evaluated")
+    says(page, "the evaluations are under Compare")
+    says(page, "Checkpoints evaluated by themselves.", "#explorer-about")
+
+
+def test_a_run_that_goes_on_is_followed(browser, tmp_path):
+    run = make_run(tmp_path / "live")
+    with served(DemoSettings(models={}, runs=(run.path,))) as address:
+        page = visit(browser, address, tab="Runs")
+        says(page, "No step has been finished yet.")
+        assert page.locator("#explorer-follow input").is_checked()
+        train(run, [1, 2])
+        says(page, "Step 2: 4 groups")
+        says(page, "Not finished: 2 of 40 steps so far.", "#explorer-about")
+        page.locator("#explorer-curves svg").first.wait_for()
+        # Looking back at a step ends the following: it stays while the slider grows.
+        slider = page.locator("#explorer-step input[type=range]")
+        slider.focus()
+        page.keyboard.press("ArrowLeft")
+        says(page, "Step 1: 4 groups")
+        assert not page.locator("#explorer-follow input").is_checked()
+        train(run, [3])
+        page.wait_for_function(
+            "() => document.querySelector('#explorer-step input[type=range]').max === '3'"
+        )
+        assert page.locator("#explorer-cards").get_by_text("Step 1: 4 groups").is_visible()
+        page.locator("#explorer-follow input").check()
+        train(run, [4])
+        says(page, "Step 4: 4 groups")
+        run.write_summary({"steps": 4})
+        says(page, "Finished after 4 steps.", "#explorer-about")
+
+
+def test_nothing_to_show(browser, tmp_path):
+    with served(DemoSettings(models={}, runs=(tmp_path,))) as address:
+        page = visit(browser, address, tab="Runs")
+        says(page, "There is no run to look at yet.", "#explorer-about")
+        assert page.errors == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_readable_on_a_phone_and_in_the_dark(browser, address, dark):
+    page = full(browser, address, size=PHONE, dark=dark)
+    cards(page).nth(1).locator("summary").first.click()
+    assert fits(page)
+    assert low_contrast(page, "#explorer-cards") == []
+    assert low_contrast(page, "#explorer-curves") == []
+    card = cards(page).nth(1)
+    picture, lines = card.locator("img").bounding_box(), card.locator("h4").bounding_box()
+    assert picture["y"] + picture["height"] <= lines["y"]  # below each other, not beside
+
+
+def test_two_people_look_at_their_own(browser, address):
+    one, other = full(browser, address), full(browser, address)
+    filter_by(one, "all wrong")
+    filter_by(other, "all right")
+    says(one, "to 3 of 3.")
+    says(other, "to 2 of 2.")
+    assert set(titles(one)) == {"0 of 4 right"}
+    assert set(titles(other)) == {"4 of 4 right"}

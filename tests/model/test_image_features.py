@@ -1,0 +1,104 @@
+"""Each distinct picture through the vision tower once, with the gradient it would have had."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+
+import pytest
+import torch
+
+from mm_agrae.model.image_features import Pictures
+from mm_agrae.types import Example, MicroBatch, Prompt
+
+
+class Tower:
+    """Stands for a vision tower in arithmetic: features are pixels times a weight."""
+
+    def __init__(self):
+        self.weight = torch.nn.Parameter(torch.tensor([1.5, -0.5], dtype=torch.float64))
+        self.encoded = 0
+
+    def __call__(self, prompts):
+        self.encoded += len(prompts)
+        pixels = [prompt.pixel_values for prompt in prompts]
+        features = iter(torch.split(torch.cat(pixels) * self.weight, 1))
+        return [list(itertools.islice(features, len(each))) for each in pixels]
+
+
+def prompt(pixels=None) -> Prompt:
+    return Prompt(Example("0", "", ""), "", torch.tensor([1]), pixel_values=pixels)
+
+
+def batch(*prompts) -> MicroBatch:
+    nothing = torch.zeros(1)
+    return MicroBatch(prompts, nothing, nothing, nothing, nothing, nothing)
+
+
+def pixels(count: int = 1) -> torch.Tensor:
+    return torch.rand(count, 2, dtype=torch.float64)
+
+
+def gradient(prompts_of_batches, planned: bool) -> tuple[torch.Tensor, int]:
+    tower, pictures = Tower(), Pictures(frozen=False)
+    batches = [batch(*prompts) for prompts in prompts_of_batches]
+    if planned:
+        pictures.plan(batches)
+    for number, each in enumerate(batches, 2):
+        features = pictures.features(each.prompts, tower)
+        if features:
+            (torch.cat(features).exp().sum() ** 1.5 * number).backward()
+    if planned:
+        pictures.plan(())  # raises if anything is left
+    return tower.weight.grad, tower.encoded
+
+
+def test_gradients_are_those_of_encoding_each_time():
+    torch.manual_seed(0)
+    a, b, both = pixels(), pixels(), pixels(2)
+    layouts = [
+        [[prompt(a)], [prompt(a)]],
+        [[prompt(a), prompt(b)], [prompt(b)], [prompt(a), prompt(a)], [prompt()]],
+        [[prompt(both), prompt()], [prompt(b), prompt(both)], [prompt(both)]],
+        [[prompt(a)], [prompt(b)]],
+    ]
+    for layout in layouts:
+        expected, each_time = gradient(layout, planned=False)
+        ours, once = gradient(layout, planned=True)
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
+        distinct = {id(p.pixel_values) for prompts in layout for p in prompts} - {id(None)}
+        assert once == len(distinct) <= each_time
+
+
+def test_passes_without_gradient_leave_the_plan_alone():
+    shared = pixels()
+    batches = [batch(prompt(shared)), batch(prompt(shared))]
+    tower, pictures = Tower(), Pictures(frozen=False)
+    pictures.plan(batches)
+    with torch.no_grad():
+        assert not pictures.features(batches[0].prompts, tower)[0].requires_grad
+    for each in batches:
+        pictures.features(each.prompts, tower)[0].sum().backward()
+    torch.testing.assert_close(tower.weight.grad, 2 * shared[0])
+
+
+def test_a_micro_batch_that_never_ran_is_noticed():
+    shared = pixels()
+    batches = [batch(prompt(shared)), batch(prompt(shared))]
+    pictures = Pictures(frozen=False)
+    pictures.plan(batches)
+    pictures.features(batches[0].prompts, Tower())[0].sum().backward()
+    with pytest.raises(RuntimeError, match="1 pictures wait"):
+        pictures.plan(batches)
+
+
+def test_frozen_features_live_as_long_as_their_pixels():
+    tower, pictures = Tower(), Pictures(frozen=True)
+    shared = pixels()
+    first, second = prompt(shared), prompt(shared)
+    for _ in range(2):
+        assert len(pictures.features([first, second], tower)) == 2
+    assert tower.encoded == 1
+    del first, second, shared
+    gc.collect()
+    assert len(pictures._kept) == 0

@@ -1,0 +1,142 @@
+"""Log-probabilities against plain transformers, parts, LoRA, the reference, precision."""
+
+import pytest
+import torch
+from helpers import TEXT, VL, engine, policy, processing, prompts, sampling
+
+from mm_agrae.batching import Row, micro_batch
+from mm_agrae.config import LoraSection
+from mm_agrae.errors import ModelError
+from mm_agrae.model.policy import Policy
+
+BOTH = pytest.mark.parametrize("path", [VL, TEXT], ids=["vl", "text"])
+
+
+def batch_of(path, made, count=3, group=2):
+    batch = prompts(path, count)
+    groups = engine(made).generate(batch, group, sampling(), range(count))
+    rows = [Row(p, c, 1.0) for p, completions in enumerate(groups) for c in completions]
+    return micro_batch(batch, rows, made.device)
+
+
+@BOTH
+@pytest.mark.parametrize("sharing", ["off", "on"])
+def test_logprobs_equal_transformers_own_forward(path, sharing):
+    """One row at a time, no padding, the model's own positions and logits."""
+    made = policy(path, shared_prompt=sharing)
+    micro = batch_of(path, made)
+    logp_BT, entropy_BT = made(micro)
+    for b, index in enumerate(micro.prompt_index_B.tolist()):
+        prompt, length = micro.prompts[index], int(micro.mask_BT[b].sum())
+        ids = torch.cat([prompt.token_ids, micro.token_BT[b, :length]])[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if prompt.pixel_values is not None:
+            kinds = torch.nn.functional.pad(prompt.mm_token_type_ids, (0, length))
+            inputs |= {
+                "pixel_values": prompt.pixel_values,
+                "image_grid_thw": prompt.image_grid_thw,
+                "mm_token_type_ids": kinds[None],
+            }
+        logits = made.hf(**inputs).logits[0, len(prompt) - 1 : -1].double()
+        logits[:, list(processing(path).forbidden_ids)] = -torch.inf
+        logp = torch.log_softmax(logits, -1)
+        expected = logp.gather(-1, micro.token_BT[b, :length, None]).squeeze(-1)
+        assert torch.allclose(logp_BT[b, :length].double(), expected, atol=2e-5)
+        entropy = -(logp.exp() * logp.clamp(min=-1e9)).sum(-1)
+        assert torch.allclose(entropy_BT[b, :length].double(), entropy, atol=2e-5)
+
+
+def trainable(made):
+    return {name for name, p in made.model.named_parameters() if p.requires_grad}
+
+
+def test_freezing_parts():
+    everything = trainable(policy(VL))
+    frozen = trainable(policy(VL, freeze=("vision",)))
+    assert everything - frozen == {n for n in everything if ".visual." in n}
+    assert frozen
+    assert "lm_head.weight" in frozen or any("embed_tokens" in name for name in frozen)
+
+
+@pytest.mark.parametrize(
+    ("lora", "inside", "outside"),
+    [
+        ({}, "language_model", "visual"),
+        ({"parts": ("vision",)}, "visual.blocks", "merger"),
+        ({"parts": ("merger",)}, "merger", "blocks"),
+        ({"modules": ("q_proj", "v_proj")}, "_proj", "mlp"),
+    ],
+)
+def test_lora_stands_where_it_was_asked_for(lora, inside, outside):
+    names = trainable(policy(VL, lora=LoraSection(rank=4, **lora)))
+    assert names
+    assert all("lora_" in name and inside in name and outside not in name for name in names)
+
+
+def test_the_reference_is_where_lora_started():
+    made = policy(TEXT, lora=LoraSection(rank=4))
+    micro = batch_of(TEXT, made)
+    start = made(micro)[0].detach()
+    with torch.no_grad():
+        for name, parameter in made.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    assert (made(micro)[0] - start).abs().max() > 1e-3
+    assert torch.allclose(made.reference_logprobs(micro), start, atol=1e-6)
+
+
+def test_the_reference_of_a_full_model():
+    made = policy(TEXT)
+    micro = batch_of(TEXT, made)
+    with pytest.raises(RuntimeError, match="keep_reference"):
+        made.reference_logprobs(micro)
+    made.keep_reference()
+    start = made(micro)[0].detach()
+    with torch.no_grad():
+        next(made.trainable_parameters()).add_(0.1)
+    assert (made(micro)[0] - start).abs().max() > 1e-3
+    assert torch.allclose(made.reference_logprobs(micro), start, atol=1e-6)
+    assert not any("reference" in name for name in made.state_dict())
+
+
+def test_gradient_checkpointing_changes_nothing():
+    plain, saving = policy(VL), policy(VL, gradient_checkpointing=True)
+    micro = batch_of(VL, plain)
+    for made in (plain, saving):
+        made.train()
+        made(micro)[0].sum().backward()
+    for a, b in zip(plain.parameters(), saving.parameters(), strict=True):
+        if a.grad is not None:
+            assert torch.allclose(a.grad, b.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_bfloat16_keeps_float32_weights_when_they_learn():
+    made = policy(TEXT, dtype="bfloat16")
+    assert {p.dtype for p in made.parameters()} == {torch.float32}
+    adapted = policy(TEXT, dtype="bfloat16", lora=LoraSection(rank=4))
+    kinds = {p.requires_grad: p.dtype for p in adapted.parameters()}
+    assert kinds == {True: torch.float32, False: torch.bfloat16}
+    exact = policy(TEXT)
+    micro = batch_of(TEXT, exact)
+    with torch.no_grad():
+        reference = exact(micro)[0]
+        for rounded in (made, adapted):
+            logp_BT = rounded(micro)[0]
+            assert logp_BT.dtype == torch.float32
+            assert 0 < (logp_BT - reference).abs().max() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("path", "settings", "expected"),
+    [
+        (TEXT, {"freeze": ("vision",)}, "has no part 'vision'"),
+        (TEXT, {"freeze": ("language", "embeddings")}, "nothing to learn"),
+        (TEXT, {"lora": LoraSection(modules=("query",))}, "no linear layer named query"),
+        ("no/such/model", {}, "cannot be loaded"),
+    ],
+)
+def test_refusals(path, settings, expected):
+    from mm_agrae.config import ModelSection
+
+    with pytest.raises(ModelError, match=expected):
+        Policy(ModelSection(path=path, **settings), forbidden_ids=(), pad_id=0)

@@ -1,0 +1,373 @@
+"""Rewards in worker processes: whatever a reward function does, only its own answer suffers."""
+
+import faulthandler
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+import torch
+from PIL import Image
+
+from mm_agrae.config.schema import OverlongPenalty, RewardSection
+from mm_agrae.errors import ConfigError
+from mm_agrae.grading import accuracy
+from mm_agrae.grading.pool import CallFailed, WorkerPool
+from mm_agrae.loss import overlong_penalty
+from mm_agrae.rewards import PARTS, Rewarder
+from mm_agrae.types import Completion, Example
+
+LIMIT_S = 0.3
+
+OWN = """
+import os, signal, sys, time
+import helper_beside
+
+def score(example, completion):
+    what = completion.text.strip()
+    if what == "stuck": 
+        while True: pass
+    if what == "stuck in C": return sum(range(10**14))
+    if what == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True:
+            try: time.sleep(0.01)
+            except BaseException: pass
+    if what == "hog": return len([0] * 10**10)
+    if what == "hoards":
+        everything = [bytes(10**6)]
+        while True: everything.append(bytes(10**6) + everything[-1][:1])
+    if what == "dies": os._exit(3)
+    if what == "exits": sys.exit("enough")
+    if what == "raises": raise ValueError("no such thing\\n" + "x" * 1000)
+    if what == "raises oddly":
+        class Odd(Exception):
+            def __str__(self): raise RuntimeError
+            def __reduce__(self): raise RuntimeError
+        raise Odd
+    if what == "interrupt": raise KeyboardInterrupt
+    if what == "deep": return score(example, completion)
+    values = {"nan": float("nan"), "inf": float("inf"), "None": None, "text": "1.0", "list": [1.0],
+              "true": True, "int": 1, "half": 0.5, "prints": print("from a worker")}
+    return values.get(what, 0.25)
+
+def modules(example, completion):
+    return float("torch" in sys.modules or "transformers" in sys.modules)
+
+def sees(example, completion):
+    seen = (len(completion.token_ids), completion.logprobs[:1], example.images, example.meta["k"],
+            example.answer, example.grading.get("kind"), helper_beside.VALUE)
+    return float(seen == (3, (-0.5,), (), "v", "5", "number", 7))
+
+not_callable = 3
+"""
+
+FAILURES = {
+    "stuck": "timed out after 0.3 s",
+    "stuck in C": "timed out after 0.3 s",
+    "deaf": "timed out after 0.3 s",
+    "hog": "ran out of memory (limit 256 MB)",
+    "hoards": "ran out of memory (limit 256 MB)",
+    "dies": "ended its worker process with exit code 3",
+    "exits": "raised SystemExit: enough",
+    "raises": "raised ValueError: no such thing xxx",
+    "raises oddly": "raised Odd: (no message: its __str__ raises)",
+    "interrupt": "raised KeyboardInterrupt",
+    "deep": "raised RecursionError: maximum recursion depth exceeded",
+    "nan": "returned nan, not a finite number",
+    "inf": "returned inf, not a finite number",
+    "None": "returned NoneType, not a number",
+    "text": "returned str, not a number",
+    "list": "returned list, not a number",
+}
+
+
+def example(answer="5", **settings):
+    return Example(id="e1", question="?", answer=answer, **settings)
+
+
+def completion(text, tokens=3, finish_reason="stop"):
+    return Completion((1,) * tokens, (-0.5,) * tokens, text, finish_reason, 0)
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "own_rewards.py").write_text(OWN)
+    (folder / "helper_beside.py").write_text("VALUE = 7")
+    return folder / "own_rewards.py"
+
+
+@pytest.fixture(scope="module")
+def rewarder(own):
+    config = RewardSection(
+        parts={"accuracy": 0.9, f"{own}:score": 0.1, "format": 0.0},
+        time_limit_s=LIMIT_S,
+        memory_limit_mb=256,
+        workers=2,
+    )
+    with Rewarder(config, max_new_tokens=16) as rewarder:
+        yield rewarder
+
+
+def children():
+    """Child processes that run, the bookkeeping one of multiprocessing aside."""
+    found = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
+    return {child.pid for child in found if "resource_tracker" not in " ".join(child.cmdline())}
+
+
+def test_failures_cost_only_the_answer_that_caused_them(rewarder, own, caplog):
+    before = rewarder.error_counts.copy()
+    texts = [text for what in FAILURES for text in (r"\boxed{5}", what)]
+    scores = rewarder.score([example()] * len(texts), [completion(text) for text in texts])
+    for good, bad, (what, message) in zip(scores[::2], scores[1::2], FAILURES.items(), strict=True):
+        assert good.error == ""
+        assert good.success
+        assert good.reward == pytest.approx(0.9 + 0.1 * 0.25)
+        assert bad.error.startswith(f"{own}:score"), what
+        assert message in bad.error, (what, bad.error)
+        assert len(bad.error) < len(str(own)) + 260
+        assert bad.parts == {"accuracy": 0.0, f"{own}:score": 0.0, "format": 0.0}
+        assert not bad.success
+        assert bad.reward == 0.0
+    counts = rewarder.error_counts - before
+    assert counts.total() == len(FAILURES)
+    assert counts[f"{own}:score: timed out after 0.3 s"] == 3
+    assert counts[f"{own}:score raised ValueError"] == 1
+    assert "reward of example e1" in caplog.text
+
+
+def test_a_failed_part_leaves_the_others_but_not_the_success(rewarder, own):
+    text = "nan"
+    score = rewarder.score([example(answer="nan")], [completion(text)])[0]
+    assert score.parts["accuracy"] == 1.0
+    assert score.reward == pytest.approx(0.9)
+    assert not score.success
+    assert score.error == f"{own}:score returned nan, not a finite number"
+
+
+def test_scores_come_in_order(rewarder):
+    answers = [str(k) for k in range(200)]
+    texts = [rf"<think>hm</think> \boxed{{{k if k % 3 else k + 1}}}" for k in range(200)]
+    scores = rewarder.score([example(answer) for answer in answers], list(map(completion, texts)))
+    assert [score.success for score in scores] == [k % 3 != 0 for k in range(200)]
+    assert all(score.parts["format"] == 1.0 for score in scores)
+    assert all(score.error == "" for score in scores)
+
+
+@pytest.mark.parametrize(("text", "value"), [("true", 1.0), ("int", 1.0), ("half", 0.5)])
+def test_numbers_of_any_type(rewarder, own, text, value):
+    score = rewarder.score([example()], [completion(text)])[0]
+    assert score.parts[f"{own}:score"] == value
+    assert type(score.parts[f"{own}:score"]) is float
+
+
+def test_from_another_thread(rewarder):
+    found = []
+    thread = threading.Thread(
+        target=lambda: found.extend(
+            rewarder.score([example()] * 2, [completion(r"\boxed{5}"), completion("stuck")])
+        )
+    )
+    thread.start()
+    thread.join()
+    assert [score.success for score in found] == [True, False]
+
+
+def test_nothing_to_score_and_uneven_lists(rewarder):
+    assert rewarder.score([], []) == []
+    with pytest.raises(ValueError, match="2 examples for 1 completions"):
+        rewarder.score([example()] * 2, [completion("5")])
+
+
+def test_what_own_functions_get(own):
+    config = RewardSection(
+        parts={"accuracy": 0.0, f"{own}:sees": 1.0, "own_rewards:modules": 1.0}, time_limit_s=5.0
+    )
+    full = example(images=(Image.new("RGB", (4, 4)),), meta={"k": "v"}, grading={"kind": "number"})
+    sys.path.insert(0, str(own.parent))
+    try:
+        with Rewarder(config, 16) as rewarder:
+            score = rewarder.score([full], [completion("5")])[0]
+            unpicklable = replace(full, meta={"k": lambda: 0})
+            good, bad = rewarder.score([full, unpicklable], [completion("5")] * 2)
+    finally:
+        sys.path.remove(str(own.parent))
+    assert score.error == ""
+    assert score.parts == {"accuracy": 1.0, f"{own}:sees": 1.0, "own_rewards:modules": 0.0}
+    assert score.reward == 1.0
+    assert good.error == ""
+    assert not bad.success
+    assert "could not be sent to a worker process" in bad.error
+
+
+def test_parts_of_the_package():
+    assert list(PARTS) == ["accuracy", "format"]
+    long = "word " * 50
+    texts = [
+        r"<think>a</think> \boxed{5}",
+        r"<think>\boxed{5}</think> well",
+        r"\boxed{5}",
+        rf"{long} \boxed{{5",
+        rf"{long} \boxed{{5}}",
+    ]
+    completions = [completion(text) for text in texts[:3]]
+    completions += [completion(text, finish_reason="length") for text in texts[3:]]
+    config = RewardSection(parts={"accuracy": 0.9, "format": 0.1})
+    with Rewarder(config, 16) as rewarder:
+        scores = rewarder.score([example()] * 5, completions)
+        assert [score.success for score in scores] == [True, False, True, False, True]
+        assert [score.reward for score in scores] == pytest.approx([1.0, 0.0, 0.9, 0.0, 0.9])
+        wrong_kind = rewarder.score([example(grading={"kind": "maths"})], completions[:1])[0]
+        assert wrong_kind.error.startswith("accuracy raised ValueError: kind is 'maths'; valid:")
+    anywhere = RewardSection(answer_after_thinking=False)
+    with Rewarder(anywhere, 16) as rewarder:
+        examples = [example(), example(grading={"after_thinking": True})]
+        scores = rewarder.score(examples, [completions[1]] * 2)
+        assert [score.success for score in scores] == [True, False]
+
+
+def test_accuracy_that_never_ends_is_named():
+    endless = [rf"\sum_{{k=1}}^{{10^{{9}}}} \sqrt{{k + {a}}}" for a in (1, 2)]
+    examples = [example(endless[0]), example("x^2 + 2x + 1")]
+    completions = [completion(rf"\boxed{{{endless[1]}}}"), completion(r"\boxed{(x+1)^2}")]
+    with Rewarder(RewardSection(time_limit_s=1.0), 16) as rewarder:
+        scores = rewarder.score(examples, completions)
+        assert rewarder.error_counts == {"accuracy: timed out after 1 s": 1}
+    assert [score.success for score in scores] == [False, True]
+    assert scores[0].error == "accuracy: timed out after 1 s"
+
+
+def test_overlong_penalty_is_added():
+    config = RewardSection(
+        parts={"accuracy": 2.0}, overlong=OverlongPenalty(buffer_tokens=4, penalty=0.5)
+    )
+    lengths = [3, 12, 14, 16]
+    with Rewarder(config, max_new_tokens=16) as rewarder:
+        scores = rewarder.score(
+            [example()] * 4, [completion(r"\boxed{5}", tokens) for tokens in lengths]
+        )
+    expected = overlong_penalty(torch.tensor(lengths), 16, 4, 0.5).tolist()
+    assert [score.parts["overlong"] for score in scores] == pytest.approx(expected)
+    assert [score.reward for score in scores] == pytest.approx([2 + x for x in expected])
+    assert expected[0] == 0
+    assert expected[-1] == -0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("acuracy", "neither a part of the package (accuracy, format) nor a function"),
+        ("no_such_module_here:score", "there is no module 'no_such_module_here'"),
+        ("json:no_such_function", "json has no function 'no_such_function'; it has "),
+        ("{own}:not_callable", "has no function 'not_callable'; it has score, modules, sees"),
+        ("{folder}/absent.py:score", "there is no file "),
+        ("{folder}/broken.py:score", "importing it raised SyntaxError"),
+        (
+            "{folder}/needy.py:score",
+            "importing it raised ModuleNotFoundError: No module named 'gone'",
+        ),
+        ("{folder}/leaves.py:score", "importing it raised SystemExit"),
+        ("{folder}/dies.py:score", "importing it ends the process, or does not come to an end"),
+    ],
+)
+def test_functions_that_cannot_be_imported(own, name, message):
+    folder = own.parent
+    (folder / "broken.py").write_text("def score(:")
+    (folder / "needy.py").write_text("import gone")
+    (folder / "leaves.py").write_text("raise SystemExit(1)")
+    (folder / "dies.py").write_text("import os; os._exit(1)")
+    name = name.format(own=own, folder=folder)
+    before = children()
+    with pytest.raises(ConfigError) as caught:
+        Rewarder(RewardSection(parts={"accuracy": 1.0, name: 1.0}), 16)
+    assert str(caught.value).startswith(f"reward.parts.{name}: ")
+    assert message in str(caught.value)
+    assert children() <= before
+
+
+# ------------------------------------------------------------------------------- the pool
+
+
+def test_pool_calls_and_failures():
+    before = children()
+    with WorkerPool(1, 256, accuracy.prepare_worker) as pool:
+        assert pool.call(max, (3, 5), LIMIT_S) == 5
+        for function, args, message in [
+            (exec, ("while True: pass",), "timed out after 0.3 s"),
+            (bytearray, (10**11,), "ran out of memory"),
+            (faulthandler._sigsegv, (), "signal SIGSEGV"),
+            (time.sleep, (600,), "timed out after 0.3 s"),
+            (int, ("x",), "raised ValueError: invalid literal"),
+            (max, (lambda: 0,), "could not be sent"),
+        ]:
+            with pytest.raises(CallFailed, match=message):
+                pool.call(function, args, LIMIT_S)
+            assert pool.call(max, (3, 5), LIMIT_S) == 5
+        assert len(children() - before) == 1
+    assert children() <= before
+    with pytest.raises(RuntimeError, match="closed"):
+        pool.submit(max, (3, 5), LIMIT_S)
+    pool.close()
+
+
+def test_importing_does_not_count_against_the_limit():
+    with WorkerPool(1, 256, time.sleep, (1.0,)) as pool:
+        assert pool.call(max, (3, 5), 0.05) == 5
+
+
+def test_a_worker_killed_while_idle_is_replaced():
+    before = children()
+    with WorkerPool(1, 256, gc.collect) as pool:
+        assert pool.call(max, (3, 5), LIMIT_S) == 5
+        (worker,) = children() - before
+        os.kill(worker, signal.SIGKILL)
+        time.sleep(0.5)  # the pool notices
+        assert pool.call(max, (3, 5), LIMIT_S) == 5
+
+
+SIGNALLED = """
+import gc, os, signal, threading, time
+from mm_agrae.grading.pool import WorkerPool
+signal.signal(signal.SIGTERM, lambda *_: print("asked to end", flush=True))
+with WorkerPool(1, 256, gc.collect) as pool:
+    pool.call(max, (3, 5), 1.0)
+    threading.Timer(0.5, os.killpg, (0, signal.SIGTERM)).start()
+    print(pool.call(exec, ("import time; time.sleep(1.5)",), 5.0), flush=True)
+"""
+
+
+def test_a_signal_to_the_whole_group_costs_no_answer():
+    result = subprocess.run(
+        [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, start_new_session=True
+    )
+    assert result.stdout.splitlines() == ["asked to end", "None"], result.stderr
+
+
+ORPHAN = """
+import sys, time
+from mm_agrae.grading.pool import WorkerPool
+import gc
+pool = WorkerPool(1, 256, gc.collect)
+pool.call(max, (3, 5), 1.0)
+import psutil
+print(*[child.pid for child in psutil.Process().children()], flush=True)
+time.sleep(600)
+"""
+
+
+def test_workers_end_with_their_parent():
+    parent = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert workers
+    parent.kill()
+    parent.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert alive == []

@@ -1,18 +1,28 @@
-"""Prompts and completions -> padded tensors and micro-batches."""
+"""Prompts and completions -> padded tensors, micro-batches, and the plan of an update.
+
+What must be the same on all ranks (advantages, loss denominators, the number of micro-batches) is
+worked out from the gathered numbers of the whole step, so that one process and N processes compute
+the same gradient.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from mm_agrae.types import Completion, MicroBatch, Prompt
+from mm_agrae import advantage
+from mm_agrae.advantage import AdvantageLevels
+from mm_agrae.config.schema import AdvantageSection, Config, UpdateSection
+from mm_agrae.loss import Denominator
+from mm_agrae.types import Completion, Group, GroupSummary, MicroBatch, Prompt
 
 
 @dataclass
 class PaddedBatch:
-    """Model inputs of B sequences padded to S tokens; pictures apart from their sizes."""
+    """Model inputs of B sequences padded to S tokens, without the pixels of their images."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
@@ -30,8 +40,8 @@ def pad_sequences(
 ) -> PaddedBatch:
     """Pad prompts (each followed by its completion, if given) on the "left" or "right".
 
-    Generation needs left padding, the update right padding; both start from the one set of
-    tensors that processing made.
+    Generation needs left padding, the update right padding; both start from the tensors that
+    `Processing` made once.
     """
     rows, kinds = [], []
     for index, prompt in enumerate(prompts):
@@ -49,10 +59,10 @@ def pad_sequences(
     attention_mask = torch.zeros(shape, dtype=torch.long)
     mm_token_type_ids = torch.zeros(shape, dtype=torch.int32)
     for index, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
-        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-        input_ids[index, place] = row
-        attention_mask[index, place] = 1
-        mm_token_type_ids[index, place] = kind.to(torch.int32)
+        span = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        input_ids[index, span] = row
+        attention_mask[index, span] = 1
+        mm_token_type_ids[index, span] = kind.to(torch.int32)
     grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
     return PaddedBatch(
         input_ids=input_ids.to(device),
@@ -63,15 +73,17 @@ def pad_sequences(
 
 
 @dataclass(frozen=True)
-class Row:
-    """One completion on its way into the update. `prompt` is an index into the rank's prompts."""
+class UpdateRow:
+    """One completion of the update. `prompt` is an index into this rank's prompts."""
 
     prompt: int
     completion: Completion
     advantage: float
 
 
-def micro_batch(prompts: Sequence[Prompt], rows: Sequence[Row], device: torch.device) -> MicroBatch:
+def micro_batch(
+    prompts: Sequence[Prompt], rows: Sequence[UpdateRow], device: torch.device
+) -> MicroBatch:
     """Rows, those of a prompt adjacent, as padded tensors."""
     used = sorted({row.prompt for row in rows})
     longest = max(1, *(len(row.completion.token_ids) for row in rows))
@@ -91,3 +103,134 @@ def micro_batch(prompts: Sequence[Prompt], rows: Sequence[Row], device: torch.de
         advantage_B=torch.tensor([row.advantage for row in rows]).to(device),
         sampling_logp_BT=logp_BT.to(device),
     )
+
+
+def split_by_tokens(
+    prompt_length_P: Sequence[int],
+    prompt_index_B: Sequence[int],
+    length_B: Sequence[int],
+    budget: int,
+) -> list[list[int]]:
+    """Rows of each micro-batch so that prompts and completions stay within `budget` tokens.
+
+    Rows of one prompt are adjacent and share it. A group is cut only if it exceeds the budget by
+    itself; a single completion that does is a micro-batch of its own.
+    """
+    batches: list[list[int]] = [[]]
+    room = budget
+    for index, group in itertools.groupby(range(len(length_B)), lambda b: prompt_index_B[b]):
+        rows, prompt = list(group), prompt_length_P[index]
+        whole = prompt + sum(length_B[row] for row in rows)
+        if whole > room and batches[-1]:
+            batches.append([])
+            room = budget
+        room -= prompt
+        for position, row in enumerate(rows):
+            if length_B[row] > room and position:
+                batches.append([])
+                room = budget - prompt
+            batches[-1].append(row)
+            room -= length_B[row]
+    return [batch for batch in batches if batch]
+
+
+# ------------------------------------------------------------------------ the plan of an update
+
+
+@dataclass(frozen=True)
+class StepTable:
+    """Numbers of every completion of the step, over all ranks, ordered by position."""
+
+    groups: list[GroupSummary]
+    reward_PG: torch.Tensor
+    success_PG: torch.Tensor
+    length_PG: torch.Tensor
+
+    @classmethod
+    def of(cls, groups: Iterable[GroupSummary]) -> StepTable:
+        groups = sorted(groups, key=lambda group: group.position)
+        return cls(
+            groups,
+            reward_PG=torch.tensor([group.rewards for group in groups], dtype=torch.float64),
+            success_PG=torch.tensor([group.success for group in groups], dtype=torch.float64),
+            length_PG=torch.tensor([group.lengths for group in groups], dtype=torch.float64),
+        )
+
+    def advantages(self, section: AdvantageSection) -> AdvantageLevels:
+        """Advantages of the whole step by the rule that the config names."""
+        return advantage.levels(
+            section.rule, self.reward_PG, self.success_PG, self.length_PG, **section.settings
+        )
+
+
+@dataclass(frozen=True)
+class MiniBatch:
+    """This rank's share of one optimiser step."""
+
+    denominator: Denominator
+    batches: list[MicroBatch]
+
+
+def plan_update(
+    groups: Sequence[Group],
+    table: StepTable,
+    advantage_PG: torch.Tensor,
+    config: Config,
+    *,
+    rank: int,
+    world: int,
+    device: torch.device,
+) -> list[MiniBatch]:
+    """The mini-batches of a rollout, equal in number and in micro-batches on every rank.
+
+    `groups` are this rank's: those at positions p with p mod world = rank. Completions without a
+    gradient (advantage 0, and neither KL nor entropy in the loss) are left out but count in the
+    denominator: the gradient is the same, the work less. A micro-batch holds at most
+    `update.micro_batch_completions` completions or, if `update.micro_batch_tokens` is set, so many
+    tokens of prompts and completions; a group is cut only if it does not fit in one.
+    """
+    update = config.update
+    # KL and entropy give every completion a gradient, also one without advantage.
+    wanted_PG = (advantage_PG != 0) | (update.kl_coef > 0) | (update.entropy_coef > 0)
+    prompts = update.mini_batch_prompts or len(table.groups)
+    own_prompts = [group.prompt for group in groups]
+    local = {group.position: index for index, group in enumerate(groups)}
+    plan = []
+    for start in range(0, len(table.groups), prompts):
+        block = range(start, start + prompts)
+        cells_by_rank: list[list[tuple[int, int]]] = [[] for _ in range(world)]
+        for p, g in itertools.product(block, range(advantage_PG.shape[1])):
+            if wanted_PG[p, g]:
+                cells_by_rank[p % world].append((p, g))
+        # Every rank works out the cuts of all, so that they agree on the number of micro-batches.
+        cuts = [_cut(cells, table, update) if cells else [] for cells in cells_by_rank]
+        rows = [
+            UpdateRow(local[p], groups[local[p]].completions[g], float(advantage_PG[p, g]))
+            for p, g in cells_by_rank[rank]
+        ]
+        batches = [micro_batch(own_prompts, [rows[i] for i in part], device) for part in cuts[rank]]
+        for _ in range(max(1, *map(len, cuts)) - len(batches)):
+            # A rank with less to do runs a masked row: backward passes are collective.
+            idle = micro_batch(own_prompts, [UpdateRow(0, groups[0].completions[0], 0.0)], device)
+            idle.mask_BT.zero_()
+            batches.append(idle)
+        denominator = Denominator(
+            completions=prompts * advantage_PG.shape[1],
+            tokens=sum(sum(table.groups[p].lengths) for p in block),
+            max_new_tokens=config.rollout.max_new_tokens,
+        )
+        plan.append(MiniBatch(denominator, batches))
+    return plan
+
+
+def _cut(
+    cells: Sequence[tuple[int, int]], table: StepTable, update: UpdateSection
+) -> list[list[int]]:
+    """Indices into `cells`, (group, completion) pairs, of each micro-batch."""
+    group_of = [p for p, _ in cells]
+    if update.micro_batch_tokens is None:
+        free = [0] * len(table.groups)
+        return split_by_tokens(free, group_of, [1] * len(cells), update.micro_batch_completions)
+    prompt_lengths = [group.prompt_length for group in table.groups]
+    lengths = [table.groups[p].lengths[g] for p, g in cells]
+    return split_by_tokens(prompt_lengths, group_of, lengths, update.micro_batch_tokens)

@@ -1,124 +1,196 @@
-"""What one training step holds: its groups, the plan of its update, its metrics and records.
+"""The update of one training step, and what is recorded of it.
 
-Pure functions of what was gathered from all processes; `trainer` does the talking between them.
+`Updater.run` takes the optimiser steps of a rollout: forward pass, loss and backward pass of each
+micro-batch, then clipping and one optimiser step per mini-batch. `step_metrics` and
+`rollout_records` are pure functions of what was gathered from all ranks.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import reduce
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from mm_agrae import loss as losses
 from mm_agrae.advantage import AdvantageLevels
-from mm_agrae.batching import Row, micro_batch
-from mm_agrae.loss import Denominator, LossOutput, SamplerWeight
-from mm_agrae.model.shared_prompt import split_by_tokens
+from mm_agrae.batching import MiniBatch, StepTable
+from mm_agrae.config import Config
+from mm_agrae.errors import ModelError
+from mm_agrae.loss import LossOutput, SamplerWeight
+from mm_agrae.model.policy import Policy
+from mm_agrae.parallel.processes import Processes
+from mm_agrae.progress import Reporter
 from mm_agrae.run.records import RolloutRecord
-from mm_agrae.types import Group, GroupSummary, MicroBatch
+from mm_agrae.types import Group, MicroBatch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass(frozen=True)
-class StepTable:
-    """Every completion of the step, over all processes, in the order of positions."""
+class Updater:
+    """Owns optimiser and schedule, and takes the optimiser steps of one rollout after another.
 
-    rows: list[GroupSummary]
-    reward_PG: torch.Tensor
-    success_PG: torch.Tensor
-    length_PG: torch.Tensor
-
-    @classmethod
-    def of(cls, rows: Iterable[GroupSummary]) -> StepTable:
-        rows = sorted(rows, key=lambda row: row.position)
-        return cls(
-            rows,
-            reward_PG=torch.tensor([row.rewards for row in rows], dtype=torch.float64),
-            success_PG=torch.tensor([row.success for row in rows], dtype=torch.float64),
-            length_PG=torch.tensor([row.lengths for row in rows], dtype=torch.float64),
-        )
-
-
-# ------------------------------------------------------------------------ the plan of the update
-
-
-@dataclass(frozen=True)
-class MiniBatch:
-    """One optimiser step's share of this process."""
-
-    denominator: Denominator
-    batches: list[MicroBatch]
-
-
-def plan_update(
-    groups: Sequence[Group],
-    table: StepTable,
-    advantage_PG: torch.Tensor,
-    *,
-    wanted_PG: torch.Tensor,
-    prompts: int,
-    micro_completions: int,
-    micro_tokens: int | None,
-    max_new_tokens: int,
-    rank: int,
-    world: int,
-    device: torch.device,
-) -> list[MiniBatch]:
-    """Mini-batches of `prompts` groups, equal in number and length on every process.
-
-    `groups` are this process's: those at positions p with p mod world = rank. Completions that
-    are not wanted (without a gradient) are left out, but count in the denominator: the gradient
-    is the same, the work less. A micro-batch holds at most `micro_completions` completions or,
-    if `micro_tokens` is given, so many tokens of prompts and completions; a group is cut only if
-    it does not fit in one.
+    `exact_engine` says that sampling log-probabilities are the policy's own, so that no importance
+    weights are needed.
     """
 
-    def cut(cells: Sequence[tuple[int, int]]) -> list[list[int]]:
-        group_of = [p for p, _ in cells]
-        if micro_tokens is None:
-            free = [0] * len(table.rows)
-            return split_by_tokens(free, group_of, [1] * len(cells), micro_completions)
-        prompt_lengths = [row.prompt_length for row in table.rows]
-        lengths = [table.rows[p].lengths[g] for p, g in cells]
-        return split_by_tokens(prompt_lengths, group_of, lengths, micro_tokens)
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        processes: Processes,
+        reporter: Reporter,
+        *,
+        total_steps: int,
+        exact_engine: bool,
+    ):
+        self.config, self.policy = config, policy
+        self.processes, self.strategy = processes, processes.strategy
+        self.reporter = reporter
+        optimizer, self.scheduler = _optimizer(config, policy, processes.device, total_steps)
+        self.module, self.optimizer = processes.prepare(policy, optimizer)
+        self.bad_gradients = self.bad_in_a_row = 0
+        self._exact_engine = exact_engine
+        self._sharing_checked = False
 
-    own_prompts = [group.prompt for group in groups]
-    local = {group.position: index for index, group in enumerate(groups)}
-    plan = []
-    for start in range(0, len(table.rows), prompts):
-        block = range(start, start + prompts)
-        cells_by_rank: list[list[tuple[int, int]]] = [[] for _ in range(world)]
-        for p, g in itertools.product(block, range(advantage_PG.shape[1])):
-            if wanted_PG[p, g]:
-                cells_by_rank[p % world].append((p, g))
-        cuts = [cut(cells) if cells else [] for cells in cells_by_rank]
-        rows = [
-            Row(local[p], groups[local[p]].completions[g], float(advantage_PG[p, g]))
-            for p, g in cells_by_rank[rank]
-        ]
-        batches = [micro_batch(own_prompts, [rows[i] for i in part], device) for part in cuts[rank]]
-        for _ in range(max(1, *map(len, cuts)) - len(batches)):
-            # A process with less to do takes part with a row that counts for nothing.
-            idle = micro_batch(own_prompts, [Row(0, groups[0].completions[0], 0.0)], device)
-            idle.mask_BT.zero_()
-            batches.append(idle)
-        denominator = Denominator(
-            completions=prompts * advantage_PG.shape[1],
-            tokens=sum(sum(table.rows[p].lengths) for p in block),
-            max_new_tokens=max_new_tokens,
+    def run(self, plan: Sequence[MiniBatch], note: Callable[[], None]) -> dict[str, float]:
+        """Take the optimiser steps of a rollout. Returns loss, gradient norm and statistics.
+
+        `note` is called after each micro-batch. Raises ModelError if gradients stay non-finite.
+        """
+        update = self.config.update
+        if not self._sharing_checked:
+            self.policy.check_sharing(plan[0].batches[0])
+            self._sharing_checked = True
+        self.module.train()
+        self._old_and_reference_logprobs(plan)
+        totals, norms = UpdateTotals(), []
+        work = sum(len(mini.batches) for mini in plan) * update.epochs
+        with self.reporter.bar("  update", work) as advance:
+            for mini in itertools.chain.from_iterable([plan] * update.epochs):
+                # FSDP2 keeps gathered weights for the backward pass of the same forward pass only.
+                shared = () if self.policy.is_sharded else mini.batches
+                self.policy.pictures.plan(shared)
+                for index, batch in enumerate(mini.batches):
+                    last = index + 1 == len(mini.batches)
+                    with self.strategy.micro_batch(self.module, last):
+                        self.backward(batch, mini.denominator, totals)
+                    note()
+                    advance(1)
+                norms.append(self.optimiser_step())
+        gathered = self.processes.gather([totals], "update")
+        return {
+            **reduce(UpdateTotals.merge, gathered).means(len(norms)),
+            "update/grad_norm": float(np.mean(norms)),
+            "update/bad_gradients": float(self.bad_gradients),
+            "update/learning_rate": self.scheduler.get_last_lr()[0],
+        }
+
+    @torch.no_grad()
+    def _old_and_reference_logprobs(self, plan: Sequence[MiniBatch]) -> None:
+        """Before the first optimiser step: what later ones compare the policy with."""
+        update = self.config.update
+        off_policy = len(plan) * update.epochs > 1
+        for batch in itertools.chain.from_iterable(mini.batches for mini in plan):
+            if off_policy:
+                batch.old_logp_BT = self.module(batch)[0]
+            if update.kl_coef > 0:
+                batch.ref_logp_BT = self.policy.reference_logprobs(batch)
+
+    def backward(
+        self, batch: MicroBatch, denominator: losses.Denominator, totals: UpdateTotals
+    ) -> None:
+        update = self.config.update
+        logp_BT, entropy_BT = self.module(batch)
+        weight = self._sampler_weight(batch, logp_BT)
+        output = losses.policy_loss(
+            update.loss,
+            logp_BT=logp_BT,
+            old_logp_BT=batch.old_logp_BT,
+            advantage_B=batch.advantage_B,
+            mask_BT=batch.mask_BT,
+            denominator=denominator,
+            clip_low=update.clip_low,
+            clip_high=update.clip_high,
+            ref_logp_BT=batch.ref_logp_BT,
+            kl_coef=update.kl_coef,
+            unbiased_kl=update.unbiased_kl,
+            entropy_BT=entropy_BT,
+            entropy_coef=update.entropy_coef,
+            sampler_weight_BT=weight.weight_BT if weight else None,
         )
-        plan.append(MiniBatch(denominator, batches))
-    return plan
+        self.strategy.backward(output.loss)
+        totals.add(output, weight)
+
+    def _sampler_weight(self, batch: MicroBatch, logp_BT: torch.Tensor) -> SamplerWeight | None:
+        """Importance weights for an engine whose numbers or weights are not the policy's."""
+        mismatch = self.config.rollout.mismatch
+        level = mismatch.correction
+        if level == "auto":
+            level = "off" if self._exact_engine else "token"
+        if level == "off":
+            return None
+        old_BT = batch.old_logp_BT if batch.old_logp_BT is not None else logp_BT
+        return losses.sampler_weight(
+            old_BT,
+            batch.sampling_logp_BT,
+            batch.mask_BT,
+            level=level,
+            limit=mismatch.limit,
+            beyond=mismatch.beyond,
+        )
+
+    def optimiser_step(self) -> float:
+        """Clip, step, and return the gradient's norm; a gradient that is not finite is dropped."""
+        update = self.config.update
+        norm = self.strategy.clip(list(self.policy.trainable_parameters()), update.max_grad_norm)
+        if math.isfinite(norm):
+            self.optimizer.step()
+            self.bad_in_a_row = 0
+        else:
+            self.bad_in_a_row += 1
+            self.bad_gradients += 1
+            self.reporter.say(f"the gradient is {norm}; this optimiser step is left out")
+        self.optimizer.zero_grad()
+        if self.bad_in_a_row > update.max_bad_gradients:
+            raise ModelError(
+                f"the gradient was not finite {self.bad_in_a_row} times in a row; lower "
+                "update.learning_rate, or use model.dtype=float32 to see where it comes from"
+            )
+        self.scheduler.step()
+        self.policy.version += 1
+        return norm
+
+
+def _optimizer(
+    config: Config, policy: Policy, device: torch.device, total_steps: int
+) -> tuple[Any, Any]:
+    from transformers import get_scheduler
+
+    update, prompts = config.update, config.rollout.prompts_per_step
+    optimizer = torch.optim.AdamW(
+        policy.trainable_parameters(),
+        lr=update.learning_rate,
+        betas=update.betas,
+        weight_decay=update.weight_decay,
+        # Otherwise AdamW makes a temporary of the size of all parameters on a GPU.
+        fused=True if device.type == "cuda" else None,
+    )
+    per_rollout = prompts // (update.mini_batch_prompts or prompts) * update.epochs
+    name = "constant_with_warmup" if update.schedule == "constant" else update.schedule
+    scheduler = get_scheduler(name, optimizer, update.warmup_steps, total_steps * per_rollout)
+    return optimizer, scheduler
 
 
 @dataclass
 class UpdateTotals:
-    """Statistics of the update, summed over micro-batches; they add up over processes too."""
+    """Statistics of an update, summed over micro-batches and then over ranks."""
 
     loss: float = 0.0
     ratio_max: float = 0.0
@@ -161,13 +233,13 @@ class UpdateTotals:
 
 
 def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
-    """Rewards, groups, lengths and entropy of a step, over all processes."""
-    rows, rate_P, length_PG = table.rows, table.success_PG.mean(-1), table.length_PG
+    """Rewards, groups, lengths and entropy of a step, over all ranks."""
+    groups, rate_P, length_PG = table.groups, table.success_PG.mean(-1), table.length_PG
     completions, tokens = length_PG.numel(), length_PG.sum().item()
     values = {
         "reward/mean": table.reward_PG.mean().item(),
         "reward/std": table.reward_PG.std(correction=0).item(),
-        "reward/errors": float(sum(row.errors for row in rows)),
+        "reward/errors": float(sum(group.errors for group in groups)),
         "success/mean": rate_P.mean().item(),
         "advantage/omega": levels.omega,
         "advantage/mean_abs": levels.advantage_PG.abs().mean().item(),
@@ -180,16 +252,28 @@ def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
         "completions/right": table.success_PG.sum().item(),
         "completions/mean_tokens": length_PG.mean().item(),
         "completions/max_tokens": length_PG.max().item(),
-        "completions/truncated": sum(row.truncated for row in rows) / completions,
+        "completions/truncated": sum(group.truncated for group in groups) / completions,
         # The mean of −log p over sampled tokens is an unbiased estimate of the entropy (nats).
-        "policy/entropy": -sum(row.logprob_sum for row in rows) / max(1.0, tokens),
+        "policy/entropy": -sum(group.logprob_sum for group in groups) / max(1.0, tokens),
         "tokens/completion": tokens,
-        "tokens/prompt": float(sum(row.prompt_length for row in rows)),
+        "tokens/prompt": float(sum(group.prompt_length for group in groups)),
     }
-    parts = [part for row in rows for part in row.parts]
+    parts = [part for group in groups for part in group.parts]
     for name in sorted({name for part in parts for name in part}):
         values[f"reward/{name}"] = sum(part.get(name, 0.0) for part in parts) / completions
     return values
+
+
+def one_line(values: dict[str, float], step: int, total_steps: int) -> str:
+    """What a person wants to know of a step, from its metrics."""
+    return (
+        f"step {step:{len(str(total_steps))}}/{total_steps}  "
+        f"reward {values['reward/mean']:.3f}  correct {values['success/mean']:6.1%}  "
+        f"ω {values['advantage/omega']:.2f}  mixed {values['groups/mixed']:4.0%}  "
+        f"entropy {values['policy/entropy']:.3f}  "
+        f"tokens {values['completions/mean_tokens']:.0f}  "
+        f"|g| {values['update/grad_norm']:.2f}  {values['seconds/total']:.1f} s"
+    )
 
 
 def rollout_records(
@@ -198,14 +282,14 @@ def rollout_records(
     levels: AdvantageLevels,
     store_image: Callable[[Image], str],
 ) -> list[RolloutRecord]:
-    """One record a completion, with the advantages before and after each level."""
+    """One record per completion, with the advantages before and after each level."""
     records = []
     for group in groups:
         example = group.prompt.example
         images = tuple(store_image(image) for image in group.prompt.images)
         pairs = zip(group.completions, group.scores, strict=True)
         for index, (completion, score) in enumerate(pairs):
-            place = (group.position, index)
+            cell = (group.position, index)
             records.append(
                 RolloutRecord(
                     step=step,
@@ -224,9 +308,9 @@ def rollout_records(
                     success=score.success,
                     parts=dict(score.parts),
                     error=score.error,
-                    advantage_before=float(levels.base_PG[place]),
-                    advantage_sample_level=float(levels.sample_PG[place]),
-                    advantage=float(levels.advantage_PG[place]),
+                    advantage_before=float(levels.base_PG[cell]),
+                    advantage_sample_level=float(levels.sample_PG[cell]),
+                    advantage=float(levels.advantage_PG[cell]),
                     entropy=-float(np.mean(completion.logprobs)) if completion.logprobs else None,
                     meta=dict(example.meta),
                 )

@@ -1,10 +1,10 @@
-"""The nouns that travel down the pipeline, one dataclass per stage.
+"""The nouns of the pipeline, one dataclass per stage.
 
-    task -> Example -> Prompt -> Completion -> Score -> (advantages) -> MicroBatch -> update
+    Example -> Prompt -> Completion -> Score -> Group -> (advantages) -> MicroBatch -> update
 
 Shapes are written as suffixes of tensor names, with one legend for the whole package:
 
-    P   prompts (= groups) of one optimisation step, over all ranks
+    P   prompts (= groups) of one training step, over all ranks
     G   completions per prompt
     B   rows of a micro-batch (one row per completion)
     T   completion tokens, right-padded to the longest of the batch
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-    ImageSource = str | bytes | Image  # a path or URL, the encoded bytes, or a decoded picture
+    ImageSource = str | bytes | Image  # a path, the encoded bytes, or a decoded image
 else:
     ImageSource = object
 
@@ -35,10 +35,10 @@ else:
 class Example:
     """One row of a task: a question, its gold answer, and how to grade it.
 
-    `question` may hold `<image>` markers that say where the pictures stand; without markers the
-    pictures come first. `grading` are keyword arguments of `rewards.accuracy.verify`
-    (for instance `{"kind": "choice", "choices": ["12", "15"]}`). `origin` names the file and
-    row for error messages. `meta` is carried into the rollout records untouched.
+    `<image>` markers in `question` say where the images go; without markers they come first.
+    `grading` are keyword arguments of `grading.accuracy.verify` (for instance
+    `{"kind": "choice", "choices": ["12", "15"]}`). `origin` names the file and row for error
+    messages. `meta` is copied into the rollout records.
     """
 
     id: str
@@ -57,7 +57,7 @@ class Prompt:
     `token_ids` [S] are unpadded, with every image placeholder expanded to the number of tokens
     the vision tower yields for it. `pixel_values` and `image_grid_thw` are as the processor
     returns them (None for a text prompt); the same tensors serve rollout and update.
-    `images` are the decoded RGB pictures after resizing, kept for the rollout record.
+    `images` are the decoded RGB images after resizing, kept for the rollout record.
     """
 
     example: Example
@@ -74,7 +74,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Completion:
-    """What the policy wrote for one prompt.
+    """What the policy generated for one prompt.
 
     `token_ids` include the end-of-sequence token when there is one. `logprobs` are the
     sampling log-probabilities in nats, one per token, of the distribution sampled from
@@ -92,9 +92,9 @@ class Completion:
 class Score:
     """The verdict on one completion.
 
-    `reward` is the weighted sum of `parts`; `success` says whether the final answer was right.
+    `reward` is the weighted sum of `parts`; `success` says whether the final answer is correct.
     `error` names the part that failed or timed out ("" if none); such a completion counts as
-    unsolved.
+    incorrect.
     """
 
     reward: float
@@ -151,10 +151,22 @@ class Group:
 
 @dataclass
 class MicroBatch:
-    """The completions of one forward and backward pass. Row b answers `prompts[prompt_index_B[b]]`.
+    """The completions of one forward and backward pass, right-padded to T tokens.
 
-    Rows of one prompt are adjacent. `mask_BT` is 1 on completion tokens (the end token
-    included), 0 on padding.
+    Row b is a completion of `prompts[prompt_index_B[b]]`; rows of one prompt are adjacent.
+    `mask_BT` is 1 on completion tokens, the end-of-sequence token included, and 0 on padding.
+
+    For example, two completions of the first prompt (token ids 11 12 2 and 2, where 2 ends a
+    sequence) and one of the second, cut off at the token limit (13 14):
+
+        prompt_index_B    [0, 0, 1]
+        token_BT          [[11, 12, 2], [2, 0, 0], [13, 14, 0]]
+        mask_BT           [[ 1,  1, 1], [1, 0, 0], [ 1,  1, 0]]
+        advantage_B       [0.7, -0.7, -1.0]
+
+    `sampling_logp_BT` are the log-probabilities (nats) that the rollout engine sampled with,
+    `old_logp_BT` the policy's before this rollout's updates (None: on-policy, the present ones)
+    and `ref_logp_BT` the reference policy's (None: no KL penalty).
     """
 
     prompts: Sequence[Prompt]

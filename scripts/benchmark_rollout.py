@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from mm_agrae.batching import Row, micro_batch
+from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.config import ModelSection, PromptSection, RolloutSection, SamplingSection
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
@@ -83,7 +83,7 @@ def measure(
             groups = engine.generate(prompts, options.group, sampling, seeds)
             tokens = sum(len(c.token_ids) for group in groups for c in group)
             speeds.append(tokens / (time.perf_counter() - started))
-    rows = [Row(p, c, 0.0) for p, group in enumerate(groups) for c in group]
+    rows = [UpdateRow(p, c, 0.0) for p, group in enumerate(groups) for c in group]
     batch = micro_batch(prompts, rows, policy.device)
     with torch.no_grad():
         logp_BT = policy(batch)[0]

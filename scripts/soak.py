@@ -50,7 +50,7 @@ class Watched(Trainer):
         values = super().step()
         self.samples.extend(self._sample())
         if time.monotonic() > self.end:
-            self.stop_requested = True
+            self.stop.requested = True
         if self.steps_done % 500 == 0:
             seconds, *rest = self.samples[-len(COLUMNS) :]
             print(f"step {self.steps_done} {seconds:.0f} s", *(f"{value:.1f}" for value in rest))

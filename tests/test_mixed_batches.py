@@ -1,4 +1,4 @@
-"""Rows with one picture, several and none in one step: however the step is cut, one gradient."""
+"""Rows with one image, several and none in one step: however the step is cut, one gradient."""
 
 import json
 from functools import lru_cache
@@ -21,11 +21,17 @@ class Recording(Trainer):
 
     kept: dict[str, torch.Tensor] | None = None
 
-    def _optimiser_step(self):
-        if self.kept is None:
-            parameters = self.policy.model.named_parameters()
-            self.kept = {n: p.grad.clone() for n, p in parameters if p.grad is not None}
-        return super()._optimiser_step()
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        take = self.updater.optimiser_step
+
+        def recording():
+            if self.kept is None:
+                parameters = self.policy.model.named_parameters()
+                self.kept = {n: p.grad.clone() for n, p in parameters if p.grad is not None}
+            return take()
+
+        self.updater.optimiser_step = recording
 
 
 @pytest.fixture(scope="module")

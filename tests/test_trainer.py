@@ -147,7 +147,7 @@ def step_gradients(trainer):
         )
         return 0.0
 
-    trainer._optimiser_step = capture
+    trainer.updater.optimiser_step = capture
     from mm_agrae.rewards import Rewarder
 
     with Rewarder(trainer.config.reward, trainer.config.rollout.max_new_tokens) as rewarder:
@@ -302,15 +302,15 @@ def test_a_run_folder_that_cannot_be_written(tmp_path):
     ],
     ids=["trained", "trained-cut", "frozen", "lora"],
 )
-def test_pictures_encoded_in_a_step(tmp_path, model, update, expected):
-    """A picture goes through the vision tower once for all G completions and all passes."""
-    # A rule that leaves no group out, so that every picture is needed in the update.
+def test_images_encoded_in_a_step(tmp_path, model, update, expected):
+    """An image goes through the vision tower once for all G completions and all passes."""
+    # A rule that leaves no group out, so that every image is needed in the update.
     config = run_config(
         tmp_path / "run", model=model, update=update, advantage={"rule": "w_reinforce"}
     )
     trainer = Trainer(config, Reporter(enabled=False))
-    # The checks at the start of a run encode a few pictures more.
-    trainer.sharing_checked = trainer.collector._probed = True
+    # The checks at the start of a run encode a few images more.
+    trainer.updater._sharing_checked = trainer.collector._mismatch_checked = True
     encoded = []
     trainer.policy.backbone.visual.register_forward_hook(
         lambda module, arguments, options, output: encoded.append(len(options["grid_thw"])),
@@ -368,7 +368,7 @@ def test_a_row_that_the_engine_refuses(tmp_path, on_bad_row):
         tmp_path / "run", TEXT, data={"on_bad_row": on_bad_row}, evaluate={"before": False}
     )
     trainer = Trainer(config, Reporter(enabled=False))
-    trainer.collector._probed = True
+    trainer.collector._mismatch_checked = True
     sample, refused = trainer.engine.generate, []
 
     def refusing(prompts, *arguments, **options):

@@ -310,6 +310,9 @@ class UpdateSection(Section):
     """Distance of the clip from 1. Not set: the loss's own."""
     kl_coef: NonNegative = 0.0
     """Weight of the k3 estimate of KL to the starting policy; 0 loads no reference."""
+    unbiased_kl: bool = False
+    """Multiply k3 by the ratio of new to old policy, so that its gradient is that of the KL
+    divergence: TRL's default, not GRPO's."""
     entropy_coef: NonNegative = 0.0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: NonNegative = 0.0

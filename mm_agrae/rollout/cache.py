@@ -1,15 +1,15 @@
-"""Rollouts of a step whose update has not been written yet, kept for a run that is killed.
+"""The rollout cache: groups that are sampled but not learnt from yet, for a run that is killed.
 
-After a checkpoint the completions and scores of the next step go into a file before they are
-learnt from; a run resumed from that very checkpoint takes them up instead of sampling again. The
-file is safetensors: token ids and log-probabilities as tensors, the rest as JSON in its header.
+After a checkpoint the completions and scores of the next step are written to a file before the
+update; a run resumed from that very checkpoint reads them instead of sampling again. The file is
+safetensors: token ids and log-probabilities as tensors, the rest as JSON in its header.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,25 @@ from typing import Any
 import torch
 
 from mm_agrae.run.records import write_atomic
-from mm_agrae.types import Completion, Group, Score
+from mm_agrae.types import Completion, Group, Prompt, Score
+
+_TENSORS = ("token_ids", "logprobs")
+_DATA_STATE = ("data_position", "rows_skipped")
 
 
 @dataclass(frozen=True)
-class KeptGroup:
-    """A group without its prompt, of which `row` in the data and `prompt_ids` are kept."""
+class CachedGroup:
+    """A group without its prompt, of which the `row` in the data and `prompt_ids` are stored."""
 
     position: int
     row: int
     prompt_ids: list[int]
     completions: list[Completion]
     scores: list[Score]
-    draw: int
+    resample_round: int
+
+    def with_prompt(self, prompt: Prompt) -> Group:
+        return Group(self.position, prompt, self.completions, self.scores, self.resample_round)
 
 
 def write(
@@ -37,22 +43,22 @@ def write(
     checkpoint: str,
     groups: Sequence[Group],
     rows: Sequence[int],
-    place: dict[str, int],
+    data_state: dict[str, int],
 ) -> None:
-    """Keep the groups of the step after `checkpoint` (its id), whose prompts are `rows` of the
-    data, and where the data then stand. Raises RunFolderError."""
+    """Store the groups of the step after `checkpoint` (its id), whose prompts are `rows` of the
+    data, and the data cursor after them. Raises RunFolderError."""
     from safetensors.torch import save
 
     every = [completion for group in groups for completion in group.completions]
-    head = {
+    header = {
         "checkpoint": checkpoint,
-        "place": place,
+        "data_state": data_state,
         "groups": [
             {
                 "position": group.position,
                 "row": row,
                 "prompt_ids": group.prompt.token_ids.tolist(),
-                "draw": group.resample_round,
+                "resample_round": group.resample_round,
                 "completions": [
                     {
                         "length": len(completion.token_ids),
@@ -71,31 +77,27 @@ def write(
         "token_ids": torch.tensor([i for c in every for i in c.token_ids], dtype=torch.int32),
         "logprobs": torch.tensor([x for c in every for x in c.logprobs], dtype=torch.float64),
     }
-    write_atomic(path, save(tensors, {"unfinished": json.dumps(head)}))
+    write_atomic(path, save(tensors, {"rollouts": json.dumps(header)}))
 
 
-def read(path: Path, checkpoint: str) -> tuple[list[KeptGroup], dict[str, int]] | None:
-    """What `write` kept after the checkpoint of this id; None if there is nothing of the kind."""
+def read(path: Path, checkpoint: str) -> tuple[list[CachedGroup], dict[str, int]] | None:
+    """What `write` stored after the checkpoint of this id; None if there is nothing of it."""
     from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
-            head = json.loads(file.metadata()["unfinished"])
+            header = json.loads(file.metadata()["rollouts"])
             token_ids, logprobs = (file.get_tensor(name).tolist() for name in _TENSORS)
-        if not checkpoint or head["checkpoint"] != checkpoint:
+        if not checkpoint or header["checkpoint"] != checkpoint:
             return None
         ids, values = iter(token_ids), iter(logprobs)
-        groups = [_group(group, ids, values) for group in head["groups"]]
-        return groups, {name: int(head["place"][name]) for name in _PLACE}
-    except Exception:  # a file that is not whole or not ours: sampling again costs only time
+        groups = [_group(group, ids, values) for group in header["groups"]]
+        return groups, {name: int(header["data_state"][name]) for name in _DATA_STATE}
+    except Exception:  # not whole, or not ours: sampling again costs only time
         return None
 
 
-_TENSORS = ("token_ids", "logprobs")
-_PLACE = ("data_position", "rows_skipped")
-
-
-def _group(values: dict[str, Any], ids: Any, logprobs: Any) -> KeptGroup:
+def _group(values: dict[str, Any], ids: Iterator[int], logprobs: Iterator[float]) -> CachedGroup:
     completions = [
         Completion(
             token_ids=tuple(itertools.islice(ids, each["length"])),
@@ -107,6 +109,11 @@ def _group(values: dict[str, Any], ids: Any, logprobs: Any) -> KeptGroup:
         for each in values["completions"]
     ]
     scores = [Score(**score) for score in values["scores"]]
-    return KeptGroup(
-        values["position"], values["row"], values["prompt_ids"], completions, scores, values["draw"]
+    return CachedGroup(
+        values["position"],
+        values["row"],
+        values["prompt_ids"],
+        completions,
+        scores,
+        values["resample_round"],
     )

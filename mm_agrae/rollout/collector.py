@@ -1,9 +1,9 @@
-"""Prompts -> completions -> scores: what the groups of a step are made of.
+"""Prompts -> completions -> scores: the groups of a training step.
 
-Read `Collector.collect` first. The prompts of a step are dealt to the processes in turn (position
-i to process i mod N), and every process samples and scores its own. Rows that cannot be used and
-groups without a signal are replaced on all processes alike, so that the data stand at the same
-place everywhere.
+Read `Collector.collect` first. The prompts of a step are dealt to the ranks in turn (position i to
+rank i mod N), and every rank samples and scores its own. Rows that cannot be used and groups
+without an advantage are replaced on all ranks alike, so that the data cursor is the same
+everywhere.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from mm_agrae.batching import StepTable
 from mm_agrae.config import Config
 from mm_agrae.errors import DataError, EngineError
 from mm_agrae.model.policy import Policy
@@ -22,36 +23,37 @@ from mm_agrae.model.processing import Processing
 from mm_agrae.parallel.processes import Processes
 from mm_agrae.progress import Reporter
 from mm_agrae.rewards import Rewarder
-from mm_agrae.rollout import Engine, derive_seed
-from mm_agrae.rollout import cache as unfinished
-from mm_agrae.rollout import mismatch as parity
+from mm_agrae.rollout import cache, mismatch
+from mm_agrae.rollout.engine import Engine, derive_seed
 from mm_agrae.run import metrics
 from mm_agrae.tasks import Concatenation
 from mm_agrae.tasks.order import DataOrder
 from mm_agrae.types import Completion, Group, Prompt
 
 MAX_REFUSALS = 20
-"""Prompts in one place that a rollout server may refuse before the fault is not the rows'."""
+"""Prompts in a row that a rollout server may refuse; after that the rows are not at fault."""
 
 
 @dataclass(frozen=True)
-class _Ahead:
+class _Overlapped:
     """Completions being sampled while the update of an earlier step runs.
 
-    `version` is that of the weights they are sampled with; `place` says where the data stood
-    before their prompts were drawn.
+    `version` is the policy version they are sampled with, `data_state` the data cursor before
+    their prompts were drawn.
     """
 
     prompts: dict[int, Prompt]
     completions: Future[list[list[Completion]]]
     version: int
-    place: dict[str, int]
+    data_state: dict[str, int]
 
 
 class Collector:
     """Draws prompts, has the engine sample, and scores, for one step after another.
 
-    `rewarder` is to be set before the first step. `values` gathers what sync and probe measured.
+    `rewarder` is to be set before the first step. `values` collects what weight syncs and mismatch
+    checks measured. `behaviour_version` is the policy version that the present completions were
+    sampled with.
     """
 
     rewarder: Rewarder
@@ -72,120 +74,161 @@ class Collector:
         self.reporter, self.stopwatch = reporter, stopwatch
         self.order = DataOrder(len(task), config.train.seed, config.data.shuffle)
         self.rows_skipped = len(task.skipped)
-        self.sampled_by = engine.version
-        """The policy version that the completions of the present step are from."""
+        self.behaviour_version = engine.version
         self.values: dict[str, float] = {}
-        self._probed = False
+        self._mismatch_checked = False
         self._row_at: dict[int, int] = {}
-        """Which row of the data stands at a position of the step."""
-        self._ahead: _Ahead | None = None
-        self._background = ThreadPoolExecutor(1, "rollout")
+        """The row of the data at each position of the step."""
+        self._overlapped: _Overlapped | None = None
+        self._sampling_thread = ThreadPoolExecutor(1, "rollout")
+        self._prefetched: dict[int, Future[Prompt]] = {}
+        """Prompts of the next step by row, being prepared while the update runs."""
+        self._prefetch_thread = ThreadPoolExecutor(1, "prompts")
 
     def collect(self, step: int, last: bool) -> list[Group]:
-        """This process's groups of a step (from 0), groups without signal drawn again if asked.
+        """This rank's groups of a step (from 0), resampled where dynamic sampling asks for it.
 
         Raises DataError for rows and EngineError for engines that cannot be used.
         """
         rollout = self.config.rollout
         positions: list[int] = list(range(rollout.prompts_per_step))
         if rollout.overlap:
-            return self._overlapped(step, positions, last)
+            return self._collect_overlapped(step, positions, last)
         self.sync()
-        draws = 1 + (rollout.dynamic_sampling.max_draws if rollout.dynamic_sampling else 0)
+        rounds = 1 + (rollout.dynamic_sampling.max_draws if rollout.dynamic_sampling else 0)
         groups: dict[int, Group] = {}
-        for draw in range(draws):
+        for resample_round in range(rounds):
             with self.stopwatch("prompts"):
                 prompts = self._draw_prompts(positions)
-            if draw == 0:
-                self._probe(step, list(prompts.values()))
+            if resample_round == 0:
+                self._check_mismatch(step, list(prompts.values()))
             count = len(prompts) * rollout.completions_per_prompt
             with self.stopwatch("rollout"), self.reporter.bar("  rollout", count) as advance:
-                completions = self._generate(prompts, step, draw, advance)
-            prompts, completions = self._replace_refused(prompts, completions, step, draw)
-            fresh = self._score(prompts, completions, draw)
+                completions = self._generate(prompts, step, resample_round, advance)
+            prompts, completions = self._replace_refused(prompts, completions, step, resample_round)
+            fresh = self._score(prompts, completions, resample_round)
             groups.update({group.position: group for group in fresh})
-            if draw + 1 == draws:
+            if resample_round + 1 == rounds:
                 break
-            flat = [g.position for g in fresh if len({s.reward for s in g.scores}) == 1]
-            positions = sorted(self.processes.gather(flat, "dynamic sampling"))
+            positions = self._without_advantage(groups.values())
             if not positions:
                 break
         return [groups[position] for position in sorted(groups)]
 
+    def _without_advantage(self, groups: Iterable[Group]) -> list[int]:
+        """Positions, over all ranks, of groups that the update would skip: all advantages are 0."""
+        summaries = [group.summary() for group in groups]
+        table = StepTable.of(self.processes.gather(summaries, "dynamic sampling"))
+        advantage_PG = table.advantages(self.config.advantage).advantage_PG
+        return [
+            group.position
+            for group, advantage_G in zip(table.groups, advantage_PG, strict=True)
+            if not advantage_G.any()
+        ]
+
     def sync(self) -> None:
         """Hand the policy's weights to an engine that holds older ones."""
-        if self._ahead:
-            self._wait(self._ahead)  # weights must not change under it
+        if self._overlapped:
+            self._wait(self._overlapped)  # its weights must not change while it samples
         if self.engine.version != self.policy.version:
             with self.stopwatch("sync"):
                 self.processes.barrier("sync")
                 self.values["sync/megabytes"] = self.engine.sync().megabytes
-        self.sampled_by = self.engine.version
+        self.behaviour_version = self.engine.version
+
+    def check_versions(self, groups: Iterable[Group]) -> None:
+        """Raise RuntimeError for completions of another than the behaviour-policy version."""
+        for completion in itertools.chain.from_iterable(group.completions for group in groups):
+            if completion.policy_version != self.behaviour_version:
+                raise RuntimeError(
+                    f"a completion of policy version {completion.policy_version} reached the "
+                    f"update of version {self.policy.version}, whose behaviour policy is of "
+                    f"version {self.behaviour_version}"
+                )
 
     def take_values(self) -> dict[str, float]:
-        """What sync and probe measured since the last call."""
+        """What weight syncs and mismatch checks measured since the last call."""
         values, self.values = self.values, {}
         return values
 
     def close(self) -> None:
         self.engine.close()
-        self._background.shutdown(wait=False, cancel_futures=True)
+        self._sampling_thread.shutdown(wait=False, cancel_futures=True)
+        self._prefetch_thread.shutdown(wait=True, cancel_futures=True)
 
-    # ------------------------------------------------------------------ over a kill
+    # ------------------------------------------------------------------ resuming
 
     @property
-    def place(self) -> dict[str, int]:
-        """Where the data stand; a resumed run draws again what is being sampled ahead."""
-        return self._ahead.place if self._ahead else self._place()
+    def data_state(self) -> dict[str, int]:
+        """The data cursor. A resumed run draws again what is being sampled for the next step."""
+        return self._overlapped.data_state if self._overlapped else self._data_state()
 
-    def go_to(self, place: dict[str, int]) -> None:
-        self.order.position, self.rows_skipped = place["data_position"], place["rows_skipped"]
+    def load_data_state(self, state: dict[str, int]) -> None:
+        self.order.position, self.rows_skipped = state["data_position"], state["rows_skipped"]
 
-    def _place(self) -> dict[str, int]:
+    def _data_state(self) -> dict[str, int]:
         return {"data_position": self.order.position, "rows_skipped": self.rows_skipped}
 
-    def keep(self, path: Path, checkpoint_id: str, groups: Sequence[Group]) -> None:
-        """Have the groups of the step after a checkpoint outlive a kill; see `unfinished`."""
-        rows = [self._row_at[group.position] for group in groups]
-        unfinished.write(path, checkpoint_id, groups, rows, self._place())
+    @property
+    def cache_path(self) -> Path:
+        return Path(self.config.run_dir) / f"rollout_cache_{self.processes.rank}.safetensors"
 
-    def take_up(self, path: Path, checkpoint_id: str) -> list[Group] | None:
-        """The groups that `keep` kept, on all processes or on none."""
-        kept = unfinished.read(path, checkpoint_id)
+    def write_cache(self, checkpoint_id: str, groups: Sequence[Group]) -> None:
+        """Have the groups of the step after a checkpoint survive a kill; see `cache`."""
+        rows = [self._row_at[group.position] for group in groups]
+        cache.write(self.cache_path, checkpoint_id, groups, rows, self._data_state())
+
+    def read_cache(self, checkpoint_id: str) -> list[Group] | None:
+        """The groups that `write_cache` stored after this checkpoint, on all ranks or on none."""
+        cached = cache.read(self.cache_path, checkpoint_id)
         groups: list[Group] = []
         with self.stopwatch("prompts"), contextlib.suppress(DataError, IndexError):
-            for each in kept[0] if kept else []:
+            for each in cached[0] if cached else []:
                 prompt = self.processing.prompt(self.task[each.row])
                 if prompt.token_ids.tolist() == each.prompt_ids:
                     self._row_at[each.position] = each.row
-                    groups.append(
-                        Group(each.position, prompt, each.completions, each.scores, each.draw)
-                    )
-        wanted = range(
+                    groups.append(each.with_prompt(prompt))
+        positions = range(
             self.processes.rank, self.config.rollout.prompts_per_step, self.processes.world
         )
-        whole = kept is not None and [group.position for group in groups] == list(wanted)
-        if not all(self.processes.gather([whole], "kept rollouts")) or kept is None:
+        whole = cached is not None and [group.position for group in groups] == list(positions)
+        if not all(self.processes.gather([whole], "rollout cache")) or cached is None:
             return None
-        self.go_to(kept[1])
-        self.sampled_by = self.policy.version
+        self.load_data_state(cached[1])
+        self.behaviour_version = self.policy.version
         return groups
 
     # ------------------------------------------------------------------ prompts
 
+    def prefetch(self) -> None:
+        """Begin to prepare the next step's prompts (reading, decoding, processing) in a thread.
+
+        `_draw_prompts` uses them in the order in which it would have made them itself, so that
+        nothing but the time changes. The data cursor does not move.
+        """
+        rows = self.order.peek(self.config.rollout.prompts_per_step)
+        own = rows[self.processes.rank :: self.processes.world]
+        self._prefetched = {
+            row: self._prefetch_thread.submit(self._prompt, row) for row in dict.fromkeys(own)
+        }
+
+    def _prompt(self, row: int) -> Prompt:
+        return self.processing.prompt(self.task[row])
+
     def _draw_prompts(self, positions: Iterable[int]) -> dict[int, Prompt]:
-        """This process's prompts by position; a bad row is skipped on all processes alike."""
+        """This rank's prompts by position; a bad row is skipped on all ranks alike."""
         drawn: dict[int, Prompt] = {}
         missing = list(positions)
         in_a_row = 0
         while missing:
             bad = []
-            for position, index in [(position, self.order.next()) for position in missing]:
+            for position, row in [(position, self.order.next()) for position in missing]:
                 if position % self.processes.world != self.processes.rank:
                     continue
+                prefetched = self._prefetched.pop(row, None)
                 try:
-                    drawn[position] = self.processing.prompt(self.task[index])
-                    self._row_at[position] = index
+                    drawn[position] = prefetched.result() if prefetched else self._prompt(row)
+                    self._row_at[position] = row
                 except DataError as error:
                     if self.config.data.on_bad_row == "error":
                         raise
@@ -205,9 +248,9 @@ class Collector:
         prompts: dict[int, Prompt],
         completions: list[list[Completion]],
         step: int,
-        draw: int,
+        resample_round: int,
     ) -> tuple[dict[int, Prompt], list[list[Completion]]]:
-        """Other prompts in the place of those that a rollout server refused."""
+        """Replace prompts that a rollout server refused by the next ones of the data."""
         found = dict(zip(prompts, completions, strict=True))
         for attempt in range(1, MAX_REFUSALS + 1):
             own = [
@@ -228,7 +271,7 @@ class Collector:
             self.rows_skipped += len(refused)
             fresh = self._draw_prompts([position for position, _ in refused])
             prompts = dict(sorted({**prompts, **fresh}.items()))
-            again = self._generate(fresh, step, draw + 1000 * attempt)
+            again = self._generate(fresh, step, resample_round + 1000 * attempt)
             found |= dict(zip(fresh, again, strict=True))
         raise EngineError(f"the rollout server refused {MAX_REFUSALS} rows in a row")
 
@@ -238,83 +281,85 @@ class Collector:
         self,
         prompts: dict[int, Prompt],
         step: int,
-        draw: int,
+        resample_round: int,
         advance: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
         rollout, seed = self.config.rollout, self.config.train.seed
-        seeds = [derive_seed(seed, "rollout", step, draw, position) for position in prompts]
+        seeds = [
+            derive_seed(seed, "rollout", step, resample_round, position) for position in prompts
+        ]
         return self.engine.generate(
             list(prompts.values()), rollout.completions_per_prompt, rollout, seeds, advance
         )
 
-    def _overlapped(self, step: int, positions: Sequence[int], last: bool) -> list[Group]:
-        """The step's groups, sampled during the last update; those of the next step are begun."""
+    def _collect_overlapped(self, step: int, positions: Sequence[int], last: bool) -> list[Group]:
+        """The groups sampled during the last update; starts sampling those of the next step."""
         self.sync()
-        present = self._ahead or self._begin(step, positions)
+        present = self._overlapped or self._start_sampling(step, positions)
         completions = self._wait(present)
-        self._probe(step, list(present.prompts.values()))
-        self._ahead = None
+        self._check_mismatch(step, list(present.prompts.values()))
+        self._overlapped = None
         if any(self.processes.gather([not all(completions)], "refused rows")):
             raise DataError(
                 "a rollout server refused a row, which rollout.overlap cannot replace in time; "
                 "its message is in the log. Remove the row, or set rollout.overlap=false"
             )
         if not last:
-            self._ahead = self._begin(step + 1, positions)
-        self.sampled_by = present.version
-        return self._score(present.prompts, completions, draw=0)
+            self._overlapped = self._start_sampling(step + 1, positions)
+        self.behaviour_version = present.version
+        return self._score(present.prompts, completions, resample_round=0)
 
-    def _begin(self, step: int, positions: Sequence[int]) -> _Ahead:
-        """Draw the prompts of `step` here, and let the engine sample beside what follows."""
-        place = self._place()
+    def _start_sampling(self, step: int, positions: Sequence[int]) -> _Overlapped:
+        """Draw the prompts of `step`, and have the engine sample while the update runs."""
+        data_state = self._data_state()
         with self.stopwatch("prompts"):
             prompts = self._draw_prompts(positions)
-        future = self._background.submit(self._generate, prompts, step, 0)
-        return _Ahead(prompts, future, self.engine.version, place)
+        future = self._sampling_thread.submit(self._generate, prompts, step, 0)
+        return _Overlapped(prompts, future, self.engine.version, data_state)
 
-    def _wait(self, ahead: _Ahead) -> list[list[Completion]]:
+    def _wait(self, overlapped: _Overlapped) -> list[list[Completion]]:
         with self.stopwatch("rollout"):
-            return ahead.completions.result()
+            return overlapped.completions.result()
 
-    def _probe(self, step: int, prompts: Sequence[Prompt]) -> None:
-        """At the start, and every so often: are the engine's log-probabilities the policy's?
+    def _check_mismatch(self, step: int, prompts: Sequence[Prompt]) -> None:
+        """At the start and every so often: are the engine's log-probabilities the policy's?
 
         Raises EngineError if they are far from it.
         """
-        rollout, mismatch = self.config.rollout, self.config.rollout.mismatch
-        due = not self.engine.exact and step % max(1, mismatch.probe_every) == 0
-        if mismatch.probe_every == 0 or (self._probed and not due):
+        rollout, settings = self.config.rollout, self.config.rollout.mismatch
+        due = not self.engine.exact and step % max(1, settings.probe_every) == 0
+        if settings.probe_every == 0 or (self._mismatch_checked and not due):
             return
-        few = prompts[: mismatch.probe_prompts]
+        few = prompts[: settings.probe_prompts]
         seeds = [
             derive_seed(self.config.train.seed, "probe", step, self.processes.rank, index)
             for index in range(len(few))
         ]
         with self.stopwatch("probe"):
-            found = parity.probe(self.engine, self.policy, few, rollout, seeds)
-            found = parity.Parity.over(self.processes.gather([found], "probe"))
+            own = mismatch.check(self.engine, self.policy, few, rollout, seeds)
+            found = mismatch.Mismatch.over(self.processes.gather([own], "mismatch check"))
         self.values |= {
             "mismatch/probe_mean": found.mean,
             "mismatch/probe_max": found.highest,
             "mismatch/probe_kl": found.kl,
         }
         what = f"engine {rollout.engine} against the policy: {found}"
-        if not self._probed:
+        if not self._mismatch_checked:
             self.reporter.say(what)
-        self._probed = True
-        if not found.mean <= mismatch.stop_above:
+        self._mismatch_checked = True
+        if not found.mean <= settings.stop_above:
             raise EngineError(
-                f"{what}. That is more than rollout.mismatch.stop_above = {mismatch.stop_above}: "
-                "it holds other weights, sees other pictures, or computes otherwise; try "
+                f"{what}. That is more than rollout.mismatch.stop_above = {settings.stop_above}: "
+                "it holds other weights, sees other images, or computes otherwise; try "
                 "rollout.engine=hf, or rollout.vllm.dtype=float32 to see which"
             )
-        if found.mean > mismatch.warn_above:
+        if found.mean > settings.warn_above:
             self.reporter.say(f"warning: {what}; check rollout.vllm.dtype and model.dtype")
 
     # ------------------------------------------------------------------ scores
 
     def _score(
-        self, prompts: dict[int, Prompt], completions: list[list[Completion]], draw: int
+        self, prompts: dict[int, Prompt], completions: list[list[Completion]], resample_round: int
     ) -> list[Group]:
         count = self.config.rollout.completions_per_prompt
         with self.stopwatch("reward"):
@@ -323,6 +368,12 @@ class Collector:
                 list(itertools.chain(*completions)),
             )
         return [
-            Group(position, prompt, completions[row], scores[row * count : (row + 1) * count], draw)
+            Group(
+                position,
+                prompt,
+                completions[row],
+                scores[row * count : (row + 1) * count],
+                resample_round,
+            )
             for row, (position, prompt) in enumerate(prompts.items())
         ]

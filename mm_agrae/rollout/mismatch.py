@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mm_agrae.batching import Row, micro_batch
+from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.config import SamplingSection
 from mm_agrae.loss import sampler_weight
 from mm_agrae.model.policy import Policy
@@ -24,7 +24,7 @@ PROBE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Parity:
+class Mismatch:
     """Differences of log-probabilities over `tokens` sampled tokens (nats).
 
     `kl` estimates KL(engine ‖ policy) per token, by k3.
@@ -36,7 +36,7 @@ class Parity:
     kl: float
 
     @classmethod
-    def over(cls, parts: Sequence[Parity]) -> Parity:
+    def over(cls, parts: Sequence[Mismatch]) -> Mismatch:
         """Of several processes together."""
         tokens = sum(part.tokens for part in parts)
         return cls(
@@ -54,13 +54,13 @@ class Parity:
 
 
 @torch.no_grad()
-def probe(
+def check(
     engine: Engine,
     policy: Policy,
     prompts: Sequence[Prompt],
     sampling: SamplingSection,
     seeds: Sequence[int],
-) -> Parity:
+) -> Mismatch:
     """Sample a completion of each prompt and let the policy score the same tokens.
 
     The engine must hold the policy's present weights. The whole distribution is compared, so
@@ -74,10 +74,10 @@ def probe(
         }
     )
     groups = engine.generate(prompts, 1, whole, seeds)
-    rows = [Row(index, group[0], 0.0) for index, group in enumerate(groups) if group]
+    rows = [UpdateRow(index, group[0], 0.0) for index, group in enumerate(groups) if group]
     idle = not rows
     if idle:  # the policy's forward pass is for all processes together
-        rows = [Row(0, Completion((0,), (0.0,), "", "stop", policy.version), 0.0)]
+        rows = [UpdateRow(0, Completion((0,), (0.0,), "", "stop", policy.version), 0.0)]
     was_training = policy.training
     policy.eval()
     try:
@@ -90,7 +90,7 @@ def probe(
     gap_BT = (logp_BT - batch.sampling_logp_BT).masked_fill(batch.mask_BT == 0, 0)
     sums = sampler_weight(logp_BT, batch.sampling_logp_BT, batch.mask_BT).sums
     tokens = int(batch.mask_BT.sum())
-    return Parity(
+    return Mismatch(
         tokens,
         sums["mismatch_abs"].item() / max(1, tokens),
         gap_BT.abs().max().item() if gap_BT.numel() else 0.0,

@@ -155,6 +155,15 @@ class Stopwatch:
         lap, self._lap = self._lap, {}
         return lap
 
+    def wall_seconds(self) -> dict[str, float]:
+        """Wall seconds by stage since the start."""
+        prefix = "seconds/"
+        return {
+            name.removeprefix(prefix): value
+            for name, value in self.totals.items()
+            if name.startswith(prefix)
+        }
+
     def _add(self, stage: str, wall: float, cpu: float) -> None:
         for key, seconds in ((f"seconds/{stage}", wall), (f"cpu_seconds/{stage}", cpu)):
             self._lap[key] = self._lap.get(key, 0.0) + seconds
@@ -170,6 +179,14 @@ def _used_cuda() -> Any:
 def _wait_for_gpu() -> None:
     if (cuda := _used_cuda()) is not None:
         cuda.synchronize()
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak memory of this process so far as metrics (MiB), that of the GPU only if one is used."""
+    found = {"memory/peak_mb": peak_memory_mb()}
+    if (gpu := peak_gpu_memory_mb()) is not None:
+        found["memory/peak_gpu_mb"] = gpu
+    return found
 
 
 def peak_memory_mb() -> float:

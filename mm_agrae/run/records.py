@@ -684,3 +684,15 @@ def _explained(folder: Path, doing: str) -> Iterator[None]:
             advice = "choose another run_dir or mend the cause"
         reason = error.strerror or str(error)
         raise RunFolderError(f"run folder {folder}: {doing} failed ({reason}); {advice}") from error
+
+
+def summarise_evaluations(run: RunFolder, label: str) -> dict[str, Any]:
+    """pass@k and greedy accuracy of every evaluation of one task, for the run's summary."""
+    found = [result for result in run.read_evaluations() if result.label == label]
+    return {
+        "pass_at_k": {
+            result.name: {k: asdict(interval) for k, interval in result.pass_at_k.items()}
+            for result in found
+        },
+        "greedy": {result.name: asdict(result.greedy) for result in found if result.greedy},
+    }

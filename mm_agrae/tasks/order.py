@@ -1,8 +1,6 @@
-"""In which order training visits the examples."""
+"""The order in which training visits the examples."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -13,15 +11,24 @@ class DataOrder:
     def __init__(self, rows: int, seed: int, shuffle: bool):
         self.rows, self.seed, self.shuffle = rows, seed, shuffle
         self.position = 0
-        self._epoch = -1
-        self._order: Sequence[int] = ()
+        self._orders: dict[int, list[int]] = {}
 
     def next(self) -> int:
-        epoch, offset = divmod(self.position, self.rows)
-        if epoch != self._epoch:
+        row = self._at(self.position)
+        self.position += 1
+        return row
+
+    def peek(self, count: int) -> list[int]:
+        """The next `count` indices, without moving on."""
+        return [self._at(self.position + offset) for offset in range(count)]
+
+    def _at(self, position: int) -> int:
+        epoch, offset = divmod(position, self.rows)
+        if epoch not in self._orders:
             order = np.arange(self.rows)
             if self.shuffle:
                 np.random.default_rng([self.seed, epoch]).shuffle(order)
-            self._epoch, self._order = epoch, order.tolist()
-        self.position += 1
-        return self._order[offset]
+            # Two epochs at most: one that ends and the one that is looked at ahead.
+            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
+            self._orders[epoch] = order.tolist()
+        return self._orders[epoch][offset]

@@ -11,7 +11,7 @@ from helpers import TEXT, VL, examples, sampling
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from mm_agrae.batching import Row, micro_batch
+from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.config import LoraSection, ModelSection, PromptSection
 from mm_agrae.errors import ConfigError, ModelError
 from mm_agrae.model.policy import Policy
@@ -147,7 +147,7 @@ def batch_for(processing, policy):
         for length in (5, 9, 2):
             ids = torch.randint(0, 600, (length,), generator=random).tolist()
             completion = Completion(tuple(ids), (0.0,) * length, "", "length", 0)
-            rows.append(Row(index, completion, float(torch.randn((), generator=random))))
+            rows.append(UpdateRow(index, completion, float(torch.randn((), generator=random))))
     return micro_batch(prompts, rows, policy.device)
 
 

@@ -1,7 +1,7 @@
 """One step of several runs, in as many processes as this is started in; what came out is saved.
 
-Arguments: the file to save to, then a config for each run. What its name begins with is the form of
-the model: ddp_…, fsdp_…, zero_… (ZeRO-3) or offload_… (ZeRO-3, all that can be in main memory).
+Arguments: the file to save to, then a config for each run. What its name begins with is the
+parallelism strategy: ddp_…, fsdp_… or offload_… (FSDP2 with CPU offload).
 """
 
 import itertools
@@ -21,50 +21,44 @@ from mm_agrae.progress import Reporter
 from mm_agrae.run.records import RunFolder
 from mm_agrae.trainer import Trainer
 
+SHARDED = ("fsdp", "offload")
+
 
 def gradient(parameter) -> torch.Tensor:
-    if hasattr(parameter, "ds_tensor"):
-        from deepspeed.utils import safe_get_full_grad
-
-        return safe_get_full_grad(parameter).clone()
     if parameter.grad is None:
-        return torch.zeros_like(parameter)
+        return torch.zeros(parameter.shape)
     return sharding.whole(parameter.grad).clone()
 
 
 def spoil(trainer) -> None:
-    """Have the last process's first gradient be no number."""
-    backward, calls = trainer.processes.backward, itertools.count()
+    """Make the last rank's first gradient NaN."""
+    strategy, calls = trainer.processes.strategy, itertools.count()
+    backward = strategy.backward
     last = trainer.rank == trainer.world - 1
-    trainer.processes.backward = lambda loss: backward(
+    strategy.backward = lambda loss: backward(
         loss * math.nan if last and next(calls) == 0 else loss
     )
 
 
-def first_step(config, form: str = "one", spoilt: bool = False) -> dict:
-    """Gradients before they are cut, weights after a step, and what the step was about."""
-    os.environ["ACCELERATE_USE_FSDP"] = str(form == "fsdp").lower()
+def first_step(config, strategy: str = "one", spoilt: bool = False) -> dict:
+    """Gradients before clipping, weights after a step, and what the step was about."""
+    os.environ["ACCELERATE_USE_FSDP"] = str(strategy in SHARDED).lower()
     os.environ["FSDP_VERSION"] = "2"
-    os.environ["ACCELERATE_USE_DEEPSPEED"] = str(form in ("zero", "offload")).lower()
-    os.environ["ACCELERATE_DEEPSPEED_ZERO_STAGE"] = "3"
-    for part in ("OPTIMIZER", "PARAM"):
-        device = "cpu" if form == "offload" else "none"
-        os.environ[f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE"] = device
+    os.environ["FSDP_OFFLOAD_PARAMS"] = str(strategy == "offload").lower()
     AcceleratorState._reset_state()
     trainer = Trainer(config, Reporter(enabled=False))
-    sharded = form in ("fsdp", "zero", "offload") and trainer.world > 1
-    assert trainer.policy.is_sharded == sharded
+    assert trainer.policy.is_sharded == (strategy in SHARDED and trainer.world > 1)
     if spoilt:
         spoil(trainer)
     gradients = []
-    take = trainer._optimiser_step
+    take = trainer.updater.optimiser_step
 
     def watched():
         named = trainer.policy.model.named_parameters()
         gradients.append({n: gradient(p) for n, p in named if p.requires_grad})
         return take()
 
-    trainer._optimiser_step = watched
+    trainer.updater.optimiser_step = watched
     trainer.train()
     with trainer.policy.gathered():
         learning = {
@@ -72,7 +66,7 @@ def first_step(config, form: str = "one", spoilt: bool = False) -> dict:
             for name, p in trainer.policy.model.named_parameters()
             if p.requires_grad
         }
-    # As engines of other kinds take them: tensor by tensor, from the shards.
+    # As other engines take them: tensor by tensor, from the shards.
     whole = {name: tensor.clone() for name, tensor in trainer.policy.full_weights()}
     if config.model.lora:
         whole |= dict(adapter_weights(trainer.policy))
@@ -87,7 +81,7 @@ def first_step(config, form: str = "one", spoilt: bool = False) -> dict:
         "rollouts": [[row[key] for key in keys] for row in run.read_rollouts(trainer.steps_done)],
         "metrics": run.read_metrics(),
         "evaluations": [result.pass_at_k for result in run.read_evaluations()],
-        "pictured": [bool(row["images"]) for row in run.read_rollouts(trainer.steps_done)],
+        "has_image": [bool(row["images"]) for row in run.read_rollouts(trainer.steps_done)],
     }
 
 
@@ -97,7 +91,7 @@ if __name__ == "__main__":
     out, *paths = sys.argv[1:]
     found = {}
     for path in paths:
-        form = Path(path).stem.split("_")[0]
-        found[path] = first_step(configs.load(path), form, spoilt="spoilt" in path)
+        strategy = Path(path).stem.split("_")[0]
+        found[path] = first_step(configs.load(path), strategy, spoilt="spoilt" in path)
     if int(os.environ.get("RANK", "0")) == 0:
         torch.save(found, out)

@@ -13,13 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-from mm_agrae import trainer
 from mm_agrae.cli import main
 from mm_agrae.errors import DataError
 from mm_agrae.model.compat import prepare
-from mm_agrae.rollout import collector as collect
+from mm_agrae.rollout.collector import Collector
+from mm_agrae.step import Updater
 
-generate, backward = collect.Collector._generate, trainer.Trainer._backward
+generate, backward = Collector._generate, Updater.backward
 
 
 def in_rollout(self, prompts, step, *args, **kwargs):
@@ -34,7 +34,7 @@ def in_rollout(self, prompts, step, *args, **kwargs):
 
 
 def in_update(self, *args, **kwargs):
-    if self.rank == 1 and self.steps_done == 1:
+    if self.processes.rank == 1 and self.policy.version == 1:
         if self.trouble == "dies_in_update":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.trouble == "sleeps_in_update":
@@ -58,8 +58,8 @@ def start(config: Path, rank: int, port: int) -> int:
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
     }  # fmt: skip
-    collect.Collector.trouble = trainer.Trainer.trouble = config.stem
-    collect.Collector._generate, trainer.Trainer._backward = in_rollout, in_update
+    Collector.trouble = Updater.trouble = config.stem
+    Collector._generate, Updater.backward = in_rollout, in_update
     status = main(["train", str(config)])
     sys.stdout.flush()
     sys.stderr.flush()

@@ -10,7 +10,7 @@ from helpers import ROOT, TEXT, run_config
 
 from mm_agrae import config as configs
 from mm_agrae.errors import ConfigError
-from mm_agrae.parallel import processes as distributed
+from mm_agrae.parallel.strategies import check_environment
 
 WORKER = Path(__file__).parent / "failing_worker.py"
 TROUBLES = ("fails", "dies", "dies_in_update", "sleeps", "sleeps_in_update")
@@ -65,7 +65,7 @@ def test_a_process_that_is_killed(ends, trouble, stage):
     (first, said), (second, _) = ends[trouble]
     assert (first, second) == (2, -9)
     assert "error: rank 1 (" in said
-    assert "is gone since" in said
+    assert "has been gone for" in said
     assert f"it was last seen in {stage} of step 2" in said
 
 
@@ -74,7 +74,7 @@ def test_a_process_that_does_not_come(ends):
     assert (first, second) == (2, 2)
     assert "error: rank 0 (" in said
     assert "at refused rows of step 2 for rank 1 (" in said
-    assert "which is in rollout of step 2 since" in said
+    assert "which has been in rollout of step 2 for" in said
     # It cannot be woken up, so that its own watch ends it.
     assert "error: rank 0 (" in told
     assert "(rank 1 ends)" in told
@@ -92,14 +92,14 @@ def test_a_process_caught_in_a_collective_call(ends):
     ("variable", "value", "message"),
     [
         ("FSDP_VERSION", "1", "fsdp_version: 2"),
-        ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "fsdp_offload_params: true"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "model.gradient_checkpointing"),
     ],
 )
 def test_what_is_not_supported_is_refused(monkeypatch, variable, value, message):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    distributed._refuse_what_is_not_supported()
+    check_environment()
     monkeypatch.setenv(variable, value)
     with pytest.raises(ConfigError, match=message):
-        distributed._refuse_what_is_not_supported()
+        check_environment()

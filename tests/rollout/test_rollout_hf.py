@@ -5,7 +5,7 @@ import pytest
 import torch
 from helpers import TEXT, VL, engine, policy, processing, prompts, run_config, sampling
 
-from mm_agrae.batching import Row, micro_batch
+from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.errors import ConfigError
 from mm_agrae.rollout import derive_seed
 from mm_agrae.rollout.hf import sample
@@ -56,7 +56,7 @@ def test_sampling_logprobs_equal_the_policy_forward(case, temperature):
     batch = mixed_prompts() if case == "mixed" else prompts(path, 5)
     made = policy(path, temperature=temperature)
     groups = engine(made).generate(batch, 3, sampling(temperature=temperature), range(len(batch)))
-    rows = [Row(p, c, 0.0) for p, group in enumerate(groups) for c in group]
+    rows = [UpdateRow(p, c, 0.0) for p, group in enumerate(groups) for c in group]
     micro = micro_batch(batch, rows, made.device)
     logp_BT, entropy_BT = made(micro)
     assert ((logp_BT - micro.sampling_logp_BT) * micro.mask_BT).abs().max() < 2e-4

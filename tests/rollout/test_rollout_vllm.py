@@ -16,7 +16,7 @@ import torch
 from helpers import ROOT, TEXT, VL, engine, policy, processing, prompts, sampling
 from PIL import Image
 
-from mm_agrae.batching import Row, micro_batch
+from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.config import LoraSection, ModelSection, PromptSection, RolloutSection
 from mm_agrae.errors import ConfigError, DataError, EngineError
 from mm_agrae.model.policy import Policy
@@ -63,7 +63,7 @@ class Setup:
 
     def difference(self, prompts, groups, temperature=1.0):
         """Largest |Δ log-prob| between the samples and the policy's forward on the same tokens."""
-        rows = [Row(index, each, 0.0) for index, group in enumerate(groups) for each in group]
+        rows = [UpdateRow(index, each, 0.0) for index, group in enumerate(groups) for each in group]
         micro = micro_batch(prompts, rows, self.policy.device)
         self.policy.temperature = temperature
         with torch.no_grad():

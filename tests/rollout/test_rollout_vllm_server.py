@@ -17,7 +17,7 @@ import torch
 from helpers import TEXT, VL, engine, policy, processing, prompts, sampling
 from servers import MAX_TOKENS, Server
 
-from mm_agrae.batching import Row, micro_batch
+from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.config.schema import LoraSection, RolloutSection, VllmSection
 from mm_agrae.errors import ConfigError, DataError, EngineError
 from mm_agrae.rollout import serve as serving
@@ -69,7 +69,7 @@ def mixed_prompts():
 
 def gap(made, batch, groups) -> float:
     """Largest difference between the engine's log-probabilities and the policy's own."""
-    rows = [Row(p, c, 0.0) for p, group in enumerate(groups) for c in group]
+    rows = [UpdateRow(p, c, 0.0) for p, group in enumerate(groups) for c in group]
     micro = micro_batch(batch, rows, made.device)
     with torch.no_grad():
         logp_BT, _ = made.eval()(micro)

@@ -80,7 +80,7 @@ def test_a_disk_that_fills_up(tmp_path, whole, limit, background, every, message
 
         def filling():
             if trainer.steps_done == 1:
-                trainer._writer.wait()
+                trainer.checkpointer.wait()
                 stack.enter_context(small_files(limit))
             return step()
 
@@ -127,7 +127,7 @@ def test_an_engine_or_a_gpu_that_breaks_down(tmp_path, whole, capsys, where):
     has changed the weights: none, for half a step is never saved."""
     trainer = make(tmp_path, Reporter())
     target, name = (
-        (trainer.engine, "generate") if where == "rollout" else (trainer, "_optimiser_step")
+        (trainer.engine, "generate") if where == "rollout" else (trainer.updater, "optimiser_step")
     )
     working = getattr(target, name)
 

@@ -18,7 +18,7 @@ from helpers import ROOT, TEXT, VL, run_config
 from mm_agrae import config as configs
 from mm_agrae.errors import ConfigError, RunFolderError
 from mm_agrae.progress import Reporter
-from mm_agrae.rollout import cache as unfinished
+from mm_agrae.rollout import cache
 from mm_agrae.run import checkpoint
 from mm_agrae.run.records import RunFolder
 from mm_agrae.trainer import Trainer
@@ -117,7 +117,7 @@ def test_back_to_an_earlier_checkpoint_of_the_same_run(tmp_path, whole):
     config = config.model_copy(update={"resume": str(folder / "step_000003")})
     again = Trainer(config, Reporter(enabled=False))
     assert again.steps_done == 3
-    again._optimiser_step = Killed.during
+    again.updater.optimiser_step = Killed.during
     with pytest.raises(Killed):
         again.train()
     # Checkpoints of the course that was left must not be taken for those of the new one.
@@ -128,16 +128,16 @@ def test_back_to_an_earlier_checkpoint_of_the_same_run(tmp_path, whole):
     assert Trainer(config, Reporter(enabled=False)).steps_done == 4
 
 
-def test_rollouts_of_a_killed_step_are_taken_up(tmp_path, whole):
+def test_rollouts_of_a_killed_step_are_read_from_the_cache(tmp_path, whole):
     config = copied(whole, tmp_path / "run", 2)
     trainer = Trainer(config, Reporter(enabled=False))
-    trainer._update = Killed.during
+    trainer.updater.run = Killed.during
     with pytest.raises(Killed):
         trainer.train()
-    kept = (tmp_path / "run" / "unfinished_0.safetensors").read_bytes()
+    kept = (tmp_path / "run" / "rollout_cache_0.safetensors").read_bytes()
     resumed = Trainer(config, Reporter(enabled=False))
     generate, sampled = resumed.engine.generate, []
-    resumed.collector._probed = True
+    resumed.collector._mismatch_checked = True
 
     def counting(*arguments, **settings):
         sampled.append(resumed.steps_done)
@@ -149,15 +149,15 @@ def test_rollouts_of_a_killed_step_are_taken_up(tmp_path, whole):
     assert sampled == [3]
     assert same_weights(whole, resumed)
     assert records(whole.config.run_dir) == records(tmp_path / "run")
-    assert not (tmp_path / "run" / "unfinished_0.safetensors").exists()
+    assert not (tmp_path / "run" / "rollout_cache_0.safetensors").exists()
     # They belong to the checkpoint they were sampled after, and count only if they are whole.
     path = tmp_path / "kept"
     path.write_bytes(kept)
-    assert len(unfinished.read(path, trainer._checkpoint_id)[0]) == 4
-    assert unfinished.read(path, resumed._checkpoint_id) is None
+    assert len(cache.read(path, trainer.checkpointer.id)[0]) == 4
+    assert cache.read(path, resumed.checkpointer.id) is None
     for damage in (kept[:-1], kept[:200], b""):
         path.write_bytes(damage)
-        assert unfinished.read(path, trainer._checkpoint_id) is None
+        assert cache.read(path, trainer.checkpointer.id) is None
 
 
 def test_the_latest_and_the_best_checkpoint(tmp_path):
@@ -209,7 +209,7 @@ def test_a_background_checkpoint_is_of_the_step_it_was_taken_at(tmp_path, whole)
     settings = config.checkpoint.model_copy(update={"background": True})
     trainer = Trainer(config.model_copy(update={"checkpoint": settings}), Reporter(enabled=False))
     stepped = threading.Event()
-    write, record = trainer._write, trainer._record
+    write, record = trainer.checkpointer._write, trainer._record
 
     def late(*arguments):
         assert stepped.wait(60)

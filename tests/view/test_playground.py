@@ -13,7 +13,7 @@ import torch
 from helpers import ROOT, TEXT, VL, engine, policy, processing, sampling
 from PIL import Image
 
-from mm_agrae.batching import Row, micro_batch
+from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.errors import ConfigError, DataError, ModelError
 from mm_agrae.rollout import derive_seed
 from mm_agrae.tasks.synthetic.task import SyntheticTask
@@ -85,7 +85,7 @@ def test_what_streams_is_what_the_engine_samples(models, name, temperature):
     assert [trace.state for trace in column.traces] == [c.finish_reason for c in expected]
     assert [trace.count for trace in column.traces] == [len(c.token_ids) for c in expected]
     # Probability and entropy are the policy's own at temperature 1.
-    batch = micro_batch([prompt], [Row(0, c, 0.0) for c in expected], made.device)
+    batch = micro_batch([prompt], [UpdateRow(0, c, 0.0) for c in expected], made.device)
     with torch.no_grad():
         logp_BT, entropy_BT = made(batch)
     for row, trace in enumerate(column.traces):

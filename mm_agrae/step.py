@@ -24,8 +24,7 @@ from mm_agrae.config import Config
 from mm_agrae.errors import ModelError
 from mm_agrae.loss import LossOutput, SamplerWeight
 from mm_agrae.model.policy import Policy
-from mm_agrae.parallel.processes import Processes
-from mm_agrae.progress import Reporter
+from mm_agrae.run.context import RunContext
 from mm_agrae.run.records import RolloutRecord
 from mm_agrae.types import Group, MicroBatch
 
@@ -42,19 +41,18 @@ class Updater:
 
     def __init__(
         self,
-        config: Config,
+        context: RunContext,
         policy: Policy,
-        processes: Processes,
-        reporter: Reporter,
         *,
         total_steps: int,
         exact_engine: bool,
     ):
-        self.config, self.policy = config, policy
-        self.processes, self.strategy = processes, processes.strategy
-        self.reporter = reporter
-        optimizer, self.scheduler = _optimizer(config, policy, processes.device, total_steps)
-        self.module, self.optimizer = processes.prepare(policy, optimizer)
+        self.config, self.reporter, self.policy = context.config, context.reporter, policy
+        self.processes, self.strategy = context.processes, context.processes.strategy
+        optimizer, self.scheduler = _optimizer(
+            self.config, policy, self.processes.device, total_steps
+        )
+        self.module, self.optimizer = self.strategy.prepare(policy, optimizer)
         self.bad_gradients = self.bad_in_a_row = 0
         self._exact_engine = exact_engine
         self._sharing_checked = False

@@ -8,7 +8,6 @@ goes through `self.processes`.
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from mm_agrae.advantage import AdvantageLevels
 from mm_agrae.batching import StepTable, plan_update
 from mm_agrae.config import Config
 from mm_agrae.errors import DataError
-from mm_agrae.evaluation import evaluate
+from mm_agrae.evaluation.evaluator import Evaluator
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.parallel.processes import Processes, announced
@@ -32,6 +31,7 @@ from mm_agrae.rollout.collector import Collector
 from mm_agrae.rollout.engine import engine_class
 from mm_agrae.run import checkpoint, metrics
 from mm_agrae.run.checkpointer import Checkpointer
+from mm_agrae.run.context import RunContext
 from mm_agrae.run.records import RunFolder, summarise_evaluations
 from mm_agrae.run.versions import versions
 from mm_agrae.step import Updater, one_line, rollout_records, step_metrics
@@ -51,40 +51,25 @@ class Trainer:
         self.is_main = self.processes.is_main
         self.reporter = reporter or Reporter(enabled=self.is_main)
         torch.manual_seed(derive_seed(config.train.seed, "start"))
-        self._load_data()
-        self._load_model()
-        self.updater = Updater(
-            config,
-            self.policy,
-            self.processes,
-            self.reporter,
-            total_steps=self.total_steps,
-            exact_engine=self.engine.exact,
-        )
-        self.steps_done = 0
-        self.tokens_seen = 0
+        self.run = RunFolder(config.run_dir)
+        self.stopwatch = metrics.Stopwatch(self._note)
         self.stop = StopRequest(
             lambda: self.reporter.say("stopping after this step; once more to stop at once")
         )
-        self.stopwatch = metrics.Stopwatch(self._note)
-        self.collector = Collector(
-            config,
-            self.task,
-            self.processing,
-            self.policy,
-            self.engine,
-            self.processes,
-            self.reporter,
-            self.stopwatch,
+        self.steps_done = 0
+        self.tokens_seen = 0
+        self._load_data()
+        self._load_model()
+        context = RunContext(config, self.processes, self.run, self.reporter, self.stopwatch)
+        self.updater = Updater(
+            context, self.policy, total_steps=self.total_steps, exact_engine=self.engine.exact
         )
-        self.run = RunFolder(config.run_dir)
+        self.collector = Collector(context, self.task, self.processing, self.policy, self.engine)
+        self.evaluator = Evaluator(context, self.evaluation_tasks, self.processing, self.engine)
         self.checkpointer = Checkpointer(
-            config,
-            self.run,
+            context,
             self.policy,
             self.processing,
-            self.processes,
-            self.reporter,
             optimizer=self.updater.optimizer,
             scheduler=self.updater.scheduler,
         )
@@ -174,7 +159,7 @@ class Trainer:
                     f"stopped after step {self.steps_done}; the same command goes on from there"
                 )
             elif self.config.evaluate.after and not (
-                started_at_the_end and not self._lacks_evaluation("after")
+                started_at_the_end and not self.evaluator.lacks("after")
             ):
                 self.evaluate("after")
                 self._keep_best()
@@ -259,40 +244,14 @@ class Trainer:
     # ------------------------------------------------------------------ evaluation
 
     def evaluate(self, name: str) -> None:
-        """Sample and grade every evaluation set; results go into the run folder."""
+        """Evaluate the present weights; results go into the run folder under `name`."""
         self.collector.sync()
-        settings, data = self.config.evaluate, self.config.data
-        sections = {source.label: settings.for_source(source) for source in data.evaluate}
-        for label, task in self.evaluation_tasks.items():
-            section, started = sections[label], time.perf_counter()
-            mine = range(self.rank, len(task), self.world)
-            count = len(mine) * section.samples
-            with (
-                self.stopwatch("evaluate"),
-                self.reporter.bar(f"evaluate {label} ({name})", count) as advance,
-            ):
-                problems = evaluate.run(
-                    self.engine,
-                    self.processing,
-                    self.collector.rewarder,
-                    task,
-                    mine,
-                    section,
-                    on_bad_row=data.on_bad_row,
-                    on_progress=advance,
-                )
-            problems = self.processes.gather(problems, "evaluation")
-            problems = sorted(problems, key=lambda problem: problem.index)
-            if not self.is_main:
-                continue
-            seconds = time.perf_counter() - started
-            result = evaluate.write(self.run, name, label, problems, section, seconds)
-            self.reporter.say(evaluate.one_line(result))
+        self.evaluator.run(name, self.collector.rewarder)
 
     def _evaluate_at_start(self) -> None:
         if self.config.evaluate.before and self.steps_done == 0:
             self.evaluate("before")
-        elif self._evaluation_due() and self._lacks_evaluation(checkpoint.name_of(self.steps_done)):
+        elif self._evaluation_due() and self.evaluator.lacks(checkpoint.name_of(self.steps_done)):
             self._evaluate_midway()  # the run was cut off between checkpoint and evaluation
         else:
             self._keep_best()
@@ -304,13 +263,6 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         between = 0 < self.steps_done < self.total_steps
         return between and self._due(self.config.evaluate.every)
-
-    def _lacks_evaluation(self, name: str) -> bool:
-        """Whether the main process misses a result of this evaluation."""
-        results = self.run.read_evaluations() if self.is_main else []
-        found = {result.label for result in results if result.name == name}
-        missing = self.is_main and not found.issuperset(self.evaluation_tasks)
-        return any(self.processes.gather([missing], "evaluations done"))
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.steps_done % every == 0

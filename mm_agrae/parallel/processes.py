@@ -20,7 +20,6 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     gather_object,
 )
-from torch import nn
 
 from mm_agrae.config import Config
 from mm_agrae.errors import ConfigError, ProcessError
@@ -101,10 +100,6 @@ class Processes:
         if self._watchdog is not None:
             barrier = functools.partial(self.barrier, "gathering weights")
             policy.distribute(barrier, self.strategy.shard)
-
-    def prepare(self, policy: nn.Module, optimizer: Any) -> tuple[Any, Any]:
-        """The module whose backward pass sums gradients over all processes; the optimiser."""
-        return self.strategy.prepare(policy, optimizer)
 
     # ------------------------------------------------------------------ the other processes
 

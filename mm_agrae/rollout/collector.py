@@ -16,16 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mm_agrae.batching import StepTable
-from mm_agrae.config import Config
 from mm_agrae.errors import DataError, EngineError
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
-from mm_agrae.parallel.processes import Processes
-from mm_agrae.progress import Reporter
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout import cache, mismatch
 from mm_agrae.rollout.engine import Engine, derive_seed
-from mm_agrae.run import metrics
+from mm_agrae.run.context import RunContext
 from mm_agrae.tasks import Concatenation
 from mm_agrae.tasks.order import DataOrder
 from mm_agrae.types import Completion, Group, Prompt
@@ -60,19 +57,16 @@ class Collector:
 
     def __init__(
         self,
-        config: Config,
+        context: RunContext,
         task: Concatenation,
         processing: Processing,
         policy: Policy,
         engine: Engine,
-        processes: Processes,
-        reporter: Reporter,
-        stopwatch: metrics.Stopwatch,
     ):
-        self.config, self.task, self.processing = config, task, processing
-        self.policy, self.engine, self.processes = policy, engine, processes
-        self.reporter, self.stopwatch = reporter, stopwatch
-        self.order = DataOrder(len(task), config.train.seed, config.data.shuffle)
+        self.config, self.processes = context.config, context.processes
+        self.reporter, self.stopwatch = context.reporter, context.stopwatch
+        self.task, self.processing, self.policy, self.engine = task, processing, policy, engine
+        self.order = DataOrder(len(task), self.config.train.seed, self.config.data.shuffle)
         self.rows_skipped = len(task.skipped)
         self.behaviour_version = engine.version
         self.values: dict[str, float] = {}

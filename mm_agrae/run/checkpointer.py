@@ -16,15 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from mm_agrae import config as configs
-from mm_agrae.config import Config
 from mm_agrae.errors import ConfigError, RunFolderError
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.parallel import sharding
-from mm_agrae.parallel.processes import Processes
-from mm_agrae.progress import Reporter
 from mm_agrae.run import checkpoint
-from mm_agrae.run.records import RunFolder, to_json, write_atomic
+from mm_agrae.run.context import RunContext
+from mm_agrae.run.records import to_json, write_atomic
 from mm_agrae.run.versions import changes, versions
 
 
@@ -38,25 +36,22 @@ class Checkpointer:
 
     def __init__(
         self,
-        config: Config,
-        run: RunFolder,
+        context: RunContext,
         policy: Policy,
         processing: Processing,
-        processes: Processes,
-        reporter: Reporter,
         *,
         optimizer: Any,
         scheduler: Any,
     ):
-        self.config, self.run = config, run
+        self.config, self.run = context.config, context.folder
+        self.processes, self.reporter = context.processes, context.reporter
         self.policy, self.processing = policy, processing
-        self.processes, self.reporter = processes, reporter
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.folder = Path(config.run_dir) / "checkpoints"
+        self.folder = Path(self.config.run_dir) / "checkpoints"
         self.saved_step: int | None = None
         self.id = ""
         self.resumed = False
-        self._writer = checkpoint.Writer(config.checkpoint.background)
+        self._writer = checkpoint.Writer(self.config.checkpoint.background)
 
     def wait(self) -> None:
         """Until everything is on disk. Raises what went wrong in the background."""

@@ -220,7 +220,7 @@ def test_a_background_checkpoint_is_of_the_step_it_was_taken_at(tmp_path, whole)
             stepped.set()
         record(*arguments)
 
-    trainer._write, trainer._record = late, told
+    trainer.checkpointer._write, trainer._record = late, told
     trainer.train()
     for step in ("step_000003", "step_000004"):
         sums = [

@@ -1,0 +1,22 @@
+"""What every part of a training run works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mm_agrae.config import Config
+from mm_agrae.parallel.processes import Processes
+from mm_agrae.progress import Reporter
+from mm_agrae.run.metrics import Stopwatch
+from mm_agrae.run.records import RunFolder
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """The run's settings, its processes, where its results go, and what people see of it."""
+
+    config: Config
+    processes: Processes
+    folder: RunFolder
+    reporter: Reporter
+    stopwatch: Stopwatch

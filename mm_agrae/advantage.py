@@ -37,7 +37,7 @@ class AdvantageLevels:
 
     base_PG       before any level (z, or what stands in its place)
     sample_PG     after the sample level, which rescales groups by difficulty
-    advantage_PG  after the group level, which rescales right or wrong completions: the result
+    advantage_PG  after the group level, which rescales correct or incorrect completions: the result
     omega         ω as the rule uses it, in [0, 1]
     rate_P        p as the rule uses it; NaN if no success was given
 
@@ -57,7 +57,7 @@ def compute(
     """Advantages [P, G] of one optimisation step by the rule `name` of `RULES`.
 
     reward_PG   real rewards, finite
-    success_PG  1 (or True) where the final answer was right, else 0; None if the rule needs none
+    success_PG  1 (or True) where the final answer is correct, else 0; None if the rule needs none
     length_PG   completion lengths in tokens, for `grpo_lead` alone
     settings    those of the rule (`accepted_settings`); one left out has the rule's default
 
@@ -180,19 +180,19 @@ def easy_focused(step: Step, *, gamma: float = 0.5, eps: float = 1e-6) -> Advant
 
 
 def w_reinforce(step: Step, *, lam: float = 0.1) -> AdvantageLevels:
-    """A = +λ if right, −1 if wrong (W-REINFORCE, arXiv 2506.01347). No baseline."""
-    right_PG = step.right_PG()
-    return step.levels(lam * right_PG - (1 - right_PG))
+    """A = +λ if correct, −1 if incorrect (W-REINFORCE, arXiv 2506.01347). No baseline."""
+    correct_PG = step.correct_PG()
+    return step.levels(lam * correct_PG - (1 - correct_PG))
 
 
 def psr(step: Step) -> AdvantageLevels:
-    """A = +1 if right, else 0: positive sample reinforcement (arXiv 2506.01347)."""
-    return step.levels(step.right_PG())
+    """A = +1 if correct, else 0: positive sample reinforcement (arXiv 2506.01347)."""
+    return step.levels(step.correct_PG())
 
 
 def nsr(step: Step) -> AdvantageLevels:
-    """A = −1 if wrong, else 0: negative sample reinforcement (arXiv 2506.01347)."""
-    return step.levels(step.right_PG() - 1)
+    """A = −1 if incorrect, else 0: negative sample reinforcement (arXiv 2506.01347)."""
+    return step.levels(step.correct_PG() - 1)
 
 
 LEAD_LENGTH = 0.05
@@ -202,16 +202,16 @@ LEAD_LOW, LEAD_HIGH, LEAD_SLOPE, LEAD_MIDDLE = 0.4, 1.5, 10.0, 0.75
 def grpo_lead(step: Step, *, eps: float = 1e-6) -> AdvantageLevels:
     """GRPO-LEAD (arXiv 2504.09696): rewards brevity and weighs groups by difficulty.
 
-    Its own reward replaces r: exp(−0.05·l) for a right completion, where l is its length
-    standardised over the right completions of the group, and −1 for a wrong one. With z of that
-    reward,
+    Its own reward replaces r: exp(−0.05·l) for a correct completion, where l is its length
+    standardised over the correct completions of the group, and −1 for an incorrect one. With z of
+    that reward,
 
         A = z·w(p) where z > 0, else z·w(1 − p),
         w(x) = 0.4 + (1.5 − 0.4) / (1 + exp(10·(x − 0.75))).
     """
-    right_PG, rate_P = step.right_PG() > 0, step.rate_P("success")
-    length_PG = step.standardise(step.positive_length_PG(), eps, where=right_PG)
-    reward_PG = torch.where(right_PG, torch.exp(-LEAD_LENGTH * length_PG), -1.0)
+    correct_PG, rate_P = step.correct_PG() > 0, step.rate_P("success")
+    length_PG = step.standardise(step.positive_length_PG(), eps, where=correct_PG)
+    reward_PG = torch.where(correct_PG, torch.exp(-LEAD_LENGTH * length_PG), -1.0)
     z_PG = step.standardise(reward_PG, eps)
 
     def weight(x: Tensor) -> Tensor:
@@ -230,9 +230,9 @@ def agrae_released_code(step: Step, *, alpha: float = 1.0, eps: float = 1e-6) ->
         A ← ω · z/2 / (√m + eps) + (1 − ω) · z/2 / (1 − √m + eps),   then as Eq. 13.
 
     It differs from `agrae` in 1 − √m for √(1 − m) (at 7/8, 15.5 against 2.83 for the inverse),
-    in m for the success rate, in ddof, and in rescaling groups that are all right or all wrong
-    too. Their code gives NaN or turned signs for m outside [0, 1]; here that is an error. They
-    edit α by hand in the source.
+    in m for the success rate, in ddof, and in rescaling groups that are all correct or all
+    incorrect too. Their code gives NaN or reversed signs for m outside [0, 1]; here that is an
+    error. They edit α by hand in the source.
     """
     z_PG = step.standardise(step.reward_PG, eps, ddof=1)
     omega, rate_P = step.omega("reward"), step.rate_P("reward")
@@ -324,8 +324,8 @@ class Step:
         high_P1 = for_highest_PG.amax(dim=1, keepdim=True)
         return high_P1 - low_P1 <= self.rounding * torch.maximum(low_P1.abs(), high_P1.abs())
 
-    def right_PG(self) -> Tensor:
-        """1.0 for a right completion, 0.0 for a wrong one."""
+    def correct_PG(self) -> Tensor:
+        """1.0 for a correct completion, 0.0 for an incorrect one."""
         if self.success_PG is None:
             raise ValueError("this advantage rule needs success_PG")
         bad_PG = (self.success_PG != 0) & (self.success_PG != 1)
@@ -341,12 +341,12 @@ class Step:
 
     def omega(self, source: str) -> float:
         """ω, Eq. 11, clamped to [0, 1]."""
-        value_PG = self.reward_PG if source == "reward" else self.right_PG()
+        value_PG = self.reward_PG if source == "reward" else self.correct_PG()
         return min(1.0, max(0.0, float(value_PG.mean())))
 
     def rate_P(self, source: str) -> Tensor:
         """p of each group, the mean of its successes or rewards."""
-        rate_P = (self.reward_PG if source == "reward" else self.right_PG()).mean(dim=1)
+        rate_P = (self.reward_PG if source == "reward" else self.correct_PG()).mean(dim=1)
         # Rounding may put the mean of rewards of 1 just above 1.
         bad_P = (rate_P < -1e-6) | (rate_P > 1 + 1e-6)
         _refuse(bad_P, rate_P, "the mean reward stands for a rate here and must be in [0, 1]")

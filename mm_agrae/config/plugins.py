@@ -1,4 +1,4 @@
-"""Names in a config that stand for code: the user's own tasks, rewards and engines.
+"""Names in a config that stand for code: the user's tasks, rewards and engines.
 
 A name is "package.module:Name" or "path/to/file.py:Name", looked for from the working directory,
 whether the program was started as `mm-agrae` or `python -m mm_agrae.cli`.

@@ -115,7 +115,7 @@ class SamplingSection(Section):
 
 
 class DynamicSampling(Section):
-    """DAPO: groups without signal are drawn again, at most `max_draws` times."""
+    """DAPO: groups whose advantages are all 0 are resampled, in at most `max_draws` rounds."""
 
     max_draws: PositiveInt = 3
 
@@ -173,13 +173,14 @@ class MismatchSection(Section):
     warn_above: Annotated[float, Field(gt=0)] = 0.05
     """Mean difference (nats a token) above which the probe warns; bfloat16 gives about 0.01."""
     stop_above: Annotated[float, Field(gt=0)] = 0.5
-    """Mean difference above which the run stops: the engine holds other weights or pictures."""
+    """Mean difference above which the run stops: the engine holds other weights or sees other
+    images."""
 
 
 class RolloutSection(SamplingSection):
     engine: str = "hf"
-    """hf: the trained model itself. vllm: vLLM in this process. vllm_server: vLLM over HTTP. Or one
-    of your own, as "module:Class" or "path/to/file.py:Class"."""
+    """hf: the trained model itself. vllm: vLLM in this process. vllm_server: vLLM over HTTP. Or a
+    class of yours, as "module:Class" or "path/to/file.py:Class"."""
     vllm: VllmSection = VllmSection()
     mismatch: MismatchSection = MismatchSection()
     overlap: bool = False
@@ -208,7 +209,7 @@ class RolloutSection(SamplingSection):
         if self.overlap and self.dynamic_sampling is not None:
             raise ValueError(
                 "rollout.overlap and rollout.dynamic_sampling exclude each other: which groups to "
-                "draw again is known only after the update has begun"
+                "resample is known only after the next ones have been started"
             )
         if self.completions_per_prompt < 2:
             raise ValueError(

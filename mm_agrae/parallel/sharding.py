@@ -123,9 +123,9 @@ class GatheredReplica:
                 continue
             if id(parameter) not in made:
                 value = whole(parameter)
-                place = value.device if device is None else device
+                target = value.device if device is None else device
                 made[id(parameter)] = nn.Parameter(
-                    value.to(place if keep else "meta"), parameter.requires_grad
+                    value.to(target if keep else "meta"), parameter.requires_grad
                 )
             _assign(self.model, "_parameters", name, made[id(parameter)])
         for name, buffer in model.named_buffers(remove_duplicate=False):

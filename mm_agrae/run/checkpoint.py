@@ -1,19 +1,18 @@
-"""Checkpoints in Hugging Face format, written whole or not at all, and taken up again exactly.
+"""Checkpoints in Hugging Face format, written whole or not at all, and restored exactly.
 
 A folder holds what transformers loads by itself (weights or a LoRA adapter, config, tokenizer,
 processor) and beside it
 
     mm_agrae.yaml     the resolved config
     training.pt       optimiser and schedule, read with weights_only
-    mm_agrae.json     format, step, position in the data, versions, the checksum of every other file
+    mm_agrae.json     format, step, data cursor, versions, the checksum of every other file
 
 Nothing random is stored: all randomness of a run follows from its seed and the step. A folder
 counts only with a complete `mm_agrae.json`, which is written last; one whose files do not match
 their checksums is passed over in favour of the one before.
 
-Beside the folders `step_000010`, … of a run stand the links `latest` and `best`, for whoever wants
-to name a checkpoint without its step. A run that is resumed does not rely on them: it looks
-through the folders.
+Beside the folders `step_000010`, … of a run are the links `latest` and `best`, which name a
+checkpoint without its step. Resuming does not rely on them: it looks through the folders.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class Snapshot:
         return cls(policy.model, weights, files, dict(state), training)
 
     def write(self, folder: Path) -> None:
-        """Write aside, flush to disk, then rename into place.
+        """Write to a temporary folder, flush to disk, then rename.
 
         Raises RunFolderError if it cannot be written; an earlier checkpoint is left as it was.
         """

@@ -29,7 +29,7 @@ def in_rollout(self, prompts, step, *args, **kwargs):
         if self.trouble == "dies":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.trouble == "sleeps":
-            time.sleep(1000)
+            time.sleep(3000)
     return generate(self, prompts, step, *args, **kwargs)
 
 
@@ -38,7 +38,7 @@ def in_update(self, *args, **kwargs):
         if self.trouble == "dies_in_update":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.trouble == "sleeps_in_update":
-            time.sleep(1000)
+            time.sleep(3000)
     return backward(self, *args, **kwargs)
 
 

@@ -23,13 +23,13 @@ def ends(tmp_path_factory):
     for trouble in TROUBLES:
         config = run_config(
             folder / f"run_{trouble}", TEXT,
-            train={"steps": 3, "timeout_minutes": 8 / 60},
+            train={"steps": 3, "timeout_minutes": 20 / 60},
             rollout={"prompts_per_step": 2, "completions_per_prompt": 2, "max_new_tokens": 12},
             evaluate={"before": False, "after": False},
         )  # fmt: skip
         (folder / f"{trouble}.yaml").write_text(configs.dump(config))
     subprocess.run(
-        [sys.executable, str(WORKER), str(folder)], check=True, timeout=300,
+        [sys.executable, str(WORKER), str(folder)], check=True, timeout=900,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     return {

@@ -39,10 +39,10 @@ def test_a_run_leaves_everything_behind(tmp_path, path):
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         assert 0 <= row["success/mean"] <= 1
-        assert row["groups/all_right"] + row["groups/all_wrong"] + row[
+        assert row["groups/all_correct"] + row["groups/all_incorrect"] + row[
             "groups/mixed"
         ] == pytest.approx(1)
-        assert row["completions/right"] == row["success/mean"] * 16
+        assert row["completions/correct"] == row["success/mean"] * 16
         assert row["policy/entropy"] > 0
         assert row["advantage/omega"] == pytest.approx(row["reward/mean"])
         assert {
@@ -231,7 +231,7 @@ def test_dynamic_sampling_replaces_groups_without_signal(tmp_path):
     train(tmp_path / "a", rollout={"dynamic_sampling": {"max_draws": 4}}, **sections)
     train(tmp_path / "b", **sections)
     drawn, plain = (RunFolder(tmp_path / name) for name in "ab")
-    draws = {r["draw"] for step in (1, 2, 3) for r in drawn.read_rollouts(step)}
+    draws = {r["resample_round"] for step in (1, 2, 3) for r in drawn.read_rollouts(step)}
     assert max(draws) > 0
     mixed = [sum(row["groups/mixed"] for row in run.read_metrics()) for run in (drawn, plain)]
     assert mixed[0] > mixed[1]

@@ -52,15 +52,29 @@ if TYPE_CHECKING:
 ROWS_PER_GROUP = 512
 """Completions in one row group of a Parquet file: the least that is decoded to show one of them."""
 
+RENAMED = {
+    "groups/all_right": "groups/all_correct",
+    "groups/all_wrong": "groups/all_incorrect",
+    "completions/right": "completions/correct",
+    "draw": "resample_round",
+}
+"""Metrics and rollout columns as version 0.1.0 wrote them -> their names today, as all readers
+get them."""
+
+
+def current_name(name: str) -> str:
+    return RENAMED.get(name, name)
+
 
 @dataclass(frozen=True)
 class RolloutRecord:
     """One completion of a training step, as kept in the rollout's Parquet file.
 
-    `draw` counts the draws of dynamic sampling, from 0. `tokens` is the completion's length,
-    `entropy` the mean over its tokens in nats. The three advantages are the normalised reward
-    before any rescaling, after the sample level, and the final one. `images` are paths relative
-    to the run folder, as `RunFolder.store_image` returns them.
+    `resample_round` is the round of dynamic sampling that its group comes from, 0 the first.
+    `tokens` is the completion's length, `entropy` the mean over its tokens in nats. The three
+    advantages are the normalised reward before any rescaling, after the sample level, and the
+    final one. `images` are paths relative to the run folder, as `RunFolder.store_image` returns
+    them.
     """
 
     step: int
@@ -75,7 +89,7 @@ class RolloutRecord:
     finish_reason: str
     reward: float
     success: bool
-    draw: int = 0
+    resample_round: int = 0
     images: tuple[str, ...] = ()
     parts: Mapping[str, float] = field(default_factory=dict)
     error: str = ""
@@ -305,7 +319,7 @@ class RunFolder:
                     f"run folder {self.path}: metrics.jsonl line {number} is damaged ({error}); "
                     "remove that line"
                 ) from None
-            rows.append({sys.intern(name): value for name, value in row.items()})
+            rows.append({sys.intern(current_name(k)): value for k, value in row.items()})
         return rows
 
     # -- rollouts
@@ -343,9 +357,9 @@ class RunFolder:
         both spare time and memory. Raises ValueError for a column that does not exist,
         RunFolderError if the step or such a row was not kept or its file is damaged.
         """
-        with self._rollout_file(step, columns) as file:
+        with self._rollout_file(step, columns) as (file, stored):
             if rows is None:
-                return _plain_rows(file.read(columns=columns).to_pylist())
+                return _plain_rows(file.read(columns=stored).to_pylist())
             sizes = [
                 file.metadata.row_group(i).num_rows for i in range(file.metadata.num_row_groups)
             ]
@@ -358,7 +372,7 @@ class RunFolder:
             for index, size in enumerate(sizes):
                 inside = sorted({row for row in rows if start <= row < start + size})
                 if inside:
-                    part = file.read_row_group(index, columns=columns)
+                    part = file.read_row_group(index, columns=stored)
                     part = part.take([row - start for row in inside])
                     found |= zip(inside, _plain_rows(part.to_pylist()), strict=True)
                 start += size
@@ -368,12 +382,15 @@ class RunFolder:
         self, step: int, columns: Sequence[str] | None = None
     ) -> Iterator[list[dict[str, Any]]]:
         """The same rows, some hundred at a time: for steps too large to hold."""
-        with self._rollout_file(step, columns) as file:
-            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=columns):
+        with self._rollout_file(step, columns) as (file, stored):
+            for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=stored):
                 yield _plain_rows(batch.to_pylist())
 
     @contextmanager
-    def _rollout_file(self, step: int, columns: Sequence[str] | None) -> Iterator[ParquetFile]:
+    def _rollout_file(
+        self, step: int, columns: Sequence[str] | None
+    ) -> Iterator[tuple[ParquetFile, list[str]]]:
+        """The open file of a step and the names that it has for `columns`, by default all."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -388,10 +405,11 @@ class RunFolder:
                 raise RunFolderError(f"run folder {self.path}: no rollouts of step {step}; {kept}")
             try:
                 with pq.ParquetFile(path) as file:
-                    missing = set(columns or _COLUMNS) - set(file.schema_arrow.names)
+                    stored = {current_name(name): name for name in file.schema_arrow.names}
+                    missing = set(columns or _COLUMNS) - stored.keys()
                     if missing:
                         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-                    yield file
+                    yield file, [stored[name] for name in columns or _COLUMNS]
             except (pa.ArrowException, ValueError, TypeError, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # the operating system's; Arrow's own, for damaged pages, have no number
@@ -538,7 +556,7 @@ class RunFolder:
 
 _COLUMNS = {
     "step": "int",
-    "draw": "int",
+    "resample_round": "int",
     "prompt_index": "int",
     "completion_index": "int",
     "example_id": "text",
@@ -562,10 +580,13 @@ _COLUMNS = {
 
 
 def _plain_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for row in rows:
-        for name in row.keys() & {"parts", "meta"}:
-            row[name] = json.loads(row[name])
-    return rows
+    return [
+        {
+            current_name(name): json.loads(value) if name in ("parts", "meta") else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
 
 
 def _number(value: Any) -> float | None:

@@ -45,7 +45,7 @@ CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
     ("ω", "mean reward of the whole step; low: easy groups weigh more, high: hard ones",
      {"advantage/omega": "ω"}, ("smooth",)),
     ("Groups", "by how many of their completions are right",
-     {"groups/all_wrong": "none", "groups/mixed": "some", "groups/all_right": "all"},
+     {"groups/all_incorrect": "none", "groups/mixed": "some", "groups/all_correct": "all"},
      ("stacked", "shares")),
     ("Entropy", "nats a token",
      {"policy/entropy": "entropy"}, ("smooth", "zero")),
@@ -54,7 +54,7 @@ CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
     ("Truncated", "completions cut off by the token limit",
      {"completions/truncated": "truncated"}, ("smooth", "shares", "zero")),
     ("Right completions", "in the step's batch",
-     {"completions/right": "right"}, ("smooth",)),
+     {"completions/correct": "right"}, ("smooth",)),
     ("Mean |A|", "how strongly the step pushes",
      {"advantage/mean_abs": "|A|"}, ("smooth", "zero")),
     ("ΣA", "negative: paths that were not sampled gain (Theorem 1)",
@@ -180,7 +180,7 @@ def group_card(
     lines = [_completion_row(row, limit, place in opened) for place, row in enumerate(shown)]
     hidden = len(rows) - len(shown)
     more = note(f"and {hidden} more") if hidden else None
-    draw = f", draw {rows[0]['draw'] + 1}" if rows[0]["draw"] else ""
+    draw = f", resample {rows[0]['resample_round']}" if rows[0]["resample_round"] else ""
     place = f"prompt {rows[0]['prompt_index']}{draw} · {shorten(rows[0]['example_id'], 100)}"
     problem = problem_part(rows[0], pictures, el("p", place, class_="muted small"))
     return el("article", problem, el("div", title, *lines, more), class_="card group")

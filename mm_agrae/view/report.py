@@ -445,8 +445,8 @@ def _compared_results(
 
 
 def _compared_curves(names: Sequence[str], metrics: Sequence[Sequence[Row]]) -> Html:
-    titles = {"reward/mean": "Reward", "groups/all_wrong": "Groups without a right completion",
-              "groups/all_right": "Groups with right completions only"}  # fmt: skip
+    titles = {"reward/mean": "Reward", "groups/all_incorrect": "Groups without a right completion",
+              "groups/all_correct": "Groups with right completions only"}  # fmt: skip
     notes = {}
     for title, caption, keys, options in CURVES:
         key = next(iter(keys))

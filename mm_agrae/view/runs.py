@@ -27,7 +27,7 @@ STEPS_HELD = 4
 """Steps whose groups (not their texts) are remembered, the latest ones looked at."""
 
 _LIGHT = (
-    *("draw", "prompt_index", "example_id", "success", "finish_reason", "error"),
+    *("resample_round", "prompt_index", "example_id", "success", "finish_reason", "error"),
     *("reward", "advantage"),
 )
 _SEARCHED = ("completion", "question", "answer", "example_id")
@@ -176,7 +176,8 @@ def _group(parts: Iterable[Sequence[Row]]) -> list[Group]:
     place = 0
     for part in parts:
         for row in part:
-            members.setdefault((row["draw"], row["prompt_index"]), []).append((place, row))
+            key = row["resample_round"], row["prompt_index"]
+            members.setdefault(key, []).append((place, row))
             place += 1
     groups = []
     for found in members.values():

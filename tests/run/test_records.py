@@ -7,19 +7,20 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
-from helpers import small_files
+from helpers import ROOT, small_files
 from PIL import Image
 
 from mm_agrae.errors import ConfigError, RunFolderError
 from mm_agrae.evaluation.evaluate import summarise
 from mm_agrae.run.metrics import MetricLogger, Stopwatch, peak_memory_mb
-from mm_agrae.run.records import ROWS_PER_GROUP, RolloutRecord, RunFolder, SampleRecord
+from mm_agrae.run.records import RENAMED, ROWS_PER_GROUP, RolloutRecord, RunFolder, SampleRecord
 
+EXAMPLE_RUN = ROOT / "data" / "example_run"
 HOSTILE = [
     "\ud800",
     "a\0b",
@@ -46,7 +47,7 @@ def record(**changes):
         finish_reason="stop",
         reward=0.9,
         success=True,
-        draw=1,
+        resample_round=1,
         images=("images/0.png",),
         parts={"accuracy": 1.0, "format": 0.0},
         error="",
@@ -285,6 +286,29 @@ def test_metrics_are_followed_from_a_mark(folder):
         file.write("nonsense\n")
     with pytest.raises(RunFolderError, match=r"metrics\.jsonl line 3 is damaged"):
         folder.follow_metrics()
+
+
+def test_a_run_of_version_0_1_0_is_read_by_todays_names(tmp_path):
+    old = RunFolder(EXAMPLE_RUN)
+    assert set(RENAMED.values()).isdisjoint((EXAMPLE_RUN / "metrics.jsonl").read_text().split('"'))
+    first, step = old.read_metrics()[0], old.rollout_steps()[0]
+    assert first["completions/correct"] == 49
+    assert (first["groups/all_correct"], first["groups/all_incorrect"]) == (0.1875, 0.125)
+    rows = old.read_rollouts(step)
+    assert rows[0].keys() == {field.name for field in fields(RolloutRecord)}
+    assert {row["resample_round"] for row in rows} == {0}
+    assert old.read_rollouts(step, ["resample_round"], rows=[1]) == [{"resample_round": 0}]
+    (batch, *_) = old.iter_rollouts(step, ["resample_round", "reward"])
+    assert batch[0] == {"resample_round": 0, "reward": rows[0]["reward"]}
+    assert not RENAMED.keys() & (rows[0].keys() | first.keys())
+
+    # Once such a run is resumed, its file holds today's names alone.
+    shutil.copytree(EXAMPLE_RUN, tmp_path / "resumed")
+    resumed = RunFolder(tmp_path / "resumed")
+    resumed.rewind(2)
+    resumed.append_metrics({"step": 3, "completions/correct": 1.0})
+    assert [row["step"] for row in resumed.read_metrics()] == [1, 2, 3]
+    assert '"completions/right"' not in (resumed.path / "metrics.jsonl").read_text()
 
 
 # -- pictures

@@ -43,7 +43,7 @@ def test_groups_of_a_step_and_their_texts(tmp_path):
 def test_draws_of_one_place_are_groups_of_their_own(tmp_path):
     run = make_run(tmp_path / "run")
     rows = rollouts(run, 1, groups=1) + rollouts(
-        run, 1, groups=1, draw={(0, i): 1 for i in range(4)}
+        run, 1, groups=1, resample_round={(0, i): 1 for i in range(4)}
     )
     run.write_rollouts(1, rows)
     assert [group.rows for group in opened(run).groups(1)] == [(0, 1, 2, 3), (4, 5, 6, 7)]

@@ -10,11 +10,11 @@ from typing import Any
 import gradio as gr
 
 from mm_agrae.errors import UserError
-from mm_agrae.evaluation.comparison import (
-    KINDS,
-    Contrast,
-    Evaluation,
-    SampleReader,
+from mm_agrae.evaluation.paired import (
+    OUTCOMES,
+    PairedEvaluations,
+    SampleCache,
+    StoredEvaluation,
     find_evaluations,
 )
 from mm_agrae.view.demo_settings import DemoSettings
@@ -40,7 +40,7 @@ CHOOSE_TWO = "Choose two different evaluations of the same problems."
 def build(settings: DemoSettings) -> None:
     """The tab. Reads the runs of `settings` and nothing else."""
     library = Library(settings.runs)
-    reader = SampleReader()
+    reader = SampleCache()
 
     names = list(find_evaluations(library.runs())[0])
     chosen = gr.Dropdown(
@@ -56,7 +56,7 @@ def build(settings: DemoSettings) -> None:
             label="Second", choices=names, value=None, min_width=260, elem_id="compare-second"
         )
     gains = html("compare-gains")
-    kind = gr.Radio(_labels(), value=next(iter(KINDS)), label="Problems", elem_id="compare-kind")
+    kind = gr.Radio(_labels(), value=next(iter(OUTCOMES)), label="Problems", elem_id="compare-kind")
     cards = html("compare-cards")
     with gr.Row():
         back = gr.Button("← Previous problems", interactive=False, elem_id="compare-back")
@@ -64,7 +64,7 @@ def build(settings: DemoSettings) -> None:
     page = gr.State(0)
     listed = [gains, kind, cards, page, back, onward]
 
-    def evaluations() -> tuple[dict[str, Evaluation], list[str]]:
+    def evaluations() -> tuple[dict[str, StoredEvaluation], list[str]]:
         return find_evaluations(library.runs())
 
     def open_all(progress: gr.Progress = gr.Progress()) -> list[Any]:  # noqa: B008
@@ -82,20 +82,20 @@ def build(settings: DemoSettings) -> None:
             drawn,
             gr.Dropdown(choices=names, value=ends[0]),
             gr.Dropdown(choices=names, value=ends[1]),
-            *contrast(*ends, next(iter(KINDS)), 0, progress, found),
+            *pair_up(*ends, next(iter(OUTCOMES)), 0, progress, found),
         ]
 
     def draw(names: Sequence[str]) -> Html:
         found, troubles = evaluations()
         return _overview(found, [name for name in found if name in (names or ())], troubles)
 
-    def contrast(
+    def pair_up(
         one: str,
         other: str,
         kind: str,
         page: int,
         progress: gr.Progress,
-        found: dict[str, Evaluation] | None = None,
+        found: dict[str, StoredEvaluation] | None = None,
     ) -> list[Any]:
         found = found or evaluations()[0]
         if not {str(one), str(other)} <= found.keys() or one == other:
@@ -106,8 +106,8 @@ def build(settings: DemoSettings) -> None:
             for name, evaluation in zip((one, other), pair, strict=True):
                 report = partial(progress, desc=f"Reading the samples of {name}")
                 samples.append(reader.read(evaluation, report))
-            result = Contrast.of(*samples)
-            return _contrasted((one, other), pair, result, kind, page)
+            result = PairedEvaluations.of(*samples)
+            return _paired_problems((one, other), pair, result, kind, page)
         except UserError as error:
             return _nothing(style.error(error))
 
@@ -118,7 +118,7 @@ def build(settings: DemoSettings) -> None:
         page: int,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> list[Any]:
-        return contrast(one, other, kind, 0, progress)
+        return pair_up(one, other, kind, 0, progress)
 
     def page_before(
         one: str,
@@ -127,7 +127,7 @@ def build(settings: DemoSettings) -> None:
         page: int,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> list[Any]:
-        return contrast(one, other, kind, page - 1, progress)
+        return pair_up(one, other, kind, page - 1, progress)
 
     def page_after(
         one: str,
@@ -136,7 +136,7 @@ def build(settings: DemoSettings) -> None:
         page: int,
         progress: gr.Progress = gr.Progress(),  # noqa: B008
     ) -> list[Any]:
-        return contrast(one, other, kind, page + 1, progress)
+        return pair_up(one, other, kind, page + 1, progress)
 
     reading: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 4}
     asked = [first, second, kind, page]
@@ -155,7 +155,7 @@ def build(settings: DemoSettings) -> None:
     onward.click(page_after, asked, listed, **reading).then(None, js=to_the_top)
 
 
-def _ends(found: dict[str, Evaluation]) -> tuple[str, str]:
+def _ends(found: dict[str, StoredEvaluation]) -> tuple[str, str]:
     """The two to begin with: the first and the last of one run on one task, if it has two."""
     keys = {
         name: (evaluation.folder.path, evaluation.result.label)
@@ -169,7 +169,9 @@ def _ends(found: dict[str, Evaluation]) -> tuple[str, str]:
     return names[0], names[-1]
 
 
-def _overview(found: dict[str, Evaluation], names: Sequence[str], troubles: Sequence[str]) -> Html:
+def _overview(
+    found: dict[str, StoredEvaluation], names: Sequence[str], troubles: Sequence[str]
+) -> Html:
     """Curves and a table for each task."""
     parts = [style.error(trouble) for trouble in troubles]
     if not found:
@@ -198,42 +200,42 @@ def _overview(found: dict[str, Evaluation], names: Sequence[str], troubles: Sequ
     return style.area(*parts)
 
 
-def _contrasted(
+def _paired_problems(
     names: Sequence[str],
-    pair: tuple[Evaluation, Evaluation],
-    contrast: Contrast,
+    pair: tuple[StoredEvaluation, StoredEvaluation],
+    paired: PairedEvaluations,
     kind: str,
     page: int,
 ) -> list[Any]:
     """Values of: the gains, the kinds with their counts, the cards, the page, its two buttons."""
-    if not contrast.problems:
+    if not paired.count:
         return _nothing(style.area(empty(f"They have no problem in common. {CHOOSE_TWO}")))
-    differences = contrast.kinds[kind]
-    page = max(0, min(page, (len(differences) - 1) // CARDS_A_PAGE))
+    problems = paired.by_outcome[kind]
+    page = max(0, min(page, (len(problems) - 1) // CARDS_A_PAGE))
     start = page * CARDS_A_PAGE
-    shown = differences[start : start + CARDS_A_PAGE]
+    shown = problems[start : start + CARDS_A_PAGE]
     short = [evaluation.result.name for evaluation in pair]
     titles = short if short[0] != short[1] else names
     pictures = Pictures(pair[0].folder)
     cards = []
-    for difference in shown:
-        rows = contrast.traces(difference)
-        counts = zip(titles, difference.right, difference.samples, rows, strict=True)
+    for problem in shown:
+        rows = paired.sample_pair(problem)
+        counts = zip(titles, problem.correct, problem.samples, rows, strict=True)
         columns = [
             (f"{title}: {right} of {samples} right ({percent(right / samples)})", row)
             for title, right, samples, row in counts
         ]
         cards.append(trace_card(rows[0], pictures, columns, limit=LONGEST))
-    place = f"{start + 1:,} to {start + len(shown):,} of {len(differences):,}"
+    place = f"{start + 1:,} to {start + len(shown):,} of {len(problems):,}"
     heading = (
-        note(f"Problems {KINDS[kind]}: {place}. One sample of each is shown.")
+        note(f"Problems {OUTCOMES[kind]}: {place}. One sample of each is shown.")
         if shown
-        else empty(f"No problem is {KINDS[kind]}.")
+        else empty(f"No problem is {OUTCOMES[kind]}.")
     )
-    more = start + CARDS_A_PAGE < len(differences)
+    more = start + CARDS_A_PAGE < len(problems)
     return [
-        _gains(pair, contrast),
-        gr.Radio(choices=_labels(contrast), value=kind),
+        _gains(pair, paired),
+        gr.Radio(choices=_labels(paired), value=kind),
         style.area(heading, *cards),
         page,
         gr.Button(interactive=page > 0),
@@ -241,18 +243,18 @@ def _contrasted(
     ]
 
 
-def _gains(pair: tuple[Evaluation, Evaluation], contrast: Contrast) -> Html:
+def _gains(pair: tuple[StoredEvaluation, StoredEvaluation], paired: PairedEvaluations) -> Html:
     common = set(pair[0].result.pass_at_k) & set(pair[1].result.pass_at_k)
     tiles = []
     for k in sorted({min(common), max(common)} if common else ()):
-        gain = contrast.gain(k)
+        gain = paired.gain(k)
         if gain is not None:
             points = f"{100 * gain.mean:+.1f} points"
             interval = f"95 % interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}"
             tiles.append(tile(f"pass@{k}, second minus first", points, interval))
-    about = f"On {contrast.problems:,} problems both were asked."
-    if contrast.different:
-        about += f" {contrast.different:,} more share an id but not the question; left out."
+    about = f"On {paired.count:,} problems both were asked."
+    if paired.mismatched:
+        about += f" {paired.mismatched:,} more share an id but not the question; left out."
     return style.area(note(about), el("div", *tiles, class_="tiles") if tiles else None)
 
 
@@ -261,9 +263,9 @@ def _nothing(message: Html | str) -> list[Any]:
     return ["", gr.Radio(choices=_labels()), message, 0, button, button]
 
 
-def _labels(contrast: Contrast | None = None) -> list[tuple[str, str]]:
+def _labels(paired: PairedEvaluations | None = None) -> list[tuple[str, str]]:
     labels = []
-    for kind, words in KINDS.items():
-        count = f" ({len(contrast.kinds[kind]):,})" if contrast else ""
+    for kind, words in OUTCOMES.items():
+        count = f" ({len(paired.by_outcome[kind]):,})" if paired else ""
         labels.append((f"{words[0].upper()}{words[1:]}{count}", kind))
     return labels

@@ -32,7 +32,7 @@ from mm_agrae.rollout.engine import engine_class
 from mm_agrae.run import checkpoint, metrics
 from mm_agrae.run.checkpointer import Checkpointer
 from mm_agrae.run.context import RunContext
-from mm_agrae.run.records import RunFolder, summarise_evaluations
+from mm_agrae.run.folder import RunFolder, summarise_evaluations
 from mm_agrae.run.versions import versions
 from mm_agrae.step import Updater, one_line, rollout_records, step_metrics
 from mm_agrae.tasks import load_all

@@ -314,7 +314,7 @@ def trl_steps(config: Config, folder: Path) -> Callable[[], None]:
 def grade(config: Config, model: str, out: Path) -> float:
     """pass@1 on the config's first evaluation set."""
     from mm_agrae.evaluation.checkpoints import evaluate_checkpoints
-    from mm_agrae.run.records import RunFolder
+    from mm_agrae.run.folder import RunFolder
 
     def same(path: str, overrides: Any) -> Config:
         return config

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from mm_agrae import config as configs
 from mm_agrae.progress import Reporter
-from mm_agrae.run.records import EvaluationResult, RunFolder
+from mm_agrae.run.folder import RunFolder
+from mm_agrae.run.records import EvaluationResult
 from mm_agrae.view.report import compare_report
 
 

@@ -238,7 +238,8 @@ def fingerprint(run_dir: Path) -> dict[str, Any]:
     import torch
 
     from mm_agrae.run import checkpoint
-    from mm_agrae.run.records import RunFolder, to_json
+    from mm_agrae.run.files import to_json
+    from mm_agrae.run.folder import RunFolder
 
     def digest(value: Any) -> str:
         return hashlib.sha256(
@@ -281,7 +282,7 @@ def fingerprint(run_dir: Path) -> dict[str, Any]:
 
 def durations(run_dir: Path) -> dict[str, float]:
     """Seconds of one visit to each stage, from a finished run."""
-    from mm_agrae.run.records import RunFolder
+    from mm_agrae.run.folder import RunFolder
 
     rows = RunFolder(run_dir).read_metrics()
     mean = {

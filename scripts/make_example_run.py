@@ -22,7 +22,8 @@ from pathlib import Path
 from PIL import Image
 
 from mm_agrae.errors import RunFolderError, UserError
-from mm_agrae.run.records import RunFolder, write_atomic, write_jsonl
+from mm_agrae.run.files import write_atomic, write_jsonl
+from mm_agrae.run.folder import RunFolder
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from PIL import Image
 
-from mm_agrae.run.records import RunFolder
+from mm_agrae.run.folder import RunFolder
 
 COLOURS = {True: "#1a7f37", False: "#b3261e"}
 

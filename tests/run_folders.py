@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from mm_agrae.evaluation.evaluate import summarise
-from mm_agrae.run.records import RolloutRecord, RunFolder, SampleRecord
+from mm_agrae.evaluation.statistics import summarise
+from mm_agrae.run.folder import RunFolder
+from mm_agrae.run.records import RolloutRecord, SampleRecord
 
 HOSTILE = (
     "<script>window.broken=1</script><img src=x onerror='window.broken=2'>"

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from helpers import ROOT, TEXT
 
-from mm_agrae.run.records import RunFolder
+from mm_agrae.run.folder import RunFolder
 
 RULE = '''
 

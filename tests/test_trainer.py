@@ -8,7 +8,7 @@ from helpers import TEXT, VL, processing, prompts, run_config, sampling
 
 from mm_agrae.errors import DataError, ModelError, RunFolderError
 from mm_agrae.progress import Reporter
-from mm_agrae.run.records import RunFolder
+from mm_agrae.run.folder import RunFolder
 from mm_agrae.tasks.order import DataOrder
 from mm_agrae.trainer import Trainer
 

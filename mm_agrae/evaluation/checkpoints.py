@@ -1,4 +1,4 @@
-"""Several checkpoints on the same problems with the same random numbers, side by side."""
+"""`mm-agrae eval`: several checkpoints on the same problems with the same random numbers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from mm_agrae.progress import Reporter
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout import Engine, make_engine
 from mm_agrae.run import checkpoint
-from mm_agrae.run.records import EvaluationResult, RunFolder
+from mm_agrae.run.folder import RunFolder
+from mm_agrae.run.records import EvaluationResult
 from mm_agrae.run.versions import versions
 from mm_agrae.tasks import load
 
 
-def build(config: Config, path: str) -> tuple[Processing, Policy, Engine]:
-    """A checkpoint made ready for sampling with the settings of `config`."""
+def build_engine(config: Config, path: str) -> tuple[Processing, Policy, Engine]:
+    """A checkpoint loaded for sampling with the settings of `config`."""
     processing = Processing(path, config.prompt, trust_remote_code=config.model.trust_remote_code)
     wants_cuda = config.model.device == "cuda"
     use_cuda = wants_cuda or (config.model.device == "auto" and torch.cuda.is_available())
@@ -60,30 +61,30 @@ def evaluate_checkpoints(
 ) -> int:
     """Evaluate each model on every evaluation set and write results and samples to `out`.
 
-    Raises ConfigError if no config is given and the first model carries none.
+    Returns the exit status. Raises ConfigError if no config is given and the first model has none.
     """
     paths = [resolve(model) for model in models]
     if config_path is None:
         own = Path(paths[0]) / checkpoint.CONFIG_FILE
         if not own.is_file():
-            raise ConfigError(f"eval: {paths[0]} carries no {own.name}; name a config by --config")
+            raise ConfigError(f"eval: {paths[0]} has no {own.name}; pass a config with --config")
         config_path = str(own)
     config = load_config(config_path, overrides)
     if not config.data.evaluate:
-        raise ConfigError(f"{config_path}: data.evaluate names no data to evaluate on")
+        raise ConfigError(f"{config_path}: data.evaluate is empty; add data to evaluate on")
     names = _names(models)
     reporter = Reporter()
     run = RunFolder(out).create(configs.dump(config), versions(), resume=True)
     results: list[EvaluationResult] = []
     with Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder, reporter.bars():
         for name, path in zip(names, paths, strict=True):
-            processing, _, engine = build(config, path)
+            processing, _, engine = build_engine(config, path)
             with contextlib.closing(engine):
                 for source in config.data.evaluate:
                     task = load(source, on_bad_row=config.data.on_bad_row)
-                    started = time.perf_counter()
                     section = config.evaluate.for_source(source)
                     total = len(task) * (section.samples + section.greedy)
+                    started = time.perf_counter()
                     with reporter.bar(f"{name} on {source.label}", total) as advance:
                         problems = evaluate.run(
                             engine,
@@ -95,17 +96,10 @@ def evaluate_checkpoints(
                             on_bad_row=config.data.on_bad_row,
                             on_progress=advance,
                         )
-                    results.append(
-                        evaluate.write(
-                            run,
-                            name,
-                            source.label,
-                            problems,
-                            section,
-                            time.perf_counter() - started,
-                        )
-                    )
-                    reporter.say(evaluate.one_line(results[-1]))
+                    seconds = time.perf_counter() - started
+                    result = evaluate.write(run, name, source.label, problems, section, seconds)
+                    reporter.say(evaluate.one_line(result))
+                    results.append(result)
     for source in config.data.evaluate:
         _table(reporter, source.label, [r for r in results if r.label == source.label])
     reporter.say(f"results and samples in {out}")
@@ -113,13 +107,13 @@ def evaluate_checkpoints(
 
 
 def resolve(model: str) -> str:
-    """A checkpoint folder for what the user named: itself, or a run folder's newest one."""
+    """The newest checkpoint if `model` is a run folder, else `model` itself."""
     newest = checkpoint.newest(Path(model) / "checkpoints")
     return str(newest) if newest else model
 
 
 def _names(models: Sequence[str]) -> list[str]:
-    """Short names that differ: as many trailing parts of the paths as that takes."""
+    """Short distinct names: as many trailing parts of the paths as that takes."""
     for depth in range(1, 8):
         names = ["/".join(Path(model).parts[-depth:]) for model in models]
         if len(set(names)) == len(names):
@@ -130,14 +124,11 @@ def _names(models: Sequence[str]) -> list[str]:
 def _table(reporter: Reporter, label: str, results: Sequence[EvaluationResult]) -> None:
     rows = []
     for result in results:
-        values = [result.greedy] if result.greedy else []
+        intervals = [*result.pass_at_k.values(), *([result.greedy] if result.greedy else [])]
         rows.append(
             [
                 result.name,
-                *(
-                    f"{value.mean:.1%} [{value.low:.1%}, {value.high:.1%}]"
-                    for value in [*result.pass_at_k.values(), *values]
-                ),
+                *(f"{each.mean:.1%} [{each.low:.1%}, {each.high:.1%}]" for each in intervals),
                 "-" if result.entropy is None else f"{result.entropy:.3f}",
                 f"{result.mean_tokens:.0f}",
             ]

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mm_agrae.run.records import write_atomic
+from mm_agrae.run.files import write_atomic
 from mm_agrae.types import Completion, Group, Prompt, Score
 
 _TENSORS = ("token_ids", "logprobs")

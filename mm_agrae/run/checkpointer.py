@@ -22,7 +22,7 @@ from mm_agrae.model.processing import Processing
 from mm_agrae.parallel import sharding
 from mm_agrae.run import checkpoint
 from mm_agrae.run.context import RunContext
-from mm_agrae.run.records import to_json, write_atomic
+from mm_agrae.run.files import to_json, write_atomic
 from mm_agrae.run.versions import changes, versions
 
 

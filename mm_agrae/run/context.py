@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from mm_agrae.config import Config
 from mm_agrae.parallel.processes import Processes
 from mm_agrae.progress import Reporter
+from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.metrics import Stopwatch
-from mm_agrae.run.records import RunFolder
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A trained policy as an ordinary Hugging Face checkpoint, LoRA merged into its weights."""
+"""`mm-agrae export`: a policy as a plain Hugging Face checkpoint, LoRA merged into its weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mm_agrae.run import checkpoint
 from mm_agrae.run.versions import versions
 
 EXPORT_FILE = "mm_agrae_export.json"
-"""Where an export came from."""
+"""In an export: what it was made from."""
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -25,15 +25,15 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 def export(
     source: Path, out: Path, dtype: Dtype = "auto", *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
-    """Write `source` to the new folder `out` as plain transformers, vLLM and we ourselves load it.
+    """Write `source` to the new folder `out`, for transformers, vLLM or this package to load.
 
-    `source` is a checkpoint (full or LoRA), a LoRA adapter, or a run folder, which stands for its
-    newest checkpoint. `dtype` auto keeps the one that the (base) model's files have; LoRA is
-    merged in float32 and rounded once. Returns what is written to `mm_agrae_export.json`: source,
-    step, dtype, parameters, versions.
+    `source` is a checkpoint (full or LoRA), a LoRA adapter, or a run folder (its newest
+    checkpoint). `dtype` "auto" keeps that of the (base) model's files; LoRA is merged in float32
+    and rounded once. Returns what is written to `mm_agrae_export.json`: source, step, dtype,
+    parameters, versions.
 
-    Raises ModelError if the source cannot be loaded, RunFolderError if `out` holds something or
-    cannot be written; it is written whole or not at all.
+    Raises ModelError if the source cannot be loaded, RunFolderError if `out` is not empty or
+    cannot be written. The folder is written whole or not at all.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -62,11 +62,11 @@ def export(
         "versions": versions(),
     }
     if hf.all_tied_weights_keys and hasattr(hf.get_output_embeddings(), "lora_A"):
-        # The merged head is no longer the embeddings.
+        # The merged head no longer equals the embeddings.
         hf.config.tie_word_embeddings = hf.config.get_text_config().tie_word_embeddings = False
     hf.config.dtype = target
     hf.config.architectures = [type(hf).__name__]
-    # Whoever generates with plain transformers should stop where training stopped.
+    # Generation by plain transformers stops where training did.
     hf.generation_config.eos_token_id = list(processing.eos_ids)
     hf.generation_config.pad_token_id = processing.pad_id
     with checkpoint.written_whole(out) as aside:
@@ -85,7 +85,7 @@ def _stored_dtype(path: str) -> torch.dtype:
     from transformers import PreTrainedConfig
 
     model, _ = model_and_adapter(path)
-    # A field that every config has: reading the file needs no code of the model's.
+    # Read as the base class, so that no code of the model's own is needed.
     values, _ = PreTrainedConfig.get_config_dict(model)
     name = values.get("dtype") or values.get("torch_dtype") or "float32"
     return getattr(torch, name)

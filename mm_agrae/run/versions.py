@@ -1,4 +1,4 @@
-"""Which code made a run: versions of the packages that decide its numbers, and our revision."""
+"""Which code made a run: versions of the packages that affect its numbers, and our revision."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def versions() -> dict[str, str]:
 
 
 def changes(earlier: Mapping[str, str]) -> list[str]:
-    """What differs between then and now, such as "torch 2.12.0 -> 2.13.0"."""
+    """Packages whose version has changed since, such as "torch 2.12.0 -> 2.13.0"."""
     now = versions()
     names = sorted((earlier.keys() & now.keys()) - {"revision"})
     return [f"{n} {earlier[n]} -> {now[n]}" for n in names if earlier[n] != now[n]]

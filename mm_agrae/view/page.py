@@ -14,7 +14,8 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from mm_agrae.run.records import Interval, clean_text
+from mm_agrae.run.files import clean_text
+from mm_agrae.run.records import Interval
 
 Points = Sequence[tuple[float, float]]
 

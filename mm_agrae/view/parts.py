@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mm_agrae.run.records import EvaluationResult, RunFolder, clean_text
+from mm_agrae.run.files import clean_text
+from mm_agrae.run.folder import RunFolder
+from mm_agrae.run.records import EvaluationResult
 from mm_agrae.view.page import (
     Html,
     Line,

@@ -12,8 +12,10 @@ from typing import Any
 import yaml
 
 from mm_agrae.errors import RunFolderError
-from mm_agrae.evaluation.comparison import Contrast, Evaluation, SampleReader
-from mm_agrae.run.records import EvaluationResult, RunFolder, write_atomic
+from mm_agrae.evaluation.paired import PairedEvaluations, SampleCache, StoredEvaluation
+from mm_agrae.run.files import write_atomic
+from mm_agrae.run.folder import RunFolder
+from mm_agrae.run.records import EvaluationResult
 from mm_agrae.view.page import (
     Html,
     Line,
@@ -186,13 +188,13 @@ def _key_numbers(folder: RunFolder, ends: Sequence[EvaluationResult]) -> list[Ht
         return " → ".join(show(read(result)) for result in ends)
 
     when = "" if len(ends) > 1 else f", {ends[-1].name}"
-    contrast = _contrast(folder, ends)
+    paired = _paired(folder, ends)
     tiles = []
     for k in _first_and_last_k(ends[-1]):
         found = [result.pass_at_k[k] for result in ends if k in result.pass_at_k]
         ranges = " → ".join(map(span, found))
         values = percent(*(interval.mean for interval in found))
-        tiles.append(tile(f"pass@{k}{when}", values, ranges, _gain(contrast, k)))
+        tiles.append(tile(f"pass@{k}{when}", values, ranges, _gain(paired, k)))
     greedy = [result.greedy for result in ends if result.greedy is not None]
     if greedy:
         values = percent(*(interval.mean for interval in greedy))
@@ -206,22 +208,22 @@ def _key_numbers(folder: RunFolder, ends: Sequence[EvaluationResult]) -> list[Ht
     return tiles
 
 
-def _contrast(folder: RunFolder, ends: Sequence[EvaluationResult]) -> Contrast | None:
+def _paired(folder: RunFolder, ends: Sequence[EvaluationResult]) -> PairedEvaluations | None:
     """The two ends on the problems they share; None where the samples were not kept."""
     if len(ends) < 2:
         return None
-    reader = SampleReader()
+    reader = SampleCache()
     try:
-        first, second = (reader.read(Evaluation(folder, result)) for result in ends)
+        first, second = (reader.read(StoredEvaluation(folder, result)) for result in ends)
     except RunFolderError:  # missing or damaged: the report shows what there is
         return None
-    contrast = Contrast.of(first, second)
-    return contrast if contrast.problems else None
+    paired = PairedEvaluations.of(first, second)
+    return paired if paired.count else None
 
 
-def _gain(contrast: Contrast | None, k: int) -> str:
-    """The paired difference, where both evaluations sampled the same problems equally often."""
-    gain = contrast.gain(k) if contrast else None
+def _gain(paired: PairedEvaluations | None, k: int) -> str:
+    """The paired problem, where both evaluations sampled the same problems equally often."""
+    gain = paired.gain(k) if paired else None
     if gain is None:
         return ""
     return f"{100 * gain.mean:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
@@ -249,9 +251,9 @@ def _group_tables(ends: Sequence[EvaluationResult]) -> list[Html]:
         for value, group in groups.items():
             cells = []
             for k, result in columns:
-                found = result.groups.get(key, {}).get(value, {}).get("pass_at_k", {})
-                cells.append(with_interval(found.get(k)))
-            rows.append([value, group["problems"], *cells])
+                found = result.groups.get(key, {}).get(value)
+                cells.append(with_interval(found.pass_at_k.get(k) if found else None))
+            rows.append([value, group.problems, *cells])
         header = [key, "problems", *(f"pass@{k} {result.name}" for k, result in columns)]
         tables.append(fold(f"By {key} ({len(groups)})", table(header, rows)))
     return tables
@@ -328,18 +330,18 @@ def _traces(
     ends = _ends([r for r in evaluations if r.label == evaluations[-1].label])
     if len(ends) < 2:
         return None
-    contrast = _contrast(folder, ends)
-    if contrast is None:
+    paired = _paired(folder, ends)
+    if paired is None:
         return empty("The samples of the evaluations were not kept.")
-    kinds = contrast.kinds
+    kinds = paired.by_outcome
     gained = (kinds["only second"] + kinds["second more"])[:3]
     lost = (kinds["only first"] + kinds["first more"])[:1]
     cards = []
-    for difference in gained + lost + kinds["neither"][:1]:
-        rows = contrast.traces(difference)
+    for problem in gained + lost + kinds["neither"][:1]:
+        rows = paired.sample_pair(problem)
         titles = [
             f"{result.name}: {right} of {count} right"
-            for result, right, count in zip(ends, difference.right, difference.samples, strict=True)
+            for result, right, count in zip(ends, problem.correct, problem.samples, strict=True)
         ]
         cards.append(trace_card(rows[1], pictures, list(zip(titles, rows, strict=True))))
     about = "Problems that training solved, one it lost and one it left, as far as there are any."

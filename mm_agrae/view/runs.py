@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from mm_agrae.errors import RunFolderError
-from mm_agrae.run.records import MetricsMark, RunFolder
+from mm_agrae.run.folder import MetricsMark, RunFolder
 
 Row = Mapping[str, Any]
 

@@ -21,7 +21,7 @@ from mm_agrae.types import Example
 from mm_agrae.view.page import Html, el, join, page
 
 if TYPE_CHECKING:
-    from mm_agrae.evaluation.evaluate import Problem
+    from mm_agrae.evaluation.evaluate import EvaluatedProblem
 
 CELL_PX = 320
 PICTURE_PX = 240
@@ -100,12 +100,14 @@ def write_samples(config: Config, *, split: str, count: int, completions: int, o
     return out
 
 
-def _solve(config: Config, task: Task, indices: Sequence[int], completions: int) -> list[Problem]:
+def _solve(
+    config: Config, task: Task, indices: Sequence[int], completions: int
+) -> list[EvaluatedProblem]:
     from mm_agrae.evaluation import evaluate
-    from mm_agrae.evaluation.checkpoints import build
+    from mm_agrae.evaluation.checkpoints import build_engine
     from mm_agrae.rewards import Rewarder
 
-    processing, _, engine = build(config, config.model.path)
+    processing, _, engine = build_engine(config, config.model.path)
     section = config.evaluate.model_copy(update={"samples": completions, "greedy": False})
     with (
         contextlib.closing(engine),

@@ -18,7 +18,7 @@ from mm_agrae.model.compat import prepare
 from mm_agrae.model.weights import adapter_weights
 from mm_agrae.parallel import sharding
 from mm_agrae.progress import Reporter
-from mm_agrae.run.records import RunFolder
+from mm_agrae.run.folder import RunFolder
 from mm_agrae.trainer import Trainer
 
 SHARDED = ("fsdp", "offload")

@@ -10,7 +10,7 @@ from helpers import TEXT, VL, run_config
 
 from mm_agrae.progress import Reporter
 from mm_agrae.rollout.collector import Collector
-from mm_agrae.run.records import RunFolder
+from mm_agrae.run.folder import RunFolder
 from mm_agrae.tasks.order import DataOrder
 from mm_agrae.trainer import Trainer
 

@@ -9,11 +9,11 @@ from servers import Server
 
 from mm_agrae.errors import EngineError
 from mm_agrae.evaluation import evaluate
-from mm_agrae.evaluation.checkpoints import build
+from mm_agrae.evaluation.checkpoints import build_engine
 from mm_agrae.progress import Reporter
 from mm_agrae.rewards import Rewarder
 from mm_agrae.run import checkpoint
-from mm_agrae.run.records import RunFolder
+from mm_agrae.run.folder import RunFolder
 from mm_agrae.tasks import load_all
 from mm_agrae.trainer import Trainer
 
@@ -66,7 +66,7 @@ def require_same_greedy_answers(tmp_path, trainer, path, model=None):
     reference = config_for(tmp_path, path, "hf", model=model or {})
     found = {}
     for name, source in (("trained", saved), ("untrained", path)):
-        processing, _, engine = build(reference, source)
+        processing, _, engine = build_engine(reference, source)
         with Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder:
             problems = evaluate.run(
                 engine,

@@ -1,15 +1,14 @@
-"""Weights by their stored names, and merged checkpoints, against plain transformers."""
+"""Weights under their stored names, and merged checkpoints, against plain transformers."""
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TEXT, VL, engine, policy, processing, prompts, run_config, sampling
+from helpers import TEXT, VL, engine, policy, processing, prompts, run_config, sampling, small_files
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import (
@@ -46,9 +45,7 @@ def stored_names(folder):
     return names
 
 
-def logits(hf, path):
-    """Plain forward of one prompt without any of our code on the way."""
-    prompt = prompts(path, 1)[0]
+def model_inputs(prompt):
     inputs = {"input_ids": prompt.token_ids[None]}
     if prompt.pixel_values is not None:
         inputs |= {
@@ -56,8 +53,13 @@ def logits(hf, path):
             "image_grid_thw": prompt.image_grid_thw,
             "mm_token_type_ids": prompt.mm_token_type_ids[None],
         }
+    return inputs
+
+
+def logits(hf, path):
+    """Forward pass of one prompt by transformers alone."""
     with torch.no_grad():
-        return hf.eval()(**inputs).logits
+        return hf.eval()(**model_inputs(prompts(path, 1)[0])).logits
 
 
 def close(ours, theirs):
@@ -65,7 +67,7 @@ def close(ours, theirs):
 
 
 def load_elsewhere(made, path, folder):
-    """A fresh model by plain transformers from nothing but what full_weights gives."""
+    """A fresh model, loaded by transformers from nothing but what `full_weights` yields."""
     weights = list(made.full_weights())
     names = [name for name, _ in weights]
     assert len(set(names)) == len(names)
@@ -82,7 +84,7 @@ def load_elsewhere(made, path, folder):
 
 @pytest.fixture
 def untied(tmp_path):
-    """The same models with a vocabulary head of their own."""
+    """The same models with a vocabulary head that is not tied to the embeddings."""
 
     def make(path):
         hf = CLASSES[path].from_pretrained(path, dtype=torch.float32)
@@ -108,35 +110,28 @@ def test_names_and_shapes_are_the_stored_ones(path, lora):
 
 
 @BOTH
-def test_merged_lora_computes_the_same(path, tmp_path):
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_merged_lora_computes_the_same(path, tied, tmp_path, untied):
+    folder = Path(path) if tied else untied(path)
     parts = ("language", "vision", "merger") if path == VL else ("language",)
-    made = policy(path, lora=LoraSection(rank=4, parts=parts))
+    made = policy(str(folder), lora=LoraSection(rank=4, parts=parts))
     randomise_lora(made)
     before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    assert {name for name, _ in made.full_weights()} == set(stored_names(folder))
     fresh = load_elsewhere(made, path, tmp_path / "merged")
+    head, embeddings = fresh.lm_head.weight, fresh.get_input_embeddings().weight
+    assert torch.equal(head, embeddings) == tied
     expected = logits(made.hf, path)
     assert close(logits(fresh, path), expected)
-    assert (logits(policy(path).hf, path) - expected).abs().max() > 0.1
+    assert (logits(policy(str(folder)).hf, path) - expected).abs().max() > 0.1
     after = made.model.state_dict()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
 @BOTH
-def test_untied_head(path, tmp_path, untied):
-    folder = untied(path)
-    made = policy(str(folder), lora=LoraSection(rank=4))
-    randomise_lora(made)
-    assert {name for name, _ in made.full_weights()} == set(stored_names(folder))
-    assert "lm_head.weight" in stored_names(folder)
-    fresh = load_elsewhere(made, path, tmp_path / "merged")
-    assert not torch.equal(fresh.lm_head.weight, fresh.get_input_embeddings().weight)
-    assert close(logits(fresh, path), logits(made.hf, path))
-
-
-@BOTH
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_lora_on_the_vocabulary_head(path, tied, tmp_path, untied):
-    """Merged into a head of its own, the embeddings being another thing from then on."""
+    """It is merged into the head, which is untied from the embeddings thereby."""
     folder = Path(path) if tied else untied(path)
     made = policy(str(folder), lora=LoraSection(rank=4, parts=("language", "head")))
     randomise_lora(made)
@@ -179,7 +174,7 @@ def test_adapter_alone(path, tmp_path):
     ]
     for config in configs:
         config["target_modules"].sort()
-        config.pop("auto_mapping")  # only of use where PEFT has to guess the class
+        config.pop("auto_mapping")  # only used where PEFT has to guess the class
     assert configs[0] == configs[1]
     fresh = PeftModel.from_pretrained(CLASSES[path].from_pretrained(path), tmp_path / "ours")
     assert close(logits(fresh, path), logits(made.hf, path))
@@ -220,7 +215,7 @@ for lora in (None, LoraSection(rank=4)):
         assert not any(isinstance(tensor, DTensor) for tensor in found.values())
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
-# An adapter that training goes on with is the reference, also once it is sharded.
+# A loaded adapter that training continues is the reference, also once it is sharded.
 folder = sys.argv[1]
 whole = policy(VL, lora=LoraSection(rank=4))
 for name, parameter in whole.model.named_parameters():
@@ -250,7 +245,7 @@ def test_shards_of_two_processes_are_gathered(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     here = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(here), str(here.parent)])
+    paths = os.pathsep.join(map(str, (here, here / "model", here.parent)))
     result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
          str(script), str(tmp_path / "adapter")],
@@ -282,17 +277,9 @@ def greedy(hf, path, count=3, tokens=16):
     """Plain greedy generation by transformers, one prompt at a time."""
     written = []
     for prompt in prompts(path, count):
-        inputs = {"input_ids": prompt.token_ids[None]}
-        if prompt.pixel_values is not None:
-            inputs |= {
-                "pixel_values": prompt.pixel_values,
-                "image_grid_thw": prompt.image_grid_thw,
-                "mm_token_type_ids": prompt.mm_token_type_ids[None],
-            }
         forbidden = [[index] for index in processing(path).forbidden_ids]
-        output = hf.generate(
-            **inputs, do_sample=False, max_new_tokens=tokens, bad_words_ids=forbidden
-        )
+        settings = {"do_sample": False, "max_new_tokens": tokens, "bad_words_ids": forbidden}
+        output = hf.generate(**model_inputs(prompt), **settings)
         written.append(tuple(output[0, len(prompt) :].tolist()))
     return written
 
@@ -317,7 +304,7 @@ def test_an_export_writes_what_its_run_writes(path, lora, run, tmp_path):
     assert greedy(plain, path) == [group[0].token_ids for group in sampled]
     assert greedy(CLASSES[path].from_pretrained(path), path) != greedy(plain, path)
 
-    # Tokenizer, processor and template come along, for transformers and for this package.
+    # Tokenizer, processor and template are exported, for transformers and for this package.
     loader = AutoProcessor if path == VL else AutoTokenizer
     assert loader.from_pretrained(out).chat_template == processing(path).template
     example = prompts(path, 1)[0].example
@@ -364,11 +351,6 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be written"):
         export(Path(TEXT), tmp_path / "file" / "out")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # too little for the weights
-    try:
-        with pytest.raises(RunFolderError, match="cannot be written"):
-            export(Path(TEXT), tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with small_files(100_000), pytest.raises(RunFolderError, match="cannot be written"):
+        export(Path(TEXT), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from mm_agrae.errors import ModelError, RunFolderError, UserError
 from mm_agrae.progress import Reporter
 from mm_agrae.run import checkpoint
-from mm_agrae.run.records import RunFolder
+from mm_agrae.run.folder import RunFolder
 from mm_agrae.trainer import Trainer
 
 STEPS = 3

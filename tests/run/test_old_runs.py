@@ -5,7 +5,7 @@ import tarfile
 from pathlib import Path
 
 from mm_agrae import cli
-from mm_agrae.run.records import RunFolder
+from mm_agrae.run.folder import RunFolder
 
 OLD = Path(__file__).with_name("run_0.1.0.tar.xz")
 """Two of its steps, with the model it starts from, its config and its reward."""

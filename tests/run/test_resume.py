@@ -20,7 +20,7 @@ from mm_agrae.errors import ConfigError, RunFolderError
 from mm_agrae.progress import Reporter
 from mm_agrae.rollout import cache
 from mm_agrae.run import checkpoint
-from mm_agrae.run.records import RunFolder
+from mm_agrae.run.folder import RunFolder
 from mm_agrae.trainer import Trainer
 
 LORA = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}

@@ -11,7 +11,7 @@ from helpers import TEXT, VL
 from mm_agrae import config as configs
 from mm_agrae import tasks
 from mm_agrae.errors import ConfigError
-from mm_agrae.run.records import RunFolder
+from mm_agrae.run.folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
 PAPER = sorted((ROOT / "configs" / "paper").glob("*.yaml"))

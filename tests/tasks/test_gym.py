@@ -246,7 +246,7 @@ def test_a_run_on_pictures_and_generated_text(tmp_path):
     from helpers import run_config
 
     from mm_agrae.progress import Reporter
-    from mm_agrae.run.records import RunFolder
+    from mm_agrae.run.folder import RunFolder
     from mm_agrae.trainer import Trainer
 
     generated = {"task": "gym", "names": ["chain_sum", "gcd"], "size": 4}

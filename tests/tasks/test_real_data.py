@@ -17,7 +17,7 @@ from mm_agrae import tasks
 from mm_agrae.config import DataSource
 from mm_agrae.errors import DataError
 from mm_agrae.progress import Reporter
-from mm_agrae.run.records import RunFolder
+from mm_agrae.run.folder import RunFolder
 from mm_agrae.tasks.images import open_image
 from mm_agrae.tasks.rows import read_rows
 from mm_agrae.trainer import Trainer

@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from mm_agrae.errors import RunFolderError
-from mm_agrae.evaluation.evaluate import summarise
-from mm_agrae.run.records import RolloutRecord, RunFolder, SampleRecord
+from mm_agrae.evaluation.statistics import summarise
+from mm_agrae.run.folder import RunFolder
+from mm_agrae.run.records import RolloutRecord, SampleRecord
 from mm_agrae.view.page import Html, Line, el, page, plot
 from mm_agrae.view.report import compare_report, write_report
 
@@ -307,8 +308,10 @@ def test_a_page_stays_small_however_long_the_run(tmp_path):
         for index in range(64):
             records.append(
                 RolloutRecord(
-                    1001, prompt, index, "e", text, "", text, text, 9, "length", 1.0,
-                    index % 2 == 0, images=(image, image),
+                    step=1001, prompt_index=prompt, completion_index=index, example_id="e",
+                    question=text, prompt_text="", answer=text, completion=text, tokens=9,
+                    finish_reason="length", reward=1.0, success=index % 2 == 0,
+                    images=(image, image),
                 )
             )  # fmt: skip
     run.write_rollouts(1001, records)

@@ -12,7 +12,7 @@ import pytest
 from run_folders import evaluate, make_run, metrics, rollouts, train
 
 from mm_agrae.errors import RunFolderError
-from mm_agrae.run.records import ROWS_PER_GROUP, RunFolder
+from mm_agrae.run.folder import ROWS_PER_GROUP, RunFolder
 from mm_agrae.view.report import write_report
 from mm_agrae.view.runs import FILTERS, ORDERS, Library, RunView, find_runs, select
 
@@ -156,8 +156,8 @@ def test_a_resumed_run_takes_steps_back(tmp_path):
     assert [row["step"] for row in view.metrics] == [1, 2, 3]
     assert view.steps == [1, 2, 3]
     assert len(groups) == 4
-    assert len(view.groups(3)) == 2  # written anew, so not the groups remembered
-    with pytest.raises(RunFolderError, match="written anew"):
+    assert len(view.groups(3)) == 2  # rewritten, so not the groups remembered
+    with pytest.raises(RunFolderError, match="has been rewritten"):
         view.rows(3, groups)
 
 

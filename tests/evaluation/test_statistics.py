@@ -6,33 +6,32 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from mm_agrae.evaluation.evaluate import (
-    EvaluationResult,
+from mm_agrae.evaluation.statistics import (
     paired_difference,
     pass_at_k,
     pass_at_k_table,
-    save_samples,
     summarise,
 )
+from mm_agrae.run.records import EvaluationResult
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
-def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(n):
+def test_pass_at_k_is_the_share_of_subsets_with_a_correct_sample(n):
     for c in range(n + 1):
-        outcomes = [True] * c + [False] * (n - c)
+        verdicts = [True] * c + [False] * (n - c)
         for k in range(1, n + 1):
-            hits = [any(subset) for subset in itertools.combinations(outcomes, k)]
+            hits = [any(subset) for subset in itertools.combinations(verdicts, k)]
             assert pass_at_k(n, c, k) == sum(hits) / len(hits)
 
 
 def test_pass_at_k_is_exact_for_many_samples():
     n = 1024
-    right = np.array([0, 1, 2, 511, 768, 1022, 1023, 1024])
+    correct = np.array([0, 1, 2, 511, 768, 1022, 1023, 1024])
     for k in (1, 2, 256, 512, 1023, 1024):
         expected = [
-            float(1 - Fraction(math.comb(n - c, k), math.comb(n, k))) for c in right.tolist()
+            float(1 - Fraction(math.comb(n - c, k), math.comb(n, k))) for c in correct.tolist()
         ]
-        np.testing.assert_array_equal(pass_at_k(n, right, k), expected)
+        np.testing.assert_array_equal(pass_at_k(n, correct, k), expected)
 
 
 def test_pass_at_k_keeps_the_shape_and_takes_no_nonsense():
@@ -43,14 +42,14 @@ def test_pass_at_k_keeps_the_shape_and_takes_no_nonsense():
             pass_at_k(n, c, k)
 
 
-def draw(generator, problems, samples, shift=0.0):
-    """Problems of varying difficulty, as a model meets them: many near 0 and 1."""
+def outcomes(generator, problems, samples, shift=0.0):
+    """Problems of varying difficulty, many near 0 and 1, as for a real model."""
     rate = np.clip(generator.beta(0.5, 0.7, size=problems) + shift, 0, 1)
     return generator.random((problems, samples)) < rate[:, None]
 
 
 def test_table_has_all_ks_and_depends_on_the_seed_alone():
-    correct = draw(np.random.default_rng(0), 40, 12)
+    correct = outcomes(np.random.default_rng(0), 40, 12)
     table = pass_at_k_table(correct, bootstrap=300, seed=3)
     assert list(table) == [1, 2, 4, 8, 12]
     assert table == pass_at_k_table(correct, bootstrap=300, seed=3)
@@ -75,7 +74,7 @@ def test_certain_outcomes_have_intervals_without_width():
 
 
 def test_the_bootstrap_does_not_depend_on_how_it_is_cut_into_chunks():
-    correct = draw(np.random.default_rng(1), 5000, 2)
+    correct = outcomes(np.random.default_rng(1), 5000, 2)
     interval = pass_at_k_table(correct, ks=[1], bootstrap=1000)[1]  # several chunks
     error = correct.mean(1).std() / math.sqrt(5000)
     assert interval.high - interval.low == pytest.approx(2 * 1.96 * error, rel=0.12)
@@ -84,9 +83,9 @@ def test_the_bootstrap_does_not_depend_on_how_it_is_cut_into_chunks():
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     """2.5 standard errors of the simulation around 95 %, and a little bias of the bootstrap."""
     generator = np.random.default_rng(7)
-    reference = draw(generator, 200_000, 8)
+    reference = outcomes(generator, 200_000, 8)
     truth = {k: pass_at_k(8, reference.sum(1), k).mean() for k in (1, 4)}
-    lift = draw(generator, 200_000, 8, shift=0.1).mean() - reference.mean()
+    lift = outcomes(generator, 200_000, 8, shift=0.1).mean() - reference.mean()
     hits = dict.fromkeys([1, 4, "paired"], 0)
     runs = 300
     for seed in range(runs):
@@ -144,9 +143,9 @@ def test_summarise_by_hand():
     assert found.entropy == pytest.approx((10 + 60 + 10 + 10 + 20 + 40) / 120)
     assert found.unsolved == 1 / 2
     assert list(found.groups) == ["level"]  # one family only; every seed is another
-    assert found.groups["level"]["0"]["problems"] == 2
-    assert found.groups["level"]["0"]["pass_at_k"][1].mean == 3 / 4
-    assert found.groups["level"]["1"]["pass_at_k"][2].mean == 0
+    assert found.groups["level"]["0"].problems == 2
+    assert found.groups["level"]["0"].pass_at_k[1].mean == 3 / 4
+    assert found.groups["level"]["1"].pass_at_k[2].mean == 0
     assert found.metrics()["evaluate/figures/pass@2"] == 1 / 2
     assert found.metrics()["evaluate/figures/greedy"] == 3 / 4
 
@@ -167,12 +166,3 @@ def test_summarise_refuses_shapes_that_disagree():
     ):
         with pytest.raises(ValueError):
             result(**changes)
-
-
-def test_samples_of_any_text_are_saved(tmp_path):
-    texts = ["\ud800 alone", "\ud83d\ude00 pair", "nul \0 and line\u2028break", "<script>", "½"]
-    save_samples(tmp_path / "s.jsonl", [{"completion": text, "x": math.nan} for text in texts])
-    lines = (tmp_path / "s.jsonl").read_bytes().split(b"\n")
-    rows = [json.loads(line) for line in lines[:-1]]
-    assert [row["completion"] for row in rows] == ["\ufffd alone", "😀 pair", *texts[2:]]
-    assert rows[0]["x"] is None

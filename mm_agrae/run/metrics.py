@@ -1,8 +1,7 @@
-"""Where a run's numbers go: the run folder's metrics.jsonl always, trackers if asked for."""
+"""Logging of metrics (metrics.jsonl and trackers), timing by stage, peak memory."""
 
 from __future__ import annotations
 
-import importlib
 import logging
 import math
 import resource
@@ -11,27 +10,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mm_agrae.errors import ConfigError
-from mm_agrae.run.records import RunFolder
+from mm_agrae.run.folder import RunFolder
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
 
 logger = logging.getLogger(__name__)
 
-
-class Tracker:
-    """A started tracker: how to send one step's numbers, and how to end."""
-
-    def __init__(self, log: Callable[[dict[str, float], int], Any], close: Callable[[], Any]):
-        self.log, self.close = log, close
+SINKS = ("tensorboard", "trackio", "wandb")
 
 
 class MetricLogger:
-    """Writes one line a step to the run folder and hands the same numbers to the trackers.
+    """Writes one line per step to the run folder and sends the same numbers to the trackers.
 
     sinks: any of "tensorboard" (files under `<run>/tensorboard`), "trackio", "wandb". Raises
     ConfigError if a tracker is not installed or cannot start. One that fails later is reported
-    once and dropped; the run goes on. Raises RunFolderError if the run folder itself fails.
+    once and dropped; the run continues. Raises RunFolderError if the run folder itself fails.
     """
 
     def __init__(
@@ -43,14 +40,15 @@ class MetricLogger:
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.run_folder = run_folder
-        self._trackers: dict[str, Tracker] = {}
+        self._trackers: dict[str, GeneralTracker] = {}
+        name = run_name or run_folder.path.name
         for sink in sinks:
-            start = _SINKS.get(sink)
-            if start is None:
-                raise ConfigError(f"log.sinks: unknown {sink!r}; valid: {', '.join(_SINKS)}")
-            name = run_name or run_folder.path.name
+            if sink not in SINKS:
+                raise ConfigError(f"log.sinks: unknown {sink!r}; valid: {', '.join(SINKS)}")
             try:
-                self._trackers[sink] = start(run_folder.path, project, name, dict(config or {}))
+                self._trackers[sink] = _start(
+                    sink, run_folder.path, project, name, dict(config or {})
+                )
             except ImportError as error:
                 raise ConfigError(
                     f"log.sinks holds {sink}, which is not installed ({error}); run "
@@ -67,13 +65,13 @@ class MetricLogger:
         numbers = {name: float(value) for name, value in metrics.items() if value is not None}
         self.run_folder.append_metrics({"step": step} | numbers)
         finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        self._each(lambda tracker: tracker.log(finite, step))
+        self._each(lambda tracker: tracker.log(finite, step=step))
 
     def close(self) -> None:
-        self._each(lambda tracker: tracker.close())
+        self._each(lambda tracker: tracker.finish())
         self._trackers = {}
 
-    def _each(self, act: Callable[[Tracker], Any]) -> None:
+    def _each(self, act: Callable[[GeneralTracker], Any]) -> None:
         for sink, tracker in list(self._trackers.items()):
             try:
                 act(tracker)
@@ -82,38 +80,21 @@ class MetricLogger:
                 del self._trackers[sink]
 
 
-def _tensorboard(path: Path, project: str, name: str, config: dict[str, Any]) -> Tracker:
-    try:
-        module = importlib.import_module("torch.utils.tensorboard")
-    except ImportError:
-        module = importlib.import_module("tensorboardX")
-    writer = module.SummaryWriter(str(path / "tensorboard"))
+def _start(
+    sink: str, path: Path, project: str, name: str, config: dict[str, Any]
+) -> GeneralTracker:
+    from accelerate import PartialState, tracking
 
-    def log(metrics: dict[str, float], step: int) -> None:
-        for key, value in metrics.items():
-            writer.add_scalar(key, value, step)
-        writer.flush()
-
-    return Tracker(log, writer.close)
-
-
-def _trackio(path: Path, project: str, name: str, config: dict[str, Any]) -> Tracker:
-    trackio = importlib.import_module("trackio")
-    trackio.init(project=project, name=name, config=config)
-    return Tracker(lambda metrics, step: trackio.log(metrics, step=step), trackio.finish)
-
-
-def _wandb(path: Path, project: str, name: str, config: dict[str, Any]) -> Tracker:
-    wandb = importlib.import_module("wandb")
-    run = wandb.init(project=project, name=name, config=config, dir=str(path))
-    return Tracker(lambda metrics, step: run.log(metrics, step=step), run.finish)
-
-
-_SINKS: dict[str, Callable[[Path, str, str, dict[str, Any]], Tracker]] = {
-    "tensorboard": _tensorboard,
-    "trackio": _trackio,
-    "wandb": _wandb,
-}
+    PartialState()  # trackers need it; in a run it exists by now
+    tracker: GeneralTracker
+    if sink == "tensorboard":
+        tracker = tracking.TensorBoardTracker("tensorboard", logging_dir=path)
+    elif sink == "trackio":
+        tracker = tracking.TrackioTracker(project, name=name, config=config)
+    else:
+        tracker = tracking.WandBTracker(project, name=name, config=config, dir=str(path))
+    tracker.start()
+    return tracker
 
 
 class Stopwatch:
@@ -123,9 +104,9 @@ class Stopwatch:
             ...
         metrics |= stopwatch.lap()
 
-    CPU seconds are this process's, over all its threads; child processes (reward workers) are
-    not in them. Work queued on a GPU is waited for at both ends of a stage, else it would be
-    charged to whichever stage waits next. A stage inside a stage counts in both.
+    CPU seconds are this process's, over all its threads, without child processes (reward
+    workers). The GPU is synchronised at both ends of a stage, else queued work would be charged
+    to the next stage that waits. A stage inside a stage counts in both.
     """
 
     def __init__(self, on_stage: Callable[[str], None] | None = None) -> None:
@@ -139,16 +120,16 @@ class Stopwatch:
     def __call__(self, stage: str) -> Iterator[None]:
         if self._on_stage:
             self._on_stage(stage)
-        _wait_for_gpu()
+        _synchronise_gpu()
         wall, cpu = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
-            _wait_for_gpu()
+            _synchronise_gpu()
             self._add(stage, time.perf_counter() - wall, time.process_time() - cpu)
 
     def lap(self) -> dict[str, float]:
-        """Seconds by stage since the last lap; `total` also holds what no stage covered."""
+        """Seconds by stage since the last lap; `total` includes what no stage covered."""
         now = (time.perf_counter(), time.process_time())
         self._add("total", now[0] - self._since[0], now[1] - self._since[1])
         self._since = now
@@ -171,12 +152,12 @@ class Stopwatch:
 
 
 def _used_cuda() -> Any:
-    """torch.cuda if this process has used it; asking must not start it."""
+    """torch.cuda if this process has used it; asking must not initialise it."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
 
 
-def _wait_for_gpu() -> None:
+def _synchronise_gpu() -> None:
     if (cuda := _used_cuda()) is not None:
         cuda.synchronize()
 
@@ -191,7 +172,7 @@ def peak_memory() -> dict[str, float]:
 
 def peak_memory_mb() -> float:
     """Highest resident memory of this process so far, in MiB."""
-    try:  # ru_maxrss also remembers the process that started this one, before exec
+    try:  # ru_maxrss includes the parent process's peak from before exec
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
@@ -202,6 +183,6 @@ def peak_memory_mb() -> float:
 
 
 def peak_gpu_memory_mb() -> float | None:
-    """Most memory torch has held on the current GPU so far, in MiB; None without a GPU in use."""
+    """Peak memory allocated by torch on the current GPU so far, in MiB; None if it is not used."""
     cuda = _used_cuda()
     return None if cuda is None else cuda.max_memory_allocated() / (1 << 20)

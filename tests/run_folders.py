@@ -1,4 +1,4 @@
-"""Run folders for tests of what shows them, written by the package's own writers."""
+"""Run folders for tests of the views, written by the package's own writers."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ HOSTILE = (
 CONFIG = "model: {path: m}\ntrain: {steps: 40}\nadvantage: {rule: agrae}\n"
 
 
-def picture(seed: int, size: int = 24) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
+def noise_image(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
@@ -49,15 +49,15 @@ def rollouts(
     image: bool = True,
     **special,
 ) -> list[RolloutRecord]:
-    """Group p has p right completions of `size`, modulo size + 1.
+    """Group p has p correct completions of `size`, modulo size + 1.
 
     special: name of a field -> {(prompt, completion): value}.
     """
-    shown = (run.store_image(picture(step)),) if image else ()
+    shown = (run.store_image(noise_image(step)),) if image else ()
     records = []
     for prompt in range(groups):
         for index in range(size):
-            right = index < prompt % (size + 1)
+            correct = index < prompt % (size + 1)
             values = {
                 "step": step,
                 "prompt_index": prompt,
@@ -69,14 +69,14 @@ def rollouts(
                 "completion": f"<think>{text} {step}.{prompt}.{index}</think> \\boxed{{{index}}}",
                 "tokens": 9,
                 "finish_reason": "stop",
-                "reward": float(right),
-                "success": right,
+                "reward": float(correct),
+                "success": correct,
                 "images": shown,
-                "parts": {"accuracy": float(right), "format": 1.0},
+                "parts": {"accuracy": float(correct), "format": 1.0},
                 "error": "",
-                "advantage_before": 1.5 if right else -0.5,
-                "advantage_sample_level": 1.25 if right else -0.75,
-                "advantage": (0.75 if right else -0.25) * (prompt % 5),
+                "advantage_before": 1.5 if correct else -0.5,
+                "advantage_sample_level": 1.25 if correct else -0.75,
+                "advantage": (0.75 if correct else -0.25) * (prompt % 5),
                 "entropy": 0.25,
             }
             for name, cells in special.items():
@@ -100,14 +100,14 @@ def make_run(path: Path, steps=(), **settings) -> RunFolder:
 
 
 def evaluate(
-    run: RunFolder, name: str, right, samples: int = 4, label: str = "test", text: str = "so"
+    run: RunFolder, name: str, correct, samples: int = 4, label: str = "test", text: str = "so"
 ) -> None:
-    """`right`: for each problem, how many of its samples are."""
-    correct = np.arange(samples)[None] < np.array(right)[:, None]
+    """`correct`: for each problem, how many of its samples are."""
+    correct = np.arange(samples)[None] < np.array(correct)[:, None]
     length = np.full(correct.shape, 12)
-    meta = [{} for _ in right]
+    meta = [{}] * len(correct)
     result = summarise(name, label, correct, None, length, ~correct, None, meta, 3.0, 99, 50)
-    image = run.store_image(picture(1))
+    image = run.store_image(noise_image(1))
     run.write_evaluation(
         result,
         [
@@ -116,7 +116,7 @@ def evaluate(
                 f"<think>{text} of {name}</think> {i}/{j}",
                 *(bool(correct[i, j]), 12, "stop", (image,)),
             )
-            for i in range(len(right))
+            for i in range(len(correct))
             for j in range(samples)
         ],
     )

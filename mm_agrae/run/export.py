@@ -69,15 +69,15 @@ def export(
     # Generation by plain transformers stops where training did.
     hf.generation_config.eos_token_id = list(processing.eos_ids)
     hf.generation_config.pad_token_id = processing.pad_id
-    with checkpoint.written_whole(out) as aside:
-        save_torch_state_dict(weights, aside)
-        hf.config.save_pretrained(aside)
-        hf.generation_config.save_pretrained(aside)
-        processing.save(str(aside))
+    with checkpoint.written_whole(out) as temporary:
+        save_torch_state_dict(weights, temporary)
+        hf.config.save_pretrained(temporary)
+        hf.generation_config.save_pretrained(temporary)
+        processing.save(str(temporary))
         config = folder / checkpoint.CONFIG_FILE
         if config.is_file():
-            shutil.copy(config, aside / config.name)
-        (aside / EXPORT_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+            shutil.copy(config, temporary / config.name)
+        (temporary / EXPORT_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
     return facts
 
 

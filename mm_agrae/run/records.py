@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
@@ -180,13 +179,10 @@ class EvaluationResult:
     def from_json(text: str) -> EvaluationResult:
         """Read what `to_json` wrote. Raises ValueError if it is not that."""
         try:
-            return _result_adapter().validate_json(text)
+            return _RESULT_ADAPTER.validate_json(text)
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
-            place = ".".join(map(str, first["loc"]))
-            raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+            raise ValueError(": ".join([*map(str, first["loc"]), first["msg"]])) from None
 
 
-@lru_cache(maxsize=1)
-def _result_adapter() -> TypeAdapter[EvaluationResult]:
-    return TypeAdapter(EvaluationResult)
+_RESULT_ADAPTER = TypeAdapter(EvaluationResult)

@@ -144,7 +144,7 @@ def test_evaluations_of_several_runs(tmp_path, run):
     assert find_evaluations({}) == ({}, [])
 
 
-def test_samples_are_remembered_until_they_are_written_anew(run):
+def test_samples_are_cached_until_they_are_rewritten(run):
     found, _ = find_evaluations({"run": run.path})
     after = found["run · after · test"]
     reader = SampleCache()

@@ -37,13 +37,7 @@ def policy(path: str, **settings) -> Policy:
     options = {
         name: settings.pop(name) for name in ("temperature", "shared_prompt") if name in settings
     }
-    made = processing(path)
-    return Policy(
-        ModelSection(path=path, **settings),
-        forbidden_ids=made.forbidden_ids,
-        pad_id=made.pad_id,
-        **options,
-    )
+    return Policy(ModelSection(path=path, **settings), processing(path), **options)
 
 
 def engine(made: Policy, **settings) -> HFEngine:

@@ -160,7 +160,7 @@ def test_kept_activations(name, checkpointing, qwen, tmp_path, monkeypatch):
         rollout={"completions_per_prompt": group, "max_new_tokens": length},
         update={"micro_batch_completions": group},
     )  # fmt: skip
-    made = Policy(config.model, forbidden_ids=(), pad_id=0, shared_prompt="on")
+    made = Policy(config.model, processing(TEXT), shared_prompt="on")
     made.train()
     batch = batch_of(made, TEXT, group, length)
     prompt = batch.prompts[0]

@@ -28,7 +28,7 @@ from mm_agrae.model import shared_prompt as sharing
 from mm_agrae.model import weights
 from mm_agrae.model.compat import prepare
 from mm_agrae.model.image_features import Pictures
-from mm_agrae.model.processing import cannot_load, model_and_adapter, one_line
+from mm_agrae.model.processing import Processing, cannot_load, model_and_adapter, one_line
 from mm_agrae.model.vocab_head import head_logprobs
 from mm_agrae.parallel import sharding
 from mm_agrae.types import MicroBatch, Prompt
@@ -50,8 +50,8 @@ LOGIT_SCALES = (
 class Policy(nn.Module):
     """A causal language model with or without a vision tower.
 
-    `forbidden_ids` get probability 0; `pad_id` fills padding. Raises ModelError if the model
-    cannot be loaded or its family does not fit.
+    Of `processing` it takes the ids that get probability 0 and the one that fills padding. Raises
+    ModelError if the model cannot be loaded or its family does not fit.
     """
 
     bias_V: torch.Tensor
@@ -59,9 +59,8 @@ class Policy(nn.Module):
     def __init__(
         self,
         settings: ModelSection,
+        processing: Processing,
         *,
-        forbidden_ids: tuple[int, ...],
-        pad_id: int,
         temperature: float = 1.0,
         entropy_grad: bool = False,
         shared_prompt: str = "off",
@@ -69,7 +68,7 @@ class Policy(nn.Module):
     ):
         super().__init__()
         self.settings = settings
-        self.pad_id = pad_id
+        self.pad_id = processing.pad_id
         self.temperature = temperature
         self.entropy_grad = entropy_grad
         self.model = _load(settings)
@@ -89,7 +88,7 @@ class Policy(nn.Module):
         self.repeats_because = self._share_prompts(shared_prompt)
         """Why prompts are repeated in the update, in one line; empty if they are shared."""
         bias_V = torch.zeros(head.weight.shape[0])
-        bias_V[[index for index in forbidden_ids if index < len(bias_V)]] = EXCLUDED
+        bias_V[[index for index in processing.forbidden_ids if index < len(bias_V)]] = EXCLUDED
         self.register_buffer("bias_V", bias_V.to(device), persistent=False)
 
     @property

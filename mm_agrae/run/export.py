@@ -45,12 +45,7 @@ def export(
     if (folder / checkpoint.STATE_FILE).is_file():
         state = checkpoint.checked_state(folder)
     processing = Processing(str(folder), PromptSection(), trust_remote_code=trust_remote_code)
-    policy = Policy(
-        ModelSection(path=str(folder), trust_remote_code=trust_remote_code),
-        forbidden_ids=(),
-        pad_id=processing.pad_id,
-        shared_prompt="off",
-    )
+    policy = Policy(ModelSection(path=str(folder), trust_remote_code=trust_remote_code), processing)
     hf = policy.hf
     target = _stored_dtype(str(folder)) if dtype == "auto" else getattr(torch, dtype)
     weights = {name: _cast(tensor, target) for name, tensor in policy.full_weights()}

@@ -293,12 +293,7 @@ class Models:
     def _load(self, path: str) -> Loaded:
         settings = _prompt_settings(path)
         processing = Processing(path, settings)
-        policy = Policy(
-            ModelSection(path=path),
-            forbidden_ids=processing.forbidden_ids,
-            pad_id=processing.pad_id,
-            device=self.device,
-        )
+        policy = Policy(ModelSection(path=path), processing, device=self.device)
         return Loaded(processing, HFEngine(policy.eval(), processing))
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from helpers import TEXT, VL, examples, sampling
+from helpers import processing as known_good
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
@@ -123,12 +124,7 @@ def checkpoint(tmp_path_factory):
 
 def build(path, shared_prompt="auto", **settings):
     processing = Processing(path, PromptSection())
-    policy = Policy(
-        ModelSection(path=path, **settings),
-        forbidden_ids=processing.forbidden_ids,
-        pad_id=processing.pad_id,
-        shared_prompt=shared_prompt,
-    )
+    policy = Policy(ModelSection(path=path, **settings), processing, shared_prompt=shared_prompt)
     return processing, policy
 
 
@@ -347,7 +343,7 @@ def test_a_family_that_does_not_fit_says_why(family, tmp_path):
     attention = "eager" if family == "mamba" else "sdpa"
     section = ModelSection(path=str(tmp_path), attn_implementation=attention)
     with pytest.raises(ModelError, match=expected) as error:
-        Policy(section, forbidden_ids=(), pad_id=0)
+        Policy(section, known_good(TEXT))
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -517,6 +513,6 @@ def test_an_adapter_of_pefts_own_on_the_vocabulary_head(checkpoint, tmp_path):
 def test_a_run_folder_names_its_checkpoints(tmp_path):
     for step in (5, 10):
         (tmp_path / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
-    for load in (build, lambda path: Policy(ModelSection(path=path), forbidden_ids=(), pad_id=0)):
+    for load in (build, lambda path: Policy(ModelSection(path=path), known_good(TEXT))):
         with pytest.raises(ModelError, match=r"is a run folder; .*step_000010"):
             load(str(tmp_path))

@@ -139,4 +139,4 @@ def test_refusals(path, settings, expected):
     from mm_agrae.config import ModelSection
 
     with pytest.raises(ModelError, match=expected):
-        Policy(ModelSection(path=path, **settings), forbidden_ids=(), pad_id=0)
+        Policy(ModelSection(path=path, **settings), processing(TEXT))

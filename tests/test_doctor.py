@@ -347,7 +347,7 @@ def test_shards_are_what_fsdp2_would_keep(name, tmp_path):
     def size(parameters):
         return sum(p.numel() * p.element_size() for p in parameters)
 
-    tower = [] if made.vision_learns else list(made.backbone.visual.parameters())
+    tower = [] if made.update_runs_vision else list(made.backbone.visual.parameters())
     assert shape.unsharded == size(tower)
     in_layers = {id(p) for layer in layers_of(made) for p in layer.parameters()}
     rest = {p for p in made.model.parameters() if id(p) not in in_layers} - set(tower)

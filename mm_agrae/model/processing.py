@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from mm_agrae.config import PromptSection
-from mm_agrae.errors import DataError, ModelError
+from mm_agrae.errors import DataError, ModelError, one_line
 from mm_agrae.model.compat import prepare
+from mm_agrae.model.loading import cannot_load
+from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.tasks.images import open_image
 from mm_agrae.types import Example, Prompt
 
@@ -391,52 +392,3 @@ def _content(question: str, images: int, where: str) -> str | list[dict[str, str
         if piece.strip():
             content.append({"type": "text", "text": piece})
     return content
-
-
-def model_and_adapter(path: str) -> tuple[str, str | None]:
-    """What `model.path` names: (a model, None), or (its base model, a LoRA adapter folder).
-
-    Raises ModelError for a run folder, and for an adapter that does not name its base.
-    """
-    folder = Path(path)
-    if checkpoints := sorted(folder.glob("checkpoints/step_*")):
-        raise ModelError(
-            f"model.path {path!r} is a run folder; name a checkpoint, the newest is "
-            f"{checkpoints[-1]}"
-        )
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return path, None
-    try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: names no base model ({one_line(error)})") from None
-    if not isinstance(base, str) or not base:
-        raise ModelError(f"{file}: base_model_name_or_path names no base model; add it")
-    return base, path
-
-
-def cannot_load(path: str, what: str, error: Exception) -> ModelError:
-    """A ModelError that says which of the files behind `model.path` failed."""
-    base, adapter = model_and_adapter(path)
-    problem = one_line(error)
-    # Hub ids have one slash at most, and what transformers says of longer ones is no help.
-    if not Path(base).exists() and (base.count("/") > 1 or base.startswith((".", "/", "~"))):
-        problem = "there is no such folder"
-    elif "contains custom code" in str(error):
-        problem = "it brings code of its own; set model.trust_remote_code=true if you trust it"
-    elif "no file named model.safetensors" in str(error):
-        problem = "it has no model.safetensors, and weights in other formats are not loaded"
-    if adapter is None:
-        return ModelError(f"model.path {path!r}: its {what} cannot be loaded: {problem}")
-    return ModelError(
-        f"model.path {path!r} is a LoRA adapter for the base model {base!r}, whose {what} cannot "
-        f"be loaded: {problem}; put that model there, or correct base_model_name_or_path in "
-        "adapter_config.json"
-    )
-
-
-def one_line(error: Exception, limit: int = 300) -> str:
-    """An error of another library, short enough for a message of ours."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[:limit]}…"

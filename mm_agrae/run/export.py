@@ -11,8 +11,9 @@ import torch
 
 from mm_agrae.config import ModelSection, PromptSection
 from mm_agrae.errors import RunFolderError
+from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.model.policy import Policy
-from mm_agrae.model.processing import Processing, model_and_adapter
+from mm_agrae.model.processing import Processing
 from mm_agrae.run import checkpoint
 from mm_agrae.run.versions import versions
 

@@ -299,7 +299,7 @@ HYBRID = {
     "linear_value_head_dim": 16,
 }  # fmt: skip
 MISFITS = {
-    "t5": (T5, "T5ForConditionalGeneration", "t5 is an encoder and a decoder"),
+    "t5": (T5, "T5ForConditionalGeneration", "t5 is an encoder-decoder"),
     "mamba": (MAMBA, "MambaForCausalLM", "MambaModel takes no .*past_key_values"),
     "clip": (
         {"vision_config": CLIP_VISION, "text_config": {"num_hidden_layers": 1}},
@@ -418,9 +418,9 @@ WIDER = SMALL | {"hidden_size": 96}
 @pytest.mark.parametrize(
     ("family", "settings", "problem"),
     [
-        ("llama", DEEPER, r"4 layers and hidden size 64: 14 of its weights lack \(such as .*lora_"),
+        ("llama", DEEPER, r"4 layers and hidden size 64: 14 of its weights are missing \(such as .*lora_"),
         ("llama", WIDER, "3 layers and hidden size 96: .*size mismatch"),
-        ("llama", SMALL | {"num_hidden_layers": 2}, "2 layers .* not found|have no place there"),
+        ("llama", SMALL | {"num_hidden_layers": 2}, "2 layers .* not found|belong to no layer"),
         ("gemma3_text", FAMILIES["gemma3_text"], "Gemma3ForCausalLM of 4 layers"),
         ("qwen2_5_vl", qwen2_5_vl(), "Qwen2_5_VLForConditionalGeneration of 3 layers"),
     ],

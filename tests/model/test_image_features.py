@@ -1,4 +1,4 @@
-"""Each distinct picture through the vision tower once, with the gradient it would have had."""
+"""Each distinct image through the vision tower once, with the gradient it would have had."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import itertools
 import pytest
 import torch
 
-from mm_agrae.model.image_features import Pictures
+from mm_agrae.model.image_features import ImageFeatures
 from mm_agrae.types import Example, MicroBatch, Prompt
 
 
@@ -40,16 +40,16 @@ def pixels(count: int = 1) -> torch.Tensor:
 
 
 def gradient(prompts_of_batches, planned: bool) -> tuple[torch.Tensor, int]:
-    tower, pictures = Tower(), Pictures(frozen=False)
+    tower, cached = Tower(), ImageFeatures(frozen=False)
     batches = [batch(*prompts) for prompts in prompts_of_batches]
     if planned:
-        pictures.plan(batches)
+        cached.plan(batches)
     for number, each in enumerate(batches, 2):
-        features = pictures.features(each.prompts, tower)
+        features = cached.of(each.prompts, tower)
         if features:
             (torch.cat(features).exp().sum() ** 1.5 * number).backward()
     if planned:
-        pictures.plan(())  # raises if anything is left
+        cached.plan(())  # raises if anything is left
     return tower.weight.grad, tower.encoded
 
 
@@ -73,32 +73,32 @@ def test_gradients_are_those_of_encoding_each_time():
 def test_passes_without_gradient_leave_the_plan_alone():
     shared = pixels()
     batches = [batch(prompt(shared)), batch(prompt(shared))]
-    tower, pictures = Tower(), Pictures(frozen=False)
-    pictures.plan(batches)
+    tower, cached = Tower(), ImageFeatures(frozen=False)
+    cached.plan(batches)
     with torch.no_grad():
-        assert not pictures.features(batches[0].prompts, tower)[0].requires_grad
+        assert not cached.of(batches[0].prompts, tower)[0].requires_grad
     for each in batches:
-        pictures.features(each.prompts, tower)[0].sum().backward()
+        cached.of(each.prompts, tower)[0].sum().backward()
     torch.testing.assert_close(tower.weight.grad, 2 * shared[0])
 
 
 def test_a_micro_batch_that_never_ran_is_noticed():
     shared = pixels()
     batches = [batch(prompt(shared)), batch(prompt(shared))]
-    pictures = Pictures(frozen=False)
-    pictures.plan(batches)
-    pictures.features(batches[0].prompts, Tower())[0].sum().backward()
-    with pytest.raises(RuntimeError, match="1 pictures wait"):
-        pictures.plan(batches)
+    cached = ImageFeatures(frozen=False)
+    cached.plan(batches)
+    cached.of(batches[0].prompts, Tower())[0].sum().backward()
+    with pytest.raises(RuntimeError, match="1 images still wait"):
+        cached.plan(batches)
 
 
 def test_frozen_features_live_as_long_as_their_pixels():
-    tower, pictures = Tower(), Pictures(frozen=True)
+    tower, cached = Tower(), ImageFeatures(frozen=True)
     shared = pixels()
     first, second = prompt(shared), prompt(shared)
     for _ in range(2):
-        assert len(pictures.features([first, second], tower)) == 2
+        assert len(cached.of([first, second], tower)) == 2
     assert tower.encoded == 1
     del first, second, shared
     gc.collect()
-    assert len(pictures._kept) == 0
+    assert len(cached._cached) == 0

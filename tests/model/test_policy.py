@@ -129,8 +129,8 @@ def test_bfloat16_keeps_float32_weights_when_they_learn():
 @pytest.mark.parametrize(
     ("path", "settings", "expected"),
     [
-        (TEXT, {"freeze": ("vision",)}, "has no part 'vision'"),
-        (TEXT, {"freeze": ("language", "embeddings")}, "nothing to learn"),
+        (TEXT, {"freeze": ("vision",)}, "has no module 'vision'"),
+        (TEXT, {"freeze": ("language", "embeddings")}, "nothing to train"),
         (TEXT, {"lora": LoraSection(modules=("query",))}, "no linear layer named query"),
         ("no/such/model", {}, "cannot be loaded"),
     ],

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from mm_agrae.errors import DataError, ModelError
 from mm_agrae.model import activations, shared_attention
-from mm_agrae.model.shared_attention import Layout
+from mm_agrae.model.image_features import feature_inputs, pixel_inputs
+from mm_agrae.model.packed_layout import PackedLayout
 from mm_agrae.model.shared_prompt import (
     hidden_states,
     install,
@@ -317,8 +318,8 @@ def test_precomputed_image_features_carry_the_gradient():
     install(model)
     batch = make_batch(prompts_for("qwen2_5_vl"), RAGGED)
     packed = pack(model.base_model, batch)
-    output = model.base_model.get_image_features(packed.pixel_values, packed.image_grid_thw)
-    mine = gradients(model, shared(model, batch, image_features=output.pooler_output))
+    output = model.base_model.get_image_features(**pixel_inputs(packed.prompts, "cpu"))
+    mine = gradients(model, shared(model, batch, images=feature_inputs(output.pooler_output)))
     other = gradients(model, shared(model, batch))
     assert any("visual" in name for name in other)
     for name in other:
@@ -420,10 +421,9 @@ def wrong(model, batch: MicroBatch, **changes) -> torch.Tensor:
         "input_ids": packed.input_ids,
         "position_ids": packed.position_ids,
         "use_cache": False,
-        "pixel_values": packed.pixel_values,
-        "image_grid_thw": packed.image_grid_thw,
         "shared_prompt": packed.layout,
         "attention_mask": torch.empty(1, 1, 0, 0),
+        **pixel_inputs(packed.prompts, "cpu"),
     }
     inputs |= changes
     inputs = {name: value for name, value in inputs.items() if value is not None}
@@ -433,7 +433,7 @@ def wrong(model, batch: MicroBatch, **changes) -> torch.Tensor:
     return packed.unpack(logp_N)
 
 
-def full_mask(layout: Layout) -> torch.Tensor:
+def full_mask(layout: PackedLayout) -> torch.Tensor:
     """[S,S]: which token sees which."""
     see = torch.zeros(layout.length, layout.length, dtype=torch.bool)
     for group in layout.groups:

@@ -7,6 +7,9 @@ import itertools
 
 import pytest
 import torch
+from helpers import VL, batch_of, policy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from mm_agrae.model.image_features import ImageFeatures
 from mm_agrae.types import Example, MicroBatch, Prompt
@@ -102,3 +105,36 @@ def test_frozen_features_live_as_long_as_their_pixels():
     del first, second, shared
     gc.collect()
     assert len(cached._cached) == 0
+
+
+class Reads(TorchDispatchMode):
+    """Counts operations that read one of the given tensors."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.count += any(x.untyped_storage().data_ptr() in self.storages for x in read)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("freeze", [("vision",), ()], ids=["frozen", "trained"])
+@pytest.mark.parametrize("sharing", ["on", "off"])
+def test_pixels_are_read_only_to_encode_them(sharing, freeze):
+    """On a GPU, reading them means moving them there: hundreds of MB for each micro-batch."""
+    made = policy(VL, shared_prompt=sharing, freeze=freeze)
+    batch = batch_of(VL, made)
+    if freeze:
+        made.image_features = ImageFeatures(frozen=True)  # the rollout has filled the other one
+    else:
+        made.image_features.plan([batch, batch])
+    reads = []
+    for _ in range(2):
+        with Reads([prompt.pixel_values for prompt in batch.prompts]) as found:
+            made(batch)[0].sum().backward()
+        reads.append(found.count)
+    assert reads[0] > 0
+    assert reads[1] == 0

@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-from helpers import TEXT, VL, engine, policy, processing, prompts, sampling
+from helpers import TEXT, VL, batch_of, policy, processing
 
-from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.config import LoraSection
 from mm_agrae.errors import ModelError
 from mm_agrae.model.policy import Policy
 
 BOTH = pytest.mark.parametrize("path", [VL, TEXT], ids=["vl", "text"])
-
-
-def batch_of(path, made, count=3, group=2):
-    batch = prompts(path, count)
-    groups = engine(made).generate(batch, group, sampling(), range(count))
-    rows = [UpdateRow(p, c, 1.0) for p, completions in enumerate(groups) for c in completions]
-    return micro_batch(batch, rows, made.device)
 
 
 @BOTH

@@ -25,17 +25,19 @@ REAL_DATA = Path(os.environ.get("MM_AGRAE_DATA", ROOT.parent / "shared" / "data"
 MODALITY = {VL: "image", TEXT: "text"}
 
 
-def assert_equal_up_to_rounding(ours, theirs, terms: int, message: str = "") -> None:
-    """Tensors of sums of at most `terms` products, computed in two orders.
+def assert_equal_up_to_rounding(ours: torch.Tensor, theirs: torch.Tensor, terms: int) -> None:
+    """The same tensor, computed with its sums in another order.
 
-    Each addition rounds by at most eps/2 of the sum so far, of which the tensor's largest element
-    is taken as the size: an element near 0 may be what large terms leave when they cancel.
+    `terms` are the lengths of all sums that an element depends on one after another. Each addition
+    rounds by at most eps/2 of the sum so far; its size is taken to be that of the tensor's largest
+    element, as an element near 0 may be what large terms leave when they cancel.
     """
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
-    allowed = terms * torch.finfo(theirs.dtype).eps * theirs.abs().max()
-    difference = (ours - theirs).abs().max()
-    assert difference <= allowed, f"{message}: differs by {difference}, rounding is {allowed}"
+    largest = theirs.detach().abs().max().item()
+    torch.testing.assert_close(
+        ours, theirs, rtol=0, atol=terms * torch.finfo(theirs.dtype).eps * largest
+    )
 
 
 def sampling(**settings) -> SamplingSection:

@@ -42,8 +42,7 @@ as in a MicroBatch.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,35 +177,6 @@ def hidden_states(
             **images,
         ).last_hidden_state
     return hidden_1SH[0].index_select(0, packed.source_N)
-
-
-def split_by_tokens(
-    prompt_length_P: Sequence[int],
-    prompt_index_B: Sequence[int],
-    length_B: Sequence[int],
-    budget: int,
-) -> list[list[int]]:
-    """Rows of each call so that prompts and completions stay within `budget` tokens.
-
-    Rows of one prompt are adjacent. A group is cut only if it exceeds the budget by itself; a
-    single completion that does goes alone.
-    """
-    calls: list[list[int]] = [[]]
-    room = budget
-    for index, group in itertools.groupby(range(len(length_B)), lambda b: prompt_index_B[b]):
-        rows, prompt = list(group), prompt_length_P[index]
-        whole = prompt + sum(length_B[row] for row in rows)
-        if whole > room and calls[-1]:
-            calls.append([])
-            room = budget
-        room -= prompt
-        for position, row in enumerate(rows):
-            if length_B[row] > room and position:
-                calls.append([])
-                room = budget - prompt
-            calls[-1].append(row)
-            room -= length_B[row]
-    return [call for call in calls if call]
 
 
 def _positions(backbone: Any, prompt: Prompt) -> torch.Tensor:

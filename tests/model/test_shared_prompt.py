@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
+import re
 
 import pytest
 import torch
@@ -11,15 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_agrae.errors import DataError, ModelError
-from mm_agrae.model import activations, shared_attention
+from mm_agrae.model import activations, shared_attention, shared_prompt
 from mm_agrae.model.image_features import feature_inputs, pixel_inputs
-from mm_agrae.model.packed_layout import PackedLayout
+from mm_agrae.model.packed_layout import GroupSpans, PackedLayout
 from mm_agrae.model.shared_prompt import (
     hidden_states,
     install,
     pack,
     require_agreement,
-    split_by_tokens,
     unsupported_reason,
 )
 from mm_agrae.model.vocab_head import head_logprobs
@@ -205,6 +204,28 @@ def prompts_for(family: str) -> list[Prompt]:
     return [text_prompt(6), text_prompt(1, 1), text_prompt(11, 2)]
 
 
+# ------------------------------------------------------------------------------- the row
+
+
+def test_the_example_of_the_docstring():
+    """A prompt of 5 tokens and completions of 3, 1 and 2, as the module's docstring has it."""
+    lines = re.findall(r"^    (\w+) +([\d |]+)", shared_prompt.__doc__, re.MULTILINE)
+    shown = {name: [int(each) for each in re.findall(r"\d+", values)] for name, values in lines}
+    completions = [[21, 22, 23], [31], [41, 42]]
+    assert shown["completions"] == [*completions[0], *completions[1], *completions[2]]
+    batch = make_batch(
+        [Prompt(Example("0", "", ""), "", torch.tensor(shown["prompt"]))], [[3, 1, 2]]
+    )
+    for row, tokens in enumerate(completions):
+        batch.token_BT[row, : len(tokens)] = torch.tensor(tokens)
+    packed = pack(build("qwen2").base_model, batch)
+    for name in ("input_ids", "position_ids", "source_N", "target_N", "row_N", "column_N"):
+        assert getattr(packed, name).flatten().tolist() == shown[name], name
+    assert packed.layout.groups == (GroupSpans((0, 5), ((5, 7), (7, 8))),)
+    # Unpacked, every predicted token is back where the micro-batch has it.
+    assert torch.equal(packed.unpack(packed.target_N), batch.token_BT)
+
+
 # ------------------------------------------------------------------------------- equality
 
 
@@ -219,38 +240,6 @@ def test_logprobs_and_gradients_equal_the_repeated_batch(family, dtype, toleranc
         if prompt.pixel_values is not None:
             object.__setattr__(prompt, "pixel_values", prompt.pixel_values.to(dtype))
     assert_same(model, batch, tolerance)
-
-
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2"])
-def test_gradient_checkpointing(family):
-    model = build(family).train()
-    install(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_same(model, make_batch(prompts_for(family), RAGGED), 2e-6)
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2"])
-def test_lora(family, checkpointing):
-    peft = pytest.importorskip("peft")
-    torch.manual_seed(1)
-    model = build(family)
-    adapted = peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=3,
-            lora_alpha=2,
-            target_modules="all-linear",
-            init_lora_weights=False,
-            exclude_modules="lm_head",
-        ),
-    )
-    if checkpointing:
-        adapted.train()
-        adapted.gradient_checkpointing_enable({"use_reentrant": False})
-    install(adapted.get_base_model())
-    assert unsupported_reason(adapted.get_base_model()) is None
-    assert_same(adapted.get_base_model(), make_batch(prompts_for(family), RAGGED), 2e-6)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -580,29 +569,3 @@ def test_families_that_cannot_share_give_one_line():
     if reason is None:
         install(positions)
         assert_same(positions, make_batch([text_prompt(6)], [[3, 5]]), 5e-6)
-
-
-# --------------------------------------------------------------------------------- budgets
-
-
-@given(
-    groups=st.lists(
-        st.tuples(st.integers(1, 50), st.lists(st.integers(0, 40), min_size=1, max_size=6)),
-        min_size=1,
-        max_size=6,
-    ),
-    budget=st.integers(1, 200),
-)
-def test_split_by_tokens(groups, budget):
-    prompts = [prompt for prompt, _ in groups]
-    index = [i for i, (_, lengths) in enumerate(groups) for _ in lengths]
-    lengths = list(itertools.chain.from_iterable(lengths for _, lengths in groups))
-    calls = split_by_tokens(prompts, index, lengths, budget)
-    assert [row for call in calls for row in call] == list(range(len(lengths)))
-    for call in calls:
-        tokens = sum(lengths[row] for row in call)
-        tokens += sum(prompts[i] for i in {index[row] for row in call})
-        assert tokens <= budget or len(call) == 1 or all(lengths[row] == 0 for row in call[1:])
-    for i, (prompt, own) in enumerate(groups):
-        if prompt + sum(own) <= budget:
-            assert sum(any(index[row] == i for row in call) for call in calls) == 1

@@ -5,8 +5,6 @@ import torch
 from helpers import TEXT, VL, batch_of, policy, processing
 
 from mm_agrae.config import LoraSection
-from mm_agrae.errors import ModelError
-from mm_agrae.model.policy import Policy
 
 BOTH = pytest.mark.parametrize("path", [VL, TEXT], ids=["vl", "text"])
 
@@ -36,25 +34,6 @@ def test_logprobs_equal_transformers_own_forward(path, sharing):
         assert torch.allclose(logp_BT[b, :length].double(), expected, atol=2e-5)
         entropy = -(logp.exp() * logp.clamp(min=-1e9)).sum(-1)
         assert torch.allclose(entropy_BT[b, :length].double(), entropy, atol=2e-5)
-
-
-def trainable(made):
-    return {name for name, p in made.model.named_parameters() if p.requires_grad}
-
-
-@pytest.mark.parametrize(
-    ("lora", "inside", "outside"),
-    [
-        ({}, "language_model", "visual"),
-        ({"parts": ("vision",)}, "visual.blocks", "merger"),
-        ({"parts": ("merger",)}, "merger", "blocks"),
-        ({"modules": ("q_proj", "v_proj")}, "_proj", "mlp"),
-    ],
-)
-def test_lora_stands_where_it_was_asked_for(lora, inside, outside):
-    names = trainable(policy(VL, lora=LoraSection(rank=4, **lora)))
-    assert names
-    assert all("lora_" in name and inside in name and outside not in name for name in names)
 
 
 def test_the_reference_is_where_lora_started():
@@ -97,19 +76,3 @@ def test_bfloat16_keeps_float32_weights_when_they_learn():
             logp_BT = rounded(micro)[0]
             assert logp_BT.dtype == torch.float32
             assert 0 < (logp_BT - reference).abs().max() < 0.5
-
-
-@pytest.mark.parametrize(
-    ("path", "settings", "expected"),
-    [
-        (TEXT, {"freeze": ("vision",)}, "has no module 'vision'"),
-        (TEXT, {"freeze": ("language", "embeddings")}, "nothing to train"),
-        (TEXT, {"lora": LoraSection(modules=("query",))}, "no linear layer named query"),
-        ("no/such/model", {}, "cannot be loaded"),
-    ],
-)
-def test_refusals(path, settings, expected):
-    from mm_agrae.config import ModelSection
-
-    with pytest.raises(ModelError, match=expected):
-        Policy(ModelSection(path=path, **settings), processing(TEXT))

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from families import END, FAMILIES, IMAGE, SMALL, START, VISION, WORDS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,27 +25,18 @@ from mm_agrae.model.shared_prompt import (
 from mm_agrae.model.vocab_head import head_logprobs
 from mm_agrae.types import Example, MicroBatch, Prompt
 
-IMAGE, START, END = 5, 6, 7
-TEXT = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 0,
-}
-VISION = {
-    "depth": 2,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_heads": 2,
-    "out_hidden_size": 32,
-    "patch_size": 4,
-    "window_size": 16,
-    "fullatt_block_indexes": [1],
-}
+MODELS = FAMILIES | {
+    "qwen2_sliding": SMALL | {
+        "model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7,
+        "max_window_layers": 1,
+    },
+    "mistral": SMALL | {"sliding_window": 5},
+}  # fmt: skip
+ROUNDING = 6e-6
+"""Of a gradient's norm in float32. A layer adds up 5 · 64 + 128 products, forward and backward; in
+three layers that is 2,700 additions, each rounded by up to eps/2 with a random sign, so that
+√2,700 · eps is what another order of the sums may change."""
+FEW = pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2"])
 
 
 @pytest.fixture(autouse=True)
@@ -53,75 +45,32 @@ def _recompute_any_size(monkeypatch):
     monkeypatch.setattr(activations, "FEWEST", 0)
 
 
-@functools.cache
-def weights(family: str) -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    model = build(family, fresh=True)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() > 1:
-            # Large enough that every form of wrong attention shows.
-            torch.nn.init.normal_(parameter, std=0.5 if "embed" in name else 0.2)
-    return model.state_dict()
-
-
-def build(family: str, dtype: torch.dtype = torch.float32, fresh: bool = False):
-    from mm_agrae.model.compat import prepare
-
-    prepare()
-    import transformers as hf
-
-    if family == "qwen2_5_vl":
-        config = hf.Qwen2_5_VLConfig(
-            text_config={**TEXT, "rope_parameters": {
-                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}},
-            vision_config=VISION,
-            image_token_id=IMAGE, video_token_id=8, vision_start_token_id=START,
-            vision_end_token_id=END, tie_word_embeddings=False,
-        )  # fmt: skip
-        model = hf.Qwen2_5_VLForConditionalGeneration(config)
-    elif family == "qwen2":
-        model = hf.Qwen2ForCausalLM(hf.Qwen2Config(**TEXT, tie_word_embeddings=True))
-    elif family == "qwen2_sliding":
-        model = hf.Qwen2ForCausalLM(
-            hf.Qwen2Config(**TEXT, use_sliding_window=True, sliding_window=7, max_window_layers=1)
-        )
-    elif family == "llama":
-        model = hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT))
-    elif family == "qwen3":
-        model = hf.Qwen3ForCausalLM(hf.Qwen3Config(**TEXT, head_dim=16))
-    elif family == "gemma3":
-        model = hf.Gemma3ForCausalLM(
-            hf.Gemma3TextConfig(**TEXT, head_dim=8, sliding_window=6, layer_types=[
-                "sliding_attention", "full_attention", "sliding_attention"])
-        )  # fmt: skip
-    elif family == "mistral":
-        model = hf.MistralForCausalLM(hf.MistralConfig(**TEXT, sliding_window=5))
-    else:
-        raise ValueError(family)
-    if not fresh:
-        model.load_state_dict(weights(family))
-    return model.to(dtype).eval()
+def build(family: str, dtype: torch.dtype = torch.float32):
+    settings = dict(MODELS[family])
+    return make_model(settings.pop("model_type", family), settings, dtype)
 
 
 def text_prompt(length: int, seed: int = 0) -> Prompt:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(10, 97, (length,), generator=generator)
+    ids = torch.randint(WORDS, (length,), generator=generator)
     return Prompt(Example(f"text{seed}", "", ""), "", ids, torch.zeros_like(ids))
 
 
-def image_prompt(grids: list[tuple[int, int]], length: int = 9, seed: int = 0) -> Prompt:
+def image_prompt(
+    grids: list[tuple[int, int]], length: int = 9, seed: int = 0, patch: int = 14
+) -> Prompt:
     """Images stand in front of the text, each between its start and end token."""
     generator = torch.Generator().manual_seed(seed)
     ids = []
     for height, width in grids:
         ids += [START, *[IMAGE] * (height * width // 4), END]
-    ids += torch.randint(10, 97, (length,), generator=generator).tolist()
+    ids += torch.randint(WORDS, (length,), generator=generator).tolist()
     token_ids = torch.tensor(ids)
     patches = sum(height * width for height, width in grids)
     return Prompt(
         Example(f"image{seed}", "", ""), "", token_ids,
         mm_token_type_ids=(token_ids == IMAGE).int(),
-        pixel_values=torch.randn(patches, 3 * 2 * 4 * 4, generator=generator),
+        pixel_values=torch.randn(patches, 3 * 2 * patch * patch, generator=generator),
         image_grid_thw=torch.tensor([[1, height, width] for height, width in grids]),
     )  # fmt: skip
 
@@ -131,7 +80,7 @@ def make_batch(prompts: list[Prompt], lengths: list[list[int]], seed: int = 0) -
     flat = [length for group in lengths for length in group]
     longest = max(flat, default=0)
     mask_BT = (torch.arange(longest)[None] < torch.tensor(flat)[:, None]).float()
-    token_BT = torch.randint(10, 97, mask_BT.shape, generator=generator) * mask_BT.long()
+    token_BT = torch.randint(1, WORDS, mask_BT.shape, generator=generator) * mask_BT.long()
     index_B = [index for index, group in enumerate(lengths) for _ in group]
     return MicroBatch(
         prompts, torch.tensor(index_B), token_BT, mask_BT, torch.zeros(len(flat)), mask_BT
@@ -194,13 +143,18 @@ def assert_same(model, batch: MicroBatch, tolerance: float, reference=None) -> N
             assert (mine[name] - other[name]).norm() / scale <= 50 * tolerance, name
 
 
-FAMILIES = ["qwen2_5_vl", "qwen2", "qwen2_sliding", "llama", "qwen3", "gemma3", "mistral"]
 RAGGED = [[4, 1, 9, 9], [3], [6, 2, 12]]
 
 
 def prompts_for(family: str) -> list[Prompt]:
-    if family == "qwen2_5_vl":
-        return [image_prompt([(4, 8)]), text_prompt(5, 1), image_prompt([(4, 4), (8, 4)], 4, 2)]
+    if family in VISION:
+        patch = MODELS[family]["vision_config"]["patch_size"]
+        first, second = [(4, 8)], [(4, 4), (8, 4)]
+        return [
+            image_prompt(first, patch=patch),
+            text_prompt(5, 1),
+            image_prompt(second, 4, 2, patch),
+        ]
     return [text_prompt(6), text_prompt(1, 1), text_prompt(11, 2)]
 
 
@@ -230,9 +184,11 @@ def test_the_example_of_the_docstring():
 
 
 # The model classes themselves compute norms and rotary angles in float32, also for float64.
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 5e-7)])
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, ROUNDING), (torch.float64, 5e-7)])
 def test_logprobs_and_gradients_equal_the_repeated_batch(family, dtype, tolerance):
+    if family == "qwen3_moe" and dtype == torch.float64:
+        pytest.skip("PyTorch has no grouped matrix product in float64")
     model = build(family, dtype)
     install(model)
     batch = make_batch(prompts_for(family), RAGGED)
@@ -260,7 +216,7 @@ def test_random_layouts(lengths, kinds, size):
     with torch.no_grad():
         ours = shared(model, batch)
         theirs = repeated(model, batch)
-    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-5)
+    torch.testing.assert_close(ours, theirs, rtol=ROUNDING, atol=10 * ROUNDING)
 
 
 @functools.cache
@@ -270,13 +226,13 @@ def _model(family: str = "qwen2_5_vl"):
     return model
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2", "gemma3"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2", "gemma3_text"])
 def test_masked_attention_serves_whole_models(family, monkeypatch):
     """What runs on other devices, here on the CPU."""
     monkeypatch.setattr(shared_attention, "_cpu_flash", None)
     model = build(family)
     install(model)
-    assert_same(model, make_batch(prompts_for(family), RAGGED), 2e-6)
+    assert_same(model, make_batch(prompts_for(family), RAGGED), ROUNDING)
 
 
 def test_bfloat16_is_as_close_as_the_repeated_batch():
@@ -337,7 +293,7 @@ def process_group():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2"])
+@FEW
 def test_ddp_and_fsdp2(process_group, way, family, checkpointing):
     from torch.distributed.fsdp import fully_shard
 
@@ -355,7 +311,7 @@ def test_ddp_and_fsdp2(process_group, way, family, checkpointing):
             fully_shard(layer, mesh=mesh)
         fully_shard(wrapped, mesh=mesh)
     ours, theirs = wrapped(batch), repeated(plain, batch)
-    torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=2e-5)
+    torch.testing.assert_close(ours, theirs, rtol=ROUNDING, atol=10 * ROUNDING)
     loss_of(ours).backward()
     expected = gradients(plain, theirs)
     for name, parameter in model.named_parameters():
@@ -467,8 +423,8 @@ def test_the_agreement_check_passes_what_is_right_and_stops_what_is_wrong():
 
 
 def test_a_bare_mask_is_wrong_for_sliding_layers_and_noticed():
-    model = _model("gemma3")
-    batch = make_batch(prompts_for("gemma3"), RAGGED)
+    model = _model("gemma3_text")
+    batch = make_batch(prompts_for("gemma3_text"), RAGGED)
     see = full_mask(pack(model.base_model, batch).layout)[None, None]
     with torch.no_grad():
         truth = repeated(model, batch)
@@ -491,7 +447,7 @@ def test_eager_attention_with_a_bool_mask_is_wrong_and_noticed():
         require_agreement(bare, truth, batch.mask_BT)
 
 
-@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2"])
+@FEW
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_a_model_without_our_attention_fails_instead_of_computing_something_else(
     family, implementation
@@ -533,7 +489,7 @@ def test_images_that_do_not_match_are_named():
 
 
 def test_supported_families_say_so_and_are_left_as_they_were():
-    for family in FAMILIES:
+    for family in MODELS:
         model = build(family).train()
         assert unsupported_reason(model) is None
         assert model.training
@@ -543,16 +499,16 @@ def test_supported_families_say_so_and_are_left_as_they_were():
 def test_families_that_cannot_share_give_one_line():
     import transformers as hf
 
-    small = {**TEXT, "num_hidden_layers": 2}
-    soft = hf.Gemma2ForCausalLM(hf.Gemma2Config(**small, head_dim=8, attn_logit_softcapping=5.0))
+    small = SMALL | {"num_hidden_layers": 2}
+    soft = hf.Gemma2ForCausalLM(hf.Gemma2Config(**small, attn_logit_softcapping=5.0))
     soft.set_attn_implementation("sdpa")
     eager = build("qwen2")
     eager.set_attn_implementation("eager")
     positions = hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+        hf.GPT2Config(vocab_size=643, n_embd=32, n_layer=1, n_head=2, n_positions=64)
     )
     recurrent = hf.MambaForCausalLM(
-        hf.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=4)
+        hf.MambaConfig(vocab_size=643, hidden_size=32, num_hidden_layers=1, state_size=4)
     )
     expected = {
         soft: "softcap",
@@ -568,4 +524,4 @@ def test_families_that_cannot_share_give_one_line():
     reason = unsupported_reason(positions.eval())
     if reason is None:
         install(positions)
-        assert_same(positions, make_batch([text_prompt(6)], [[3, 5]]), 5e-6)
+        assert_same(positions, make_batch([text_prompt(6)], [[3, 5]]), ROUNDING)

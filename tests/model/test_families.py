@@ -1,4 +1,4 @@
-"""Every family through the policy: both ways of the update, rollout, attention, dtypes, modules."""
+"""Every family through the policy: shared and repeated prompts, rollout, dtypes, modules."""
 
 from pathlib import Path
 

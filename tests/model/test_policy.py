@@ -1,4 +1,4 @@
-"""Log-probabilities against plain transformers, parts, LoRA, the reference, precision."""
+"""Log-probabilities against plain transformers, the reference policy, precision."""
 
 import pytest
 import torch

@@ -271,55 +271,6 @@ def test_precomputed_image_features_carry_the_gradient():
         torch.testing.assert_close(mine[name], other[name])
 
 
-class Wrapped(torch.nn.Module):
-    """A module whose forward does all the work, as DDP and FSDP2 need it."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, batch: MicroBatch) -> torch.Tensor:
-        return shared(self.model, batch)
-
-
-@pytest.fixture
-def process_group():
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-@FEW
-def test_ddp_and_fsdp2(process_group, way, family, checkpointing):
-    from torch.distributed.fsdp import fully_shard
-
-    batch = make_batch(prompts_for(family), RAGGED)
-    model, plain = build(family), build(family)
-    install(model)
-    if checkpointing:
-        model.train().gradient_checkpointing_enable({"use_reentrant": False})
-    wrapped = Wrapped(model)
-    if way == "ddp":
-        wrapped = torch.nn.parallel.DistributedDataParallel(wrapped)
-    else:
-        mesh = torch.distributed.init_device_mesh("cpu", (1,))
-        for layer in getattr(model.base_model, "language_model", model.base_model).layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(wrapped, mesh=mesh)
-    ours, theirs = wrapped(batch), repeated(plain, batch)
-    torch.testing.assert_close(ours, theirs, rtol=ROUNDING, atol=10 * ROUNDING)
-    loss_of(ours).backward()
-    expected = gradients(plain, theirs)
-    for name, parameter in model.named_parameters():
-        grad = parameter.grad.full_tensor() if way == "fsdp2" else parameter.grad
-        if expected[name].norm() > 1e-3:
-            assert (grad - expected[name]).norm() / expected[name].norm() < 1e-4, name
-
-
 def test_vision_runs_once_per_prompt():
     model = _model()
     patches = []

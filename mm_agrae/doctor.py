@@ -31,8 +31,8 @@ from mm_agrae.config import Config
 from mm_agrae.config.reading import apply_override
 from mm_agrae.errors import ModelError, UserError
 from mm_agrae.model.compat import prepare
-from mm_agrae.model.policy import add_lora, misfit, parts
-from mm_agrae.model.processing import model_and_adapter
+from mm_agrae.model.loading import misfit, model_modules
+from mm_agrae.model.lora import add_lora, model_and_adapter
 from mm_agrae.model.vocab_head import CHUNK_BYTES
 from mm_agrae.progress import Reporter
 from mm_agrae.run.versions import versions
@@ -143,7 +143,7 @@ def measure(config: Config, model_config: Any) -> Shape:
         model.tie_weights()
         if reason := misfit(model):
             raise ModelError(f"model.path {settings.path!r} ({model_config.model_type}): {reason}")
-        known = parts(model)
+        known = model_modules(model)
         for name in (*settings.freeze, *(settings.lora.parts if settings.lora else ())):
             if name not in known:
                 raise ModelError(

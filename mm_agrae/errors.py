@@ -41,3 +41,9 @@ class EngineError(UserError):
 
 class ProcessError(UserError):
     """Another process of the run has failed, is gone, or does not come."""
+
+
+def one_line(error: Exception, limit: int = 300) -> str:
+    """Another library's error, short enough to be quoted in a message of ours."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]}…"

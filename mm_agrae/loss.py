@@ -1,11 +1,11 @@
-"""Policy losses: log-probabilities and advantages of a micro-batch to one number to minimise.
+"""Policy losses: from log-probabilities and advantages of a micro-batch to a scalar to minimise.
 
 Pure functions of tensors, without state. Per token, with the ratio ρ of new to old policy,
 
     loss_t = surrogate(ρ_t, A) · sampler weight + kl_coef · k3_t
 
-and the loss of an optimiser step is the weighted sum of loss_t over all its tokens, less the
-entropy bonus. What tells the losses apart is one line each in `LOSSES`:
+and the loss of an optimiser step is the weighted sum of loss_t over all its tokens, minus the
+entropy bonus. Each loss is one line of `LOSSES`:
 
 | name    | ratio          | surrogate                   | weight of a token         | clip      |
 |---------|----------------|-----------------------------|---------------------------|-----------|
@@ -22,10 +22,10 @@ N is the number of completions of the step; clip(ρ) bounds ρ to [1 − low, 1 
 
 The denominators count the whole optimiser step, over all ranks and micro-batches (`Denominator`),
 so the losses of the micro-batches ADD UP to that of the step, however it is cut. Sum over
-micro-batches and ranks; where gradients are averaged over ranks (DDP, FSDP), multiply by their
-number.
+micro-batches and ranks; where gradients are averaged over ranks (DDP, FSDP), multiply by the number
+of ranks.
 
-Equal to TRL 1.16 (`tests/test_loss_trl.py`), where these stand for the same thing:
+Equal to TRL 1.16 (`tests/test_loss_trl.py`), with these correspondences:
 
 * TRL's `cispo` takes the upper bound itself (epsilon_high = 1 + clip_high) and never a lower one;
   its gspo is loss_type="grpo" with importance_sampling_level="sequence".
@@ -49,9 +49,9 @@ MAX_LOG_RATIO = 20.0
 
 @dataclass(frozen=True)
 class Denominator:
-    """What one optimiser step holds in all, over every rank and micro-batch.
+    """Totals of one optimiser step, over all ranks and micro-batches.
 
-    completions     completions of the step, those without signal or without tokens included
+    completions     completions, including those without signal or without tokens
     tokens          their completion tokens
     max_new_tokens  the sampling limit, in tokens; the constant of `dr_grpo`
     """
@@ -106,14 +106,14 @@ def policy_loss(
     entropy_coef: float = 0.0,
     sampler_weight_BT: Tensor | None = None,
 ) -> LossOutput:
-    """The share of one micro-batch in the loss `name` of an optimiser step.
+    """What one micro-batch adds to the loss `name` of an optimiser step.
 
     logp_BT            log-probabilities (nats) of the sampled tokens, with gradient
     advantage_B        one per completion
     mask_BT            1 on completion tokens, 0 on padding, whose other values do not matter
     old_logp_BT        log-probabilities before this rollout's updates; None means on-policy,
                        where ρ = exp(logp − detach(logp)) is 1 and its gradient that of logp
-    clip_low/high      distance of the bounds of ρ from 1; None: the loss's own
+    clip_low/high      distance of the bounds of ρ from 1; None means the loss's default
     ref_logp_BT        log-probabilities under the reference policy, needed if kl_coef > 0. The
                        penalty is k3 = exp(ref − logp) − (ref − logp) − 1 (GRPO, arXiv
                        2402.03300, Eq. 4), weighted per token as the loss is
@@ -155,7 +155,7 @@ def policy_loss(
     padding_BT = ~mask_BT.bool()
 
     def kept(value_BT: Tensor) -> Tensor:
-        """0 at padding, whatever stands there: neither values nor gradients leak out of it."""
+        """0 on padding, whatever it holds: no value and no gradient comes from there."""
         return value_BT.to(dtype).masked_fill(padding_BT, 0)
 
     length_B1 = kept(torch.ones_like(logp_BT)).sum(dim=1, keepdim=True).clamp(min=1)
@@ -207,13 +207,13 @@ def k3(logp_BT: Tensor, ref_logp_BT: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SamplerWeight:
-    """Importance weights for tokens that another distribution sampled, and statistics.
+    """Importance weights for tokens sampled from another distribution, and statistics.
 
     `sums` add up over micro-batches and ranks; a mean is a sum divided by "tokens":
 
         mismatch_abs   |log π_old − log π_sampler| (nats)
         mismatch_kl    k3 (nats), an estimate of KL(π_sampler ‖ π_old)
-        mismatch_cut   tokens whose weight was cut to the limit, or left out
+        mismatch_cut   tokens whose weight was cut to the limit, or set to 0
         weight         the weight itself
     """
 
@@ -230,12 +230,12 @@ def sampler_weight(
     limit: float = 2.0,
     beyond: str = "truncate",
 ) -> SamplerWeight:
-    """π_old / π_sampler, bounded: corrects for an engine whose numbers differ from the model's.
+    """π_old / π_sampler, bounded: corrects for an engine whose log-probs differ from the model's.
 
     Truncated importance sampling. `level` "token" weighs each token by its own ratio; "sequence"
     all tokens of a completion by the product of theirs, which is unbiased but of high variance.
-    `beyond` "truncate" gives min(ratio, limit); "mask" gives 0 to what is above the limit or
-    below 1/limit, and the ratio to the rest. The values at padding do not matter.
+    `beyond` "truncate" gives min(ratio, limit); "mask" gives 0 above the limit and below 1/limit,
+    and the ratio in between. The values on padding do not matter.
 
     Raises ValueError for an unknown level or mode, or a limit below 1.
     """
@@ -329,7 +329,7 @@ def _sum_over_constant(length_B1: Tensor, step: Denominator) -> Tensor | float:
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss: its default clip and its three choices."""
+    """One loss: its default clip, and which ratio, surrogate and token weight it takes."""
 
     clip_low: float
     clip_high: float
@@ -343,7 +343,7 @@ LOSSES: dict[str, Loss] = {
     "grpo": Loss(0.2, 0.2, _token_log_ratio, _clipped, _mean_of_completion_means),
     # DAPO, arXiv 2503.14476, Eq. 8: one mean over all tokens, and a higher upper clip.
     "dapo": Loss(0.2, 0.28, _token_log_ratio, _clipped, _mean_of_tokens),
-    # Dr.GRPO, arXiv 2503.20783: a constant in place of the length, which biases.
+    # Dr. GRPO, arXiv 2503.20783: a constant, as dividing by the own length is biased.
     "dr_grpo": Loss(0.2, 0.2, _token_log_ratio, _clipped, _sum_over_constant),
     # GSPO, arXiv 2507.18071, Eq. 5; the clip of its Section 5.1.
     "gspo": Loss(3e-4, 4e-4, _completion_log_ratio, _clipped, _mean_of_completion_means),

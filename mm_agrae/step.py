@@ -74,7 +74,7 @@ class Updater:
             for mini in itertools.chain.from_iterable([plan] * update.epochs):
                 # FSDP2 keeps gathered weights for the backward pass of the same forward pass only.
                 shared = () if self.policy.is_sharded else mini.batches
-                self.policy.pictures.plan(shared)
+                self.policy.image_features.plan(shared)
                 for index, batch in enumerate(mini.batches):
                     last = index + 1 == len(mini.batches)
                     with self.strategy.micro_batch(self.module, last):

@@ -108,8 +108,7 @@ class Trainer:
         )
         self.policy = Policy(
             model,
-            forbidden_ids=self.processing.forbidden_ids,
-            pad_id=self.processing.pad_id,
+            self.processing,
             temperature=config.rollout.temperature,
             entropy_grad=config.update.entropy_coef > 0,
             shared_prompt=config.update.shared_prompt,

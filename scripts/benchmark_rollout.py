@@ -46,8 +46,7 @@ def main() -> None:
         prompts = [processing.prompt(task[index]) for index in range(options.prompts)]
         policy = Policy(
             ModelSection(path=options.model, dtype=dtype),
-            forbidden_ids=processing.forbidden_ids,
-            pad_id=processing.pad_id,
+            processing,
             device="cuda" if torch.cuda.is_available() else "cpu",
         ).eval()
         for name in options.engines:

@@ -46,8 +46,7 @@ def main() -> None:
     expected = doctor.estimate(config, doctor.measure(config, model_config), device=device)
     policy = Policy(
         config.model,
-        forbidden_ids=processing.forbidden_ids,
-        pad_id=processing.pad_id,
+        processing,
         temperature=config.rollout.temperature,
         shared_prompt=config.update.shared_prompt,
         device=device,

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from mm_agrae import config as configs
+from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.config import ModelSection, PromptSection, SamplingSection
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.rollout.hf import HFEngine
 from mm_agrae.tasks.synthetic.task import SyntheticTask
+from mm_agrae.types import MicroBatch
 
 ROOT = Path(__file__).parent.parent
 WARM_START = Path(os.environ.get("MM_AGRAE_WARM_START", ROOT / "data" / "warm_start"))
@@ -21,6 +23,21 @@ VL, TEXT = str(WARM_START / "vl"), str(WARM_START / "text")
 REAL_DATA = Path(os.environ.get("MM_AGRAE_DATA", ROOT.parent / "shared" / "data"))
 
 MODALITY = {VL: "image", TEXT: "text"}
+
+
+def assert_equal_up_to_rounding(ours: torch.Tensor, theirs: torch.Tensor, terms: int) -> None:
+    """The same tensor, computed with its sums in another order.
+
+    `terms` are the lengths of all sums that an element depends on one after another. Each addition
+    rounds by at most eps/2 of the sum so far; its size is taken to be that of the tensor's largest
+    element, as an element near 0 may be what large terms leave when they cancel.
+    """
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype
+    largest = theirs.detach().abs().max().item()
+    torch.testing.assert_close(
+        ours, theirs, rtol=0, atol=terms * torch.finfo(theirs.dtype).eps * largest
+    )
 
 
 def sampling(**settings) -> SamplingSection:
@@ -37,13 +54,7 @@ def policy(path: str, **settings) -> Policy:
     options = {
         name: settings.pop(name) for name in ("temperature", "shared_prompt") if name in settings
     }
-    made = processing(path)
-    return Policy(
-        ModelSection(path=path, **settings),
-        forbidden_ids=made.forbidden_ids,
-        pad_id=made.pad_id,
-        **options,
-    )
+    return Policy(ModelSection(path=path, **settings), processing(path), **options)
 
 
 def engine(made: Policy, **settings) -> HFEngine:
@@ -57,6 +68,14 @@ def examples(path: str, count: int, split: str = "train") -> list:
 
 def prompts(path: str, count: int) -> list:
     return [processing(path).prompt(example) for example in examples(path, count)]
+
+
+def batch_of(path: str, made: Policy, count: int = 3, group: int = 2) -> MicroBatch:
+    """Completions sampled from the policy itself, with advantage 1."""
+    batch = prompts(path, count)
+    groups = engine(made).generate(batch, group, sampling(), range(count))
+    rows = [UpdateRow(p, c, 1.0) for p, completions in enumerate(groups) for c in completions]
+    return micro_batch(batch, rows, made.device)
 
 
 def run_config(run_dir, path: str = VL, **sections):

@@ -160,7 +160,7 @@ def test_kept_activations(name, checkpointing, qwen, tmp_path, monkeypatch):
         rollout={"completions_per_prompt": group, "max_new_tokens": length},
         update={"micro_batch_completions": group},
     )  # fmt: skip
-    made = Policy(config.model, forbidden_ids=(), pad_id=0, shared_prompt="on")
+    made = Policy(config.model, processing(TEXT), shared_prompt="on")
     made.train()
     batch = batch_of(made, TEXT, group, length)
     prompt = batch.prompts[0]
@@ -347,7 +347,7 @@ def test_shards_are_what_fsdp2_would_keep(name, tmp_path):
     def size(parameters):
         return sum(p.numel() * p.element_size() for p in parameters)
 
-    tower = [] if made.vision_learns else list(made.backbone.visual.parameters())
+    tower = [] if made.update_runs_vision else list(made.backbone.visual.parameters())
     assert shape.unsharded == size(tower)
     in_layers = {id(p) for layer in layers_of(made) for p in layer.parameters()}
     rest = {p for p in made.model.parameters() if id(p) not in in_layers} - set(tower)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TEXT, policy, run_config
+from helpers import TEXT, policy, processing, run_config
 from safetensors.torch import load_file
 
 from mm_agrae import config as configs
@@ -30,7 +30,7 @@ class Dangerous:
 
 
 def load(path):
-    return Policy(ModelSection(path=str(path)), forbidden_ids=(), pad_id=0)
+    return Policy(ModelSection(path=str(path)), processing(TEXT))
 
 
 def test_weights_in_a_pickle_are_not_loaded(tmp_path):

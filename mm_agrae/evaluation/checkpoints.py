@@ -36,12 +36,7 @@ def build_engine(config: Config, path: str) -> tuple[Processing, Policy, Engine]
         attn_implementation=config.model.attn_implementation,
         trust_remote_code=config.model.trust_remote_code,
     )
-    policy = Policy(
-        model,
-        forbidden_ids=processing.forbidden_ids,
-        pad_id=processing.pad_id,
-        device="cuda" if use_cuda else "cpu",
-    )
+    policy = Policy(model, processing, device="cuda" if use_cuda else "cpu")
     engine = make_engine(
         config.rollout,
         policy,

@@ -1,11 +1,11 @@
-"""Fewer activations at no cost: the result of a cheap elementwise operation is not kept.
+"""Fewer saved activations, almost for free: cheap elementwise results are recomputed.
 
-Between forward and backward, autograd keeps the inputs of every operation. Many are themselves
-the result of one elementwise operation on tensors that are kept as well: in a gated MLP
-silu(gate) and silu(gate) · up, beside gate and up; in a norm h · r and w · h · r, beside h, r and
-w. Under `recompute_elementwise` a reference to the operation takes such a tensor's place, and it
-is computed again, bit for bit, when the backward pass asks for it. In Qwen2.5-VL that is half of
-what a layer keeps. No matrix product runs twice, unlike with gradient checkpointing.
+Between forward and backward, autograd saves the inputs of every operation. Many of them are the
+result of one elementwise operation on tensors that are saved as well: in a gated MLP silu(gate)
+and silu(gate) · up, beside gate and up; in a norm h · r and w · h · r, beside h, r and w. Under
+`recompute_elementwise` such a tensor is replaced by a reference to the operation and computed
+again, bit for bit, when the backward pass needs it. In Qwen2.5-VL that halves what a layer saves.
+Unlike with gradient checkpointing, no matrix product runs twice.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 FEWEST = 1 << 14
-"""Smaller tensors are kept: they are not worth the detour."""
+"""Tensors of fewer elements are saved: recomputing them is not worth the overhead."""
 
 
 class recompute_elementwise(torch.autograd.graph.saved_tensors_hooks):
@@ -28,11 +28,11 @@ class recompute_elementwise(torch.autograd.graph.saved_tensors_hooks):
 
 
 class _Recipe:
-    """A tensor by the autograd node that made it and whose inputs autograd keeps.
+    """How to recompute a tensor: the autograd node that made it, whose inputs autograd saves.
 
-    A product with a frozen factor, as a norm's weight under LoRA, keeps that one alone: then
-    `other` is the recipe of the other one. One recipe serves all operations that use the tensor,
-    and the first result stays for the others: autograd drops it with the last of them.
+    A product with a frozen factor, such as a norm's weight under LoRA, saves that factor alone;
+    `other` is then the recipe of the other one. All operations that use the tensor share one
+    recipe, and the first to need the result keeps it for the rest: autograd drops it with the last.
     """
 
     def __init__(self, node: Any, other: _Recipe | None = None):
@@ -58,14 +58,14 @@ def _pack(tensor: torch.Tensor) -> torch.Tensor | tuple[_Recipe, torch.Size]:
     recipe = _recipe(tensor)
     if recipe is not None:
         return recipe, tensor.shape
-    # With its node attached, an operation that keeps its own result would never be freed.
+    # With its node attached, an operation that saves its own result would never be freed.
     return tensor if tensor.is_leaf else tensor.detach()
 
 
 def _recipe(tensor: torch.Tensor) -> _Recipe | None:
     base = tensor
     if tensor._is_view() and tensor._base is not None:
-        # Linear layers take [1,S,H] as [S,H]; a view of the whole is easily made again.
+        # Linear layers view [1,S,H] as [S,H]; a view of the whole tensor is easily made again.
         base = tensor._base
     node: Any = base.grad_fn
     if node is None or base.numel() != tensor.numel() or base.numel() < FEWEST:
@@ -83,7 +83,7 @@ def _recipe_of(node: Any) -> _Recipe | None:
         first, second = (function for function, _ in node.next_functions)
         if first is None or second is None:
             other, factor = _recipe_of(first or second), _frozen_factor(node)
-            # A number is not kept as what it was: the product might differ in its last bit.
+            # A Python number is not saved in its own precision: the last bit might differ.
             if other is None or factor is None or factor.dim() == 0:
                 return None
     return _recipes.setdefault(id(node), _Recipe(node, other))

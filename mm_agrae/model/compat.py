@@ -1,10 +1,10 @@
-"""Mends one common broken install before transformers' image processors are imported.
+"""Works around one common broken install before transformers' image processors are imported.
 
 A CPU build of torch next to the default torchvision wheel leaves torchvision's compiled library
 unloadable; importing torchvision then fails with "operator torchvision::nms does not exist".
 None of its operators is used here, so declaring their schemas is enough. The default wheels of
-torchaudio and torchcodec, which vLLM brings along and transformers imports if they are there,
-fail likewise; they are not used at all and count as not installed.
+torchaudio and torchcodec, which vLLM installs and transformers imports where it finds them, fail
+in the same way; neither is used, so they are treated as not installed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def prepare() -> None:
         import torchvision  # noqa: F401
 
         for name in ("torchaudio", "torchcodec"):
-            _leave_out_if_broken(name)
+            _hide_if_broken(name)
 
 
-def _leave_out_if_broken(name: str) -> None:
+def _hide_if_broken(name: str) -> None:
     import importlib
     import sys
 
@@ -49,8 +49,8 @@ def _leave_out_if_broken(name: str) -> None:
     except (OSError, RuntimeError):
         for module in [known for known in sys.modules if known.split(".")[0] == name]:
             del sys.modules[module]
-        sys.modules[name] = None  # type: ignore[assignment]  # counts as not installed
+        sys.modules[name] = None  # type: ignore[assignment]  # as if not installed
 
 
 _kept_alive: list[object] = []
-"""A torch Library takes its operators along when it is collected."""
+"""A torch Library unregisters its operators when it is garbage-collected."""

@@ -1,94 +1,102 @@
-"""Image features, each distinct picture through the vision tower once.
+"""Image features: each distinct image goes through the vision tower once.
 
-Prompts with the same picture hold the same tensor of pixels (`Processing` sees to it), which is
-what pictures are told apart by.
+Prompts with the same image hold the same tensor of pixels (`Processing` sees to it), so images are
+told apart by that tensor's identity.
 
-- A frozen tower gives the same features for good: they are kept while the pixels are alive.
-- A tower that learns gives other features after every optimiser step. Within one, a picture that
-  several micro-batches need is encoded by the first. All but the last get a copy of the features
-  without history, which collects its gradient; the last gets the features themselves, and hands
-  all of the gradient on to the tower, in its own backward pass.
+- A frozen tower always gives the same features: they are cached while the pixels are alive.
+- A trained tower gives other features after every optimiser step. Within one, an image that
+  several micro-batches need is encoded by the first of them. All but the last get a detached copy
+  of the features, which collects its gradient; the last gets the features themselves and, in its
+  own backward pass, passes the sum of all gradients on to the tower.
 """
 
 from __future__ import annotations
 
+import contextlib
+import inspect
+import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from mm_agrae.model.loading import model_modules
 from mm_agrae.types import MicroBatch, Prompt
 
 Features = list[torch.Tensor]
-"""One [tokens, hidden size] for each picture of a prompt."""
+"""One [tokens, hidden size] for each image of a prompt."""
 
 
 @dataclass
-class _Open:
-    """Features that later micro-batches need as well, and what earlier ones got for them."""
+class _Pending:
+    """Features that later micro-batches need as well, and the copies that earlier ones got."""
 
     features: Features
     copies: list[Features] = field(default_factory=list)
 
 
-class Pictures:
-    """Features for the prompts of a policy. `frozen` says that its vision tower does not learn."""
+class ImageFeatures:
+    """The features of a policy's images, cached. `frozen` says that its tower is not trained."""
 
     def __init__(self, frozen: bool):
         self.frozen = frozen
-        self._kept: Any = WeakTensorKeyDictionary()
+        self._cached: Any = WeakTensorKeyDictionary()
         self._uses: Counter[int] = Counter()
-        self._open: dict[int, _Open] = {}
+        self._pending: dict[int, _Pending] = {}
 
     def plan(self, batches: Iterable[MicroBatch]) -> None:
         """Announce the micro-batches of one optimiser step, each run once, in any order.
 
-        Raises RuntimeError if gradient of the last announced is still on its way to the tower.
+        Raises RuntimeError if gradients of the step before never reached the tower.
         """
-        if self._open:
-            raise RuntimeError(f"{len(self._open)} pictures wait for a micro-batch that never ran")
+        if self._pending:
+            raise RuntimeError(
+                f"{len(self._pending)} images still wait for a micro-batch that was planned and "
+                "never ran: their gradients have not reached the vision tower"
+            )
         self._uses.clear()
         if self.frozen:
             return
         for batch in batches:
-            self._uses.update({_key(prompt) for prompt in _pictured(batch.prompts)})
+            self._uses.update({_key(prompt) for prompt in _with_images(batch.prompts)})
 
-    def features(
+    def of(
         self, prompts: Sequence[Prompt], encode: Callable[[list[Prompt]], list[Features]]
     ) -> Features:
-        """Features of all pictures of `prompts` in order; `encode` runs the tower."""
-        distinct = {_key(prompt): prompt for prompt in _pictured(prompts)}
+        """Features of all images of `prompts` in order; `encode` runs the tower on new ones."""
+        distinct = {_key(prompt): prompt for prompt in _with_images(prompts)}
         learning = torch.is_grad_enabled() and not self.frozen
         found: dict[int, Features] = {}
         for key, prompt in distinct.items():
-            if self.frozen and prompt.pixel_values in self._kept:
-                found[key] = self._kept[prompt.pixel_values]
-            elif learning and key in self._open:
-                found[key] = self._open[key].features
+            if self.frozen and prompt.pixel_values in self._cached:
+                found[key] = self._cached[prompt.pixel_values]
+            elif learning and key in self._pending:
+                found[key] = self._pending[key].features
         new = {key: prompt for key, prompt in distinct.items() if key not in found}
-        # What goes through the tower together must go back through it together.
+        # An image that waits for later micro-batches is encoded alone: what goes through the tower
+        # together must go back through it together.
         alone = [[key] for key in new if learning and self._uses[key] > 1]
         rest = [key for key in new if [key] not in alone]
         with torch.set_grad_enabled(learning):
             for keys in [*alone, rest] if rest else alone:
                 found.update(zip(keys, encode([new[key] for key in keys]), strict=True))
         if self.frozen:
-            self._kept.update({prompt.pixel_values: found[key] for key, prompt in new.items()})
+            self._cached.update({prompt.pixel_values: found[key] for key, prompt in new.items()})
         elif learning:
-            found = {key: self._passed_on(key, features) for key, features in found.items()}
-        return [each for prompt in _pictured(prompts) for each in found[_key(prompt)]]
+            found = {key: self._for_this_batch(key, features) for key, features in found.items()}
+        return [each for prompt in _with_images(prompts) for each in found[_key(prompt)]]
 
-    def _passed_on(self, key: int, features: Features) -> Features:
-        """What this micro-batch gets for the picture, so that no gradient is lost or doubled."""
+    def _for_this_batch(self, key: int, features: Features) -> Features:
+        """What this micro-batch gets for the image, so that no gradient is lost or doubled."""
         self._uses[key] -= 1
         if self._uses[key] > 0:
             copy = [each.detach().requires_grad_() for each in features]
-            self._open.setdefault(key, _Open(features)).copies.append(copy)
+            self._pending.setdefault(key, _Pending(features)).copies.append(copy)
             return copy
-        earlier = self._open.pop(key, None)
+        earlier = self._pending.pop(key, None)
         for index, each in enumerate(features if earlier else ()):
             each.register_hook(_add_gradients([copy[index] for copy in earlier.copies]))  # type: ignore[union-attr]
         return features
@@ -104,9 +112,90 @@ def _add_gradients(copies: Features) -> Callable[[torch.Tensor], torch.Tensor]:
     return add
 
 
-def _pictured(prompts: Iterable[Prompt]) -> list[Prompt]:
+def _with_images(prompts: Iterable[Prompt]) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.pixel_values is not None]
 
 
 def _key(prompt: Prompt) -> int:
     return id(prompt.pixel_values)
+
+
+# ------------------------------------------------------------------- what the backbone is given
+
+
+def accepts_features(hf: Any) -> bool:
+    """Whether a transformers model's backbone accepts image features in place of pixels."""
+    visual = model_modules(hf).get("vision")
+    # With a deepstack (Qwen3-VL) there is more than one tensor for each image.
+    if visual is None or hasattr(visual, "deepstack_merger_list"):
+        return False
+    return "mm_encoder_outputs" in inspect.signature(hf.base_model.forward).parameters
+
+
+def pixel_inputs(prompts: Iterable[Prompt], device: torch.device) -> dict[str, Any]:
+    """The backbone's arguments for the images of `prompts` as pixels; none without images."""
+    found = _with_images(prompts)
+    if not found:
+        return {}
+    pixels = [prompt.pixel_values for prompt in found if prompt.pixel_values is not None]
+    grids = [prompt.image_grid_thw for prompt in found if prompt.image_grid_thw is not None]
+    return {
+        "pixel_values": torch.cat(pixels).to(device),
+        "image_grid_thw": torch.cat(grids).to(device),
+    }
+
+
+def feature_inputs(features: Features) -> dict[str, Any]:
+    """The backbone's arguments for images whose features are known already."""
+    from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+    output = BaseModelOutputWithPooling(pooler_output=tuple(features))  # type: ignore[arg-type]
+    return {"mm_encoder_outputs": {"image": output}}
+
+
+def encode_images(backbone: Any, prompts: Sequence[Prompt], device: torch.device) -> list[Features]:
+    """The features of each prompt's images by one pass through the vision tower."""
+    encoded = backbone.get_image_features(**pixel_inputs(prompts, device), return_dict=True)
+    features = iter(encoded.pooler_output)
+    grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
+    return [list(itertools.islice(features, len(grid))) for grid in grids]
+
+
+@contextlib.contextmanager
+def dummy_image_forward(hf: Any, device: torch.device) -> Iterator[None]:
+    """Forward passes inside run the vision tower on a blank image and add 0 times its output.
+
+    For a rank whose micro-batch has no images while the tower is trained: the other ranks wait
+    for its share in gathering the tower's weights and in summing its gradients. The 0 is added to
+    the embeddings, where image features go in, so that the forward and backward pass make the
+    same collective calls in the same order.
+    """
+    zero = _zero_from_vision_tower(hf, device)
+    embeddings = hf.get_input_embeddings()
+    hook = embeddings.register_forward_hook(lambda module, args, output: output + zero)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _zero_from_vision_tower(hf: Any, device: torch.device) -> torch.Tensor:
+    tower: Any = model_modules(hf)["vision"]
+    # Values of one patch: the first weight of the patch embedding is [channels, *patch].
+    patch = next(p.shape[1:].numel() for p in tower.patch_embed.parameters() if p.dim() > 1)
+    size = hf.config.vision_config.spatial_merge_size
+    blank = torch.zeros(size * size, patch, device=device)
+    grid_13 = torch.tensor([[1, size, size]], device=device)
+    output = dict(hf.base_model.get_image_features(blank, grid_13, return_dict=True))
+    output.pop("last_hidden_state", None)  # before the merger: not used for real images either
+    return sum(0 * tensor.float().sum() for tensor in _tensors(output))  # type: ignore[return-value]
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in nested dicts and sequences."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain.from_iterable(map(_tensors, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from itertools.chain.from_iterable(map(_tensors, value))

@@ -1,11 +1,10 @@
-"""The last layer of a packed row: its MLP runs only on tokens that predict one.
+"""The last layer of a packed row: its MLP runs only on tokens that predict another.
 
-Once the last layer's attention has read the keys and values of a prompt, nothing looks at the
-prompt's hidden states any more, but for its last token's. `install` gives the MLP of a model's
-last layer a forward of its own that leaves the others out. Parameters, LoRA layers and hooks
-stay where they are. The attention of the same layer says which tokens count (`announce`), so
-that recomputing the layer (gradient checkpointing) does the same again, and a plain forward
-does what it always did.
+Once the last layer's attention has read a prompt's keys and values, only the hidden state of the
+prompt's last token is still used. `install` replaces the forward of the last layer's MLP by one
+that skips the others; parameters, LoRA layers and hooks stay where they are. The attention of the
+same layer announces in every call which tokens count, so a layer that is recomputed (gradient
+checkpointing) skips the same tokens again, and a plain forward skips none.
 """
 
 from __future__ import annotations
@@ -17,11 +16,11 @@ import torch
 from torch import nn
 
 LEAST_SAVED = 0.05
-"""Share of the row that must be left out to be worth picking the others."""
+"""Skip tokens only if they are at least this share of the row: selecting the rest costs a copy."""
 
 
-class _Tokens:
-    """A message of the attention to the MLP after it, read once."""
+class _TokensThatCount:
+    """A message from the attention to the MLP after it, read once."""
 
     index: torch.Tensor | None = None
 
@@ -31,29 +30,29 @@ class _Tokens:
 
 
 def install(hf: Any) -> None:
-    """Use it in a transformers model (below PEFT), if its last layer is made of the usual two."""
+    """Apply to a transformers model (below PEFT) whose last layer has `self_attn` and `mlp`."""
     uninstall(hf)
-    attention, mlp = _parts(hf)
+    attention, mlp = _attention_and_mlp(hf)
     if attention is not None and mlp is not None:
-        attention._counting = mlp._counting = _Tokens()
+        attention._counting = mlp._counting = _TokensThatCount()
         mlp.forward = types.MethodType(_forward, mlp)
 
 
 def uninstall(hf: Any) -> None:
-    for part in _parts(hf):
-        if part is not None and part.__dict__.pop("_counting", None) is not None:
-            part.__dict__.pop("forward", None)
+    for module in _attention_and_mlp(hf):
+        if module is not None and module.__dict__.pop("_counting", None) is not None:
+            module.__dict__.pop("forward", None)
 
 
 def announce(attention: nn.Module, index: torch.Tensor, length: int) -> None:
     """Only the tokens at `index` of the row of `length` count after this attention."""
-    tokens: _Tokens | None = attention.__dict__.get("_counting")
+    tokens: _TokensThatCount | None = attention.__dict__.get("_counting")
     if tokens is not None and len(index) <= (1 - LEAST_SAVED) * length:
         tokens.index = index
 
 
-def _parts(hf: Any) -> tuple[Any, Any]:
-    """Attention and MLP of the last layer, None for what is not there."""
+def _attention_and_mlp(hf: Any) -> tuple[Any, Any]:
+    """Attention and MLP of the last layer, None for one that is not there."""
     layers = getattr(getattr(hf.base_model, "language_model", hf.base_model), "layers", None)
     last = layers[-1] if layers else None
     return getattr(last, "self_attn", None), getattr(last, "mlp", None)
@@ -61,8 +60,8 @@ def _parts(hf: Any) -> tuple[Any, Any]:
 
 def _forward(self: Any, x_1SH: torch.Tensor) -> Any:
     index = self._counting.take()
-    own = type(self).forward
+    original = type(self).forward
     if index is None:
-        return own(self, x_1SH)
-    out = own(self, x_1SH.index_select(1, index))
+        return original(self, x_1SH)
+    out = original(self, x_1SH.index_select(1, index))
     return out.new_zeros(1, x_1SH.shape[1], out.shape[-1]).index_copy(1, index, out)

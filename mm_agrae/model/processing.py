@@ -1,14 +1,13 @@
 """Example -> Prompt: chat template, images, token ids. The only owner of tokenizer and processor.
 
-Each prompt is processed exactly once, and the tensors made here serve rollout and update. The
-number of image placeholders is checked against the number of image features of every row.
+Each prompt is processed exactly once, and the tensors made here serve rollout and update. For every
+row the number of image placeholders is checked against the number of image features.
 """
 
 from __future__ import annotations
 
 import datetime
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from mm_agrae.config import PromptSection
-from mm_agrae.errors import DataError, ModelError
+from mm_agrae.errors import DataError, ModelError, one_line
 from mm_agrae.model.compat import prepare
+from mm_agrae.model.loading import cannot_load
+from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.tasks.images import open_image
 from mm_agrae.types import Example, Prompt
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 IMAGE_MARKER = "<image>"
 
 PROBE, ANSWER = "{question}", "{answer}"
-"""What a chat template is tried with."""
+"""Texts that a chat template is probed with."""
 
 PLACEHOLDERS = (
     "<|image_pad|>",
@@ -39,9 +40,8 @@ PLACEHOLDERS = (
 )
 """Tokens of the Qwen family that only the processor may write."""
 
-
 THINK = "<think>"
-"""Opens the thinking part, in chat templates that do so and in completions."""
+"""Opens the thinking part, in completions and at the end of some chat templates."""
 
 CHAT_TEMPLATES = {
     "55b2f4a2": "Qwen2.5",
@@ -56,17 +56,17 @@ CHAT_TEMPLATES = {
     "8d9e3a3c": "Gemma-3",
     "82e45de2": "mm-agrae warm start",
 }
-"""Names of published chat templates by the start of their SHA-256, outer white space left out."""
+"""Published chat templates by the start of their SHA-256, surrounding white space stripped."""
 
 TODAY = datetime.date(2024, 7, 26)
-"""What a chat template is told the date is (Llama 3 writes it into each prompt), so that the same
-data give the same prompts on any day. This is the date Meta's own templates fall back to."""
+"""The date given to chat templates (Llama 3 writes it into every prompt), fixed so that the same
+data give the same prompts on any day. Meta's own templates fall back to this one."""
 
 
 class Processing:
     """Tokenizer and, for a vision-language model, image processor of one checkpoint.
 
-    `path` may also be a LoRA adapter, whose base model then gives what the adapter lacks. Raises
+    `path` may also be a LoRA adapter; what its folder lacks comes from its base model. Raises
     ModelError if the checkpoint's processor or chat template cannot be loaded or does not fit.
     """
 
@@ -95,7 +95,7 @@ class Processing:
         self._pixels: WeakValueDictionary[bytes, torch.Tensor] = WeakValueDictionary()
         self.template = self._chat_template()
         self.image_token_id: int | None = getattr(config, "image_token_id", None)
-        self._try_template()
+        self._probe_template()
         try:
             generation = GenerationConfig.from_pretrained(model)
         except OSError:
@@ -107,8 +107,8 @@ class Processing:
             getattr(text_config, "eos_token_id", None),
             self._end_of_turn(),
         )
-        """Ids that end a completion: those the checkpoint names, and the one that the chat
-        template ends a turn with (base models name another one)."""
+        """Ids that end a completion: those the checkpoint names, and the one with which the chat
+        template ends a turn (a base model's own is another)."""
         if not self.eos_ids:
             raise ModelError(f"model.path {path!r}: names no end-of-sequence token")
         pad = self.tokenizer.pad_token_id
@@ -122,7 +122,7 @@ class Processing:
         if self.pad_id not in self.eos_ids:
             forbidden.add(self.pad_id)
         self.forbidden_ids: tuple[int, ...] = tuple(sorted(forbidden))
-        """Ids that a policy may never sample: image, video and padding placeholders."""
+        """Ids that a policy never samples: image, video and padding placeholders."""
 
     def prompt(self, example: Example) -> Prompt:
         """Render, tokenize and process one example.
@@ -150,7 +150,7 @@ class Processing:
                 do_resize=False,
                 return_tensors="pt",
                 return_mm_token_type_ids=True,
-                # The template writes all control tokens itself; a second BOS would be one too many.
+                # The template writes all control tokens itself, BOS included.
                 add_special_tokens=False,
             )
             self._check_image_tokens(inputs, len(images), where)
@@ -174,7 +174,7 @@ class Processing:
         )
 
     def _one_copy(self, images: Sequence[Image.Image], pixel_values: torch.Tensor) -> torch.Tensor:
-        """The same tensor for the same pictures, while one of their prompts is alive."""
+        """The same tensor for the same images, as long as one of their prompts is alive."""
         digest = hashlib.sha256()
         for image in images:
             digest.update(repr(image.size).encode())
@@ -183,23 +183,23 @@ class Processing:
 
     @property
     def opens_thinking(self) -> bool:
-        """Whether the prompt ends inside a thinking part, as DeepSeek's distilled models' does.
+        """Whether the prompt ends inside a thinking part, as with DeepSeek's distilled models.
 
-        Completions then hold only the closing tag, and one without it is all thinking.
+        Completions then hold only the closing tag; one without it is thinking throughout.
         """
         return self._ending.rfind(THINK) > self._ending.rfind("</think>")
 
     def describe(self) -> list[tuple[str, str]]:
-        """(name, value) lines on how prompts are made, for the start of a run."""
+        """How prompts are made, as (name, value) lines for the start of a run."""
         digest = hashlib.sha256(self.template.strip().encode()).hexdigest()[:8]
         origin = self.settings.chat_template or "the checkpoint's own"
         lines = [
             ("model", f"{self.family}, {type(self.processor).__name__}"),
             (
                 "chat template",
-                f"{CHAT_TEMPLATES.get(digest, 'not a known one')} ({digest}), {origin}",
+                f"{CHAT_TEMPLATES.get(digest, 'not a published one')} ({digest}), {origin}",
             ),
-            ("system prompt", self.settings.system or "none of ours"),
+            ("system prompt", self.settings.system or "the template's default"),
             ("prompt", repr(self._render(PROBE))),
             ("thinking", "opened by the prompt" if self.opens_thinking else "left to the model"),
         ]
@@ -216,10 +216,10 @@ class Processing:
         return lines
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        """Text of a completion, control tokens left out. Never raises on sampled ids.
+        """Text of a completion without control tokens. Never raises on sampled ids.
 
-        Where the prompt has opened the thinking part, its tag stands in front, so that rewards
-        and readers see what is thought and what is said, also if it was never closed.
+        Where the prompt opens the thinking part, its tag is put in front, so that rewards and
+        readers can tell thinking from answer even if it was never closed.
         """
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return f"{THINK}\n{text}" if self.opens_thinking else text
@@ -239,7 +239,7 @@ class Processing:
             raise DataError(f"{where}: image of {image.width}×{image.height}: {error}") from None
 
     def _pixel_budget(self) -> tuple[int, int]:
-        """Least and largest area; a bound that is set moves the checkpoint's own other one."""
+        """Smallest and largest area; where settings and checkpoint cross, the setting wins."""
         size, settings = self.processor.image_processor.size, self.settings
         low = settings.min_pixels or size["shortest_edge"]
         high = settings.max_pixels or size["longest_edge"]
@@ -248,15 +248,15 @@ class Processing:
         return (low, max(low, high)) if settings.min_pixels else (min(low, high), high)
 
     def _require_patches(self) -> None:
-        """Raise ModelError unless pictures become patches under a pixel budget, as Qwen's do."""
+        """Raise ModelError unless images become patches under a pixel budget, as Qwen's do."""
         image_processor: Any = getattr(self.processor, "image_processor", None)
         size = getattr(image_processor, "size", None) or {}
         fits = all(hasattr(image_processor, name) for name in ("patch_size", "merge_size"))
-        # Not hasattr(size, …): the class of sizes has a field for every kind.
+        # Not hasattr(size, …): transformers' class of sizes has all fields.
         if not fits or None in (size.get("shortest_edge"), size.get("longest_edge")):
             raise ModelError(
                 f"model.path {self.path!r}: {type(self.processor).__name__} of family "
-                f"{self.family} does not cut pictures into patches as Qwen's processors do "
+                f"{self.family} does not cut images into patches as Qwen's processors do "
                 "(patch_size, merge_size, a budget of pixels); Qwen2-VL, Qwen2.5-VL and Qwen3-VL "
                 "fit"
             )
@@ -276,10 +276,10 @@ class Processing:
                 template: Any = Path(path).read_text(encoding="utf-8")
             except (OSError, UnicodeError) as error:
                 raise ModelError(
-                    f"prompt.chat_template {path}: cannot be read ({error}); leave it empty for a "
-                    "checkpoint that was made with it, which carries it"
+                    f"prompt.chat_template {path}: cannot be read ({error}); correct the path, or "
+                    "leave it empty for a checkpoint trained with it, which has it saved"
                 ) from None
-            # Checkpoints carry the template they were trained with.
+            # Saved with every checkpoint, which then needs no template file.
             self.processor.chat_template = self.tokenizer.chat_template = template
             return template
         template = getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template
@@ -306,13 +306,13 @@ class Processing:
             strftime_now=TODAY.strftime,
         )
 
-    def _try_template(self) -> None:
-        """Render a prompt. Raises ModelError if the template fails, or drops what it is given."""
+    def _probe_template(self) -> None:
+        """Render a prompt. Raises ModelError if the template fails or drops one of its inputs."""
         named = self.settings.chat_template or "its chat template"
         where = f"model.path {self.path!r}: {named}"
         try:
             text = self._render(PROBE)
-        except Exception as error:  # a template is a program of someone else's
+        except Exception as error:  # a template is a program by someone else
             problem = f"{where} fails: {one_line(error)}"
             if self.settings.system and "system" in str(error).lower():
                 problem = (
@@ -335,10 +335,10 @@ class Processing:
                 raise ModelError(f"{where} writes no placeholder for an image")
 
     def _end_of_turn(self) -> int | None:
-        """The control token that the template writes after an assistant's message."""
+        """The control token that the template writes after the assistant's turn."""
         try:
             text = self._render(PROBE, answer=ANSWER)
-        except Exception:  # a template for single questions need not know answers
+        except Exception:  # a template for single questions may refuse an assistant's turn
             return None
         _, found, rest = text.rpartition(ANSWER)
         token = self._control.match(rest.lstrip()) if found else None
@@ -364,18 +364,18 @@ def _ids(*values: Any) -> tuple[int, ...]:
 
 
 def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
-    """What text from outside must not hold: special tokens, and those that only look like it."""
+    """Matches what a question must not contain: special tokens, and tokens that look like them."""
     names = {
         token.content
         for token in tokenizer.added_tokens_decoder.values()
         if token.special or token.content.startswith(("<|", "<｜"))
     }
-    # A pattern without names must match nothing, not everywhere.
+    # Without names the pattern must match nothing, not everything.
     return re.compile("|".join(map(re.escape, sorted(names, reverse=True))) or r"(?!)")
 
 
 def _content(question: str, images: int, where: str) -> str | list[dict[str, str]]:
-    """Chat content with a picture at each `<image>` marker, or all in front if there is none."""
+    """Chat content with an image at each `<image>` marker, or all in front if there is none."""
     pieces = re.split(re.escape(IMAGE_MARKER), question)
     markers = len(pieces) - 1
     if markers not in (0, images):
@@ -391,52 +391,3 @@ def _content(question: str, images: int, where: str) -> str | list[dict[str, str
         if piece.strip():
             content.append({"type": "text", "text": piece})
     return content
-
-
-def model_and_adapter(path: str) -> tuple[str, str | None]:
-    """What `model.path` names: (a model, None), or (its base model, a LoRA adapter folder).
-
-    Raises ModelError for a run folder, and for an adapter that does not name its base.
-    """
-    folder = Path(path)
-    if checkpoints := sorted(folder.glob("checkpoints/step_*")):
-        raise ModelError(
-            f"model.path {path!r} is a run folder; name a checkpoint, the newest is "
-            f"{checkpoints[-1]}"
-        )
-    file = folder / "adapter_config.json"
-    if not file.is_file():
-        return path, None
-    try:
-        base = json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{file}: names no base model ({one_line(error)})") from None
-    if not isinstance(base, str) or not base:
-        raise ModelError(f"{file}: base_model_name_or_path names no base model; add it")
-    return base, path
-
-
-def cannot_load(path: str, what: str, error: Exception) -> ModelError:
-    """A ModelError that says which of the files behind `model.path` failed."""
-    base, adapter = model_and_adapter(path)
-    problem = one_line(error)
-    # Hub ids have one slash at most, and what transformers says of longer ones is no help.
-    if not Path(base).exists() and (base.count("/") > 1 or base.startswith((".", "/", "~"))):
-        problem = "there is no such folder"
-    elif "contains custom code" in str(error):
-        problem = "it brings code of its own; set model.trust_remote_code=true if you trust it"
-    elif "no file named model.safetensors" in str(error):
-        problem = "it has no model.safetensors, and weights in other formats are not loaded"
-    if adapter is None:
-        return ModelError(f"model.path {path!r}: its {what} cannot be loaded: {problem}")
-    return ModelError(
-        f"model.path {path!r} is a LoRA adapter for the base model {base!r}, whose {what} cannot "
-        f"be loaded: {problem}; put that model there, or correct base_model_name_or_path in "
-        "adapter_config.json"
-    )
-
-
-def one_line(error: Exception, limit: int = 300) -> str:
-    """An error of another library, short enough for a message of ours."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else f"{text[:limit]}…"

@@ -1,14 +1,31 @@
 """The update without repeated prompts: `[prompt + images][completion 1]…[completion G]` in a row.
 
 The completions of a group share their prompt, so its tokens and images need to go through the
-model once, not G times. All groups of a micro-batch lie one after another in one row, each
-prompt followed by its completions. A completion sees its prompt and itself, and its positions go
-on from the prompt's end. Log-probabilities and gradients equal those of the repeated batch.
+model once, not G times. All groups of a micro-batch stand one after another in one row, each
+prompt followed by its completions. A completion attends to its prompt and to itself, and its
+positions continue from the prompt's end, so log-probabilities and gradients equal those of the
+repeated batch. The last token of a completion predicts nothing and is left out.
 
-A completion's last token, which predicts nothing, is left out.
+A prompt of 5 tokens with completions of 3, 1 and 2 tokens becomes a row of 8:
+
+    prompt        11 12 13 14 15
+    completions   21 22 23 | 31 | 41 42
+
+    input_ids     11 12 13 14 15 | 21 22 | 41
+    position_ids   0  1  2  3  4 |  5  6 |  5
+
+    source_N       4  5  6 |  4 |  4  7     index in the row of the state that predicts a token
+    target_N      21 22 23 | 31 | 41 42     that token
+    row_N          0  0  0 |  1 |  2  2     its place in token_BT of the micro-batch
+    column_N       0  1  2 |  0 |  0  1
+
+The prompt's last token (index 4) predicts the first token of all three completions; the one token
+of the second needs no place in the row. A second group would follow from index 8 on, its positions
+from 0.
 
 The model's classes stay as they are: `install` selects an attention function from transformers'
-registry that does what `sdpa` does unless a forward call brings a `Layout` as keyword argument.
+registry that does what `sdpa` does unless a forward call brings a `PackedLayout` as keyword
+argument.
 
     install(hf)                                  # once, where unsupported_reason(hf) is None
     packed = pack(hf.base_model, batch)
@@ -16,16 +33,16 @@ registry that does what `sdpa` does unless a forward call brings a `Layout` as k
     logp_N, entropy_N = head_logprobs(hf.get_output_embeddings(), hidden_NH, packed.target_N)
     logp_BT = packed.unpack(logp_N)
 
-How a completion attends to its prompt and itself is `shared_attention`'s business; `last_layer`
-leaves out what nothing is predicted from.
+`packed_layout` describes the row to attention, `shared_attention` computes it, and `last_layer`
+skips what nothing is predicted from.
 
-Shapes: S tokens of the row, N predicted tokens; H heads of size D; B and T as in a MicroBatch.
+Shapes: S tokens of the row, N predicted tokens; P tokens of a prompt; H heads of size D; B and T
+as in a MicroBatch.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +51,8 @@ import torch
 from mm_agrae.errors import DataError, ModelError
 from mm_agrae.model import last_layer, shared_attention
 from mm_agrae.model.activations import recompute_elementwise
-from mm_agrae.model.shared_attention import Group, Layout
+from mm_agrae.model.image_features import pixel_inputs
+from mm_agrae.model.packed_layout import GroupSpans, PackedLayout
 from mm_agrae.types import Example, MicroBatch, Prompt
 
 ATTENTION = "mm_agrae_shared_prompt"
@@ -48,32 +66,30 @@ PLACEHOLDERS = ("image_token_id", "video_token_id")
 
 
 @dataclass(frozen=True, eq=False)
-class Packed:
-    """One row of model inputs [1,S], and where its N predictions belong in the micro-batch.
+class PackedRow:
+    """A micro-batch as one row of model inputs, and where its N predictions belong.
 
-    The hidden state at `source_N` predicts token `target_N`, which stands at `row_N`, `column_N`
-    of [B,T]; a prompt's last position occurs once per completion. `position_ids` are [3,1,S] for
-    models with images, else [1,S]. `prompts` are the indices of the prompts in their order.
+    `input_ids` are [1,S], `position_ids` [3,1,S] for models with images, else [1,S]. The hidden
+    state at `source_N` predicts token `target_N`, which stands at `row_N`, `column_N` of [B,T].
+    `prompts` are in the order of the row, those without any completion tokens left out.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    layout: Layout
-    pixel_values: torch.Tensor | None
-    image_grid_thw: torch.Tensor | None
+    layout: PackedLayout
     source_N: torch.Tensor
     target_N: torch.Tensor
     row_N: torch.Tensor
     column_N: torch.Tensor
     shape: tuple[int, int]
-    prompts: tuple[int, ...]
+    prompts: tuple[Prompt, ...]
 
     def unpack(self, value_N: torch.Tensor) -> torch.Tensor:
         """One value per prediction -> [B,T], zeros on padding."""
         return value_N.new_zeros(self.shape).index_put((self.row_N, self.column_N), value_N)
 
 
-def pack(backbone: Any, batch: MicroBatch) -> Packed:
+def pack(backbone: Any, batch: MicroBatch) -> PackedRow:
     """Lay the micro-batch out in one row, on the device of its tokens.
 
     `backbone` is the model below the vocabulary head (`hf.base_model`), asked for its config and
@@ -82,126 +98,85 @@ def pack(backbone: Any, batch: MicroBatch) -> Packed:
     an image placeholder.
     """
     device = batch.token_BT.device
-    lengths_B = batch.mask_BT.sum(-1).long().tolist()
-    rows: dict[int, list[int]] = {}
+    _require_no_placeholder(backbone.config, batch)
+    length_B = batch.mask_BT.sum(-1).long().tolist()
+    members: dict[int, list[int]] = {}  # prompt index -> rows of its completions
     for row, index in enumerate(batch.prompt_index_B.tolist()):
-        if lengths_B[row]:
-            rows.setdefault(index, []).append(row)
-    if not rows:
-        # A process without tokens still runs the model, so that all processes do the same.
-        rows = {0: []}
+        if length_B[row]:
+            members.setdefault(index, []).append(row)
+    # A rank without tokens runs the model all the same, to take part in the collective calls.
+    members = members or {0: []}
     ids, positions, groups = [], [], []
-    source: list[int] = []
-    rows_N: list[int] = []
-    columns_N: list[int] = []
+    sources: list[int] = []
+    rows: list[int] = []
+    columns: list[int] = []
     end = 0
-    for index, members in rows.items():
+    for index, rows_of_prompt in members.items():
         prompt = batch.prompts[index]
         _require_matching_images(backbone.config, prompt)
         position_3P = _positions(backbone, prompt)
+        # Image tokens share positions, so the next one is not simply the prompt's length.
         following = int(position_3P.max()) + 1
         ids.append(prompt.token_ids.to(device))
         positions.append(position_3P)
         start, end = end, end + len(prompt)
-        ranges = []
-        for row in members:
-            # The prompt's last token predicts the first of the completion, and so on; the
-            # completion's last token predicts nothing that counts and stays outside.
-            length = lengths_B[row]
+        prompt_span = (start, end)
+        spans = []
+        for row in rows_of_prompt:
+            # Each token is predicted from the one before it, the first from the prompt's last.
+            # The completion's last token predicts nothing, so `inside` tokens go into the row.
+            length = length_B[row]
             inside = length - 1
-            _require_no_placeholder(backbone.config, batch.token_BT[row, :length], prompt.example)
             ids.append(batch.token_BT[row, :inside])
             positions.append(torch.arange(following, following + inside).expand(3, -1))
-            source += [start + len(prompt) - 1, *range(end, end + inside)]
-            rows_N += [row] * length
-            columns_N += range(length)
+            sources += [prompt_span[1] - 1, *range(end, end + inside)]
+            rows += [row] * length
+            columns += range(length)
             if inside:
-                ranges.append((end, end + inside))
+                spans.append((end, end + inside))
             end += inside
-        groups.append(Group((start, start + len(prompt)), tuple(ranges)))
+        groups.append(GroupSpans(prompt_span, tuple(spans)))
     position_31S = torch.cat(positions, dim=1)[:, None].to(device)
-    pixels = [batch.prompts[index].pixel_values for index in rows]
-    grids = [batch.prompts[index].image_grid_thw for index in rows]
+    # One transfer to the device instead of three.
     source_N, row_N, column_N = torch.tensor(
-        [source, rows_N, columns_N], dtype=torch.long, device=device
+        [sources, rows, columns], dtype=torch.long, device=device
     )
-    return Packed(
+    return PackedRow(
         input_ids=torch.cat(ids)[None],
         position_ids=position_31S if hasattr(backbone, "get_rope_index") else position_31S[0],
-        layout=Layout(groups, device),
-        pixel_values=_cat(pixels, device),
-        image_grid_thw=_cat(grids, device),
+        layout=PackedLayout(groups, device),
         source_N=source_N,
         target_N=batch.token_BT[row_N, column_N],
         row_N=row_N,
         column_N=column_N,
         shape=(batch.token_BT.shape[0], batch.token_BT.shape[1]),
-        prompts=tuple(rows),
+        prompts=tuple(batch.prompts[index] for index in members),
     )
 
 
 def hidden_states(
-    backbone: Any, packed: Packed, image_features: Sequence[torch.Tensor] | None = None
+    backbone: Any, packed: PackedRow, images: Mapping[str, Any] | None = None
 ) -> torch.Tensor:
     """Last hidden states [N, hidden size] from which `packed.target_N` are predicted.
 
-    `image_features` [tokens, hidden size], one per image in the order of `packed.image_grid_thw`,
-    stand in for the vision tower where the caller has its output already.
+    `images` are the backbone's keyword arguments for the images of `packed.prompts` in order, for
+    callers that have their features; without them the pixels go through the vision tower.
     """
-    vision: dict[str, Any] = {}
-    if image_features is not None:
-        from transformers.modeling_outputs import BaseModelOutputWithPooling
-
-        output = BaseModelOutputWithPooling(pooler_output=tuple(image_features))  # type: ignore[arg-type]
-        vision["mm_encoder_outputs"] = {"image": output}
-    elif packed.pixel_values is not None:
-        vision = {"pixel_values": packed.pixel_values, "image_grid_thw": packed.image_grid_thw}
+    device = packed.input_ids.device
+    if images is None:
+        images = pixel_inputs(packed.prompts, device)
     with recompute_elementwise():
         hidden_1SH = backbone(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,
-            # Being four-dimensional it is handed on as it is, and being empty it makes any
+            # transformers passes a four-dimensional mask on as it is, and an empty one makes every
             # attention function but ours fail instead of computing something else.
-            attention_mask=torch.empty(1, 1, 0, 0, device=packed.input_ids.device),
+            attention_mask=torch.empty(1, 1, 0, 0, device=device),
             use_cache=False,
             shared_prompt=packed.layout,
-            **vision,
+            **images,
         ).last_hidden_state
     return hidden_1SH[0].index_select(0, packed.source_N)
-
-
-def split_by_tokens(
-    prompt_length_P: Sequence[int],
-    prompt_index_B: Sequence[int],
-    length_B: Sequence[int],
-    budget: int,
-) -> list[list[int]]:
-    """Rows of each call so that prompts and completions stay within `budget` tokens.
-
-    Rows of one prompt are adjacent. A group is cut only if it exceeds the budget by itself; a
-    single completion that does goes alone.
-    """
-    calls: list[list[int]] = [[]]
-    room = budget
-    for index, group in itertools.groupby(range(len(length_B)), lambda b: prompt_index_B[b]):
-        rows, prompt = list(group), prompt_length_P[index]
-        whole = prompt + sum(length_B[row] for row in rows)
-        if whole > room and calls[-1]:
-            calls.append([])
-            room = budget
-        room -= prompt
-        for position, row in enumerate(rows):
-            if length_B[row] > room and position:
-                calls.append([])
-                room = budget - prompt
-            calls[-1].append(row)
-            room -= length_B[row]
-    return [call for call in calls if call]
-
-
-def _cat(parts: Sequence[torch.Tensor | None], device: torch.device) -> torch.Tensor | None:
-    present = [part for part in parts if part is not None]
-    return torch.cat(present).to(device) if present else None
 
 
 def _positions(backbone: Any, prompt: Prompt) -> torch.Tensor:
@@ -244,10 +219,15 @@ def _require_matching_images(config: Any, prompt: Prompt) -> None:
         )
 
 
-def _require_no_placeholder(config: Any, token_T: torch.Tensor, example: Example) -> None:
+def _require_no_placeholder(config: Any, batch: MicroBatch) -> None:
     for name in PLACEHOLDERS:
         forbidden = getattr(config, name, None)
-        if forbidden is not None and bool((token_T == forbidden).any()):
+        if forbidden is None:
+            continue
+        found_B = ((batch.token_BT == forbidden) & batch.mask_BT.bool()).any(-1)
+        if found_B.any():
+            row = int(found_B.nonzero()[0])
+            example = batch.prompts[int(batch.prompt_index_B[row])].example
             raise DataError(
                 f"example {example.id!r}: a completion holds token {forbidden} ({name}), which "
                 "stands for an image; exclude that id from sampling"
@@ -338,7 +318,7 @@ def require_agreement(
 
 
 def install(hf: Any) -> None:
-    """Let the model's text layers take a `Layout`; without one they go on using sdpa.
+    """Let the model's text layers take a `PackedLayout`; without one they go on using sdpa.
 
     `hf` is the transformers model (below PEFT). Generation and plain forwards are unchanged.
     """
@@ -371,7 +351,7 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    shared_prompt: Layout | None = None,
+    shared_prompt: PackedLayout | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention function for transformers' registry: [1,H,S,D] -> [1,S,H,D].

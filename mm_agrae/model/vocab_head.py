@@ -2,7 +2,7 @@
 
 With a vocabulary of 150,000 the logits, their softmax and their gradients take more memory than
 the model. Here both passes go over the vocabulary in blocks whose logits for all positions fit a
-memory budget: the forward pass keeps two numbers per position (log-normaliser and entropy), the
+memory budget: the forward pass keeps two numbers per position (log-normaliser and entropy); the
 backward pass recomputes each block's logits and writes that block of the weight's gradient once.
 
     logits_v = (h · W_v + b_v) / temperature        logp = logits_target − logsumexp(logits)
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-"""Size of one piece of logits. On a CPU it should stay near the caches; a GPU wants large ones."""
+"""Size of one block of logits: on a CPU about what the caches hold, on a GPU large."""
 
 
 def token_logprobs(
@@ -39,11 +39,11 @@ def token_logprobs(
 
     `bias_V` is added to the logits before the temperature; a large negative entry (−1e4, finite)
     excludes an id. `low_rank`, two tensors [N,R] and [V,R], adds their product. Gradients flow to
-    all of these as far as they require one, and through the entropy only if `entropy_grad` is
-    set. Logits are float32 (float64 for float64
-    inputs) products of the inputs in their own precision, or in autocast's where it is on; so
-    are the results. A sharded (DTensor) weight is gathered. Raises ValueError on shapes that
-    do not fit and on targets outside the vocabulary.
+    all of these that require one, and through the entropy only if `entropy_grad` is set.
+
+    Inputs are multiplied in their own precision, or autocast's where it is on; logits and results
+    are float32 (float64 for float64 inputs). A sharded (DTensor) weight is gathered. Raises
+    ValueError on shapes that do not fit and on targets outside the vocabulary.
     """
     factors = [(hidden_NH, _whole(weight_VH))]
     if low_rank is not None:
@@ -73,7 +73,7 @@ def head_logprobs(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`token_logprobs` for a model's vocabulary head, a linear layer with or without LoRA.
 
-    `bias_V` adds to the head's own bias.
+    `bias_V` is added to the head's own bias.
     """
     low_rank = None
     if hasattr(head, "lora_A"):
@@ -101,7 +101,7 @@ def _low_rank(head: Any, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 class _TokenLogprobs(torch.autograd.Function):
-    """`factors`: left [N,·] and right [V,·] in turn; the logits are the sum of their products."""
+    """`factors` alternate left [N,·] and right [V,·]; the logits are the sum of their products."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -117,7 +117,8 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden_NH, weight_VH = factors[:2]
         wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
         positions = len(hidden_NH)
-        # Running maximum, Σ e^x, Σ x e^x (both relative to that maximum) and the target's logit.
+        # Running maximum, Σ e^x, Σ x e^x (both relative to that maximum) and the target's logit:
+        # all that is needed of a block, so that its logits can be dropped.
         max_N = hidden_NH.new_full((positions,), -1e30, dtype=wide)
         sum_N, moment_N, picked_N = hidden_NH.new_zeros(3, positions, dtype=wide)
         left = [each.to(dtype) for each in factors[::2]]
@@ -127,6 +128,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 logits_Nv = _logits(left, right, bias_V, v, scale)
                 column_N, inside_N = _column(target_N, v)
                 picked_N += inside_N * logits_Nv.gather(-1, column_N[:, None]).squeeze(-1)
+                # As in online softmax: what was summed so far is rescaled to the new maximum.
                 new_max_N = torch.maximum(max_N, logits_Nv.amax(-1))
                 shift_N = max_N - new_max_N
                 logits_Nv -= new_max_N[:, None]
@@ -159,6 +161,8 @@ class _TokenLogprobs(torch.autograd.Function):
         wide, dtype = norm_N.dtype, ctx.dtype
         wanted = ctx.needs_input_grad[6:]
         left, right = factors[::2], factors[1::2]
+        # The left gradients [N,·] collect a share from every block, the right ones [V,·] get each
+        # of their rows from one block.
         grad_left = [
             torch.zeros_like(each, dtype=wide) if wants else None
             for each, wants in zip(left, wanted[::2], strict=True)
@@ -175,6 +179,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 key = [each[v].to(dtype) for each in right]
                 grad_Nv = _logits(query, key, bias_V, v, ctx.scale)
                 grad_Nv -= norm_N[:, None]
+                # Now log p. In place from here on, as this is the largest tensor there is:
                 # d logp_target / d logit_v = [v = target] − p_v
                 # d entropy / d logit_v = −p_v (log p_v + entropy)
                 if grad_entropy_N is None:
@@ -183,6 +188,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     factor_Nv = (grad_Nv + entropy_N[:, None]).mul_(grad_entropy_N[:, None])
                     factor_Nv += grad_logp_N[:, None]
                     grad_Nv.exp_().mul_(factor_Nv).neg_()
+                # The [v = target] of the first line; adds 0 where the target is in another block.
                 column_N, inside_N = _column(target_N, v)
                 grad_Nv.scatter_add_(-1, column_N[:, None], (inside_N * grad_logp_N)[:, None])
                 if ctx.scale != 1:
@@ -190,6 +196,8 @@ class _TokenLogprobs(torch.autograd.Function):
                 if grad_bias_V is not None:
                     grad_bias_V[v] = grad_Nv.sum(0)
                 grad_Nv = grad_Nv.to(dtype)
+                # The inputs of a product are rounded to `dtype`, its sums are not; where nothing
+                # is rounded the product goes straight into the gradient, without a temporary.
                 for index, (grad_l, grad_r) in enumerate(zip(grad_left, grad_right, strict=True)):
                     if grad_l is not None and dtype == wide:
                         grad_l.addmm_(grad_Nv, key[index])
@@ -206,8 +214,8 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _blocks(vocabulary: int, positions: int, room: int) -> list[slice]:
-    """Cut the vocabulary so that positions × block fits into `room` numbers."""
-    # Narrower blocks would make the matrix products slow; memory then grows with the positions.
+    """Blocks of the vocabulary so that positions × block is at most `room` numbers."""
+    # Narrower blocks would make the products slow; with very many positions they exceed `room`.
     width = max(256, room // max(1, positions))
     return [slice(v, min(v + width, vocabulary)) for v in range(0, vocabulary, width)]
 
@@ -268,7 +276,7 @@ def _check(
         raise ValueError(f"{len(hidden_NH)} hidden states, but targets {tuple(target_N.shape)}")
     if temperature <= 0:
         raise ValueError(f"temperature is {temperature}; it must be positive")
-    # Reading the targets back would make a GPU wait; there the kernel's own assertion stops it.
+    # Checking on a GPU would make the CPU wait for it; there the kernel asserts by itself.
     if target_N.device.type == "cpu" and target_N.numel():
         low, high = int(target_N.min()), int(target_N.max())
         if low < 0 or high >= len(weight_VH):

@@ -1,9 +1,9 @@
-"""The policy's weights under the names that checkpoints store them by.
+"""The policy's weights as a Hugging Face checkpoint stores them.
 
-Rollout engines and exports want what a Hugging Face checkpoint holds, which is not what a model
-in training holds: LoRA stands beside the weights, FSDP and ZeRO keep shards, tied weights occur
-twice, and transformers renames parameters when it loads a model. All four are undone here, one
-tensor at a time, without changing the model.
+Rollout engines and exports need checkpoint names and whole tensors. A model in training differs:
+LoRA weights are separate, FSDP keeps shards, tied weights occur twice, and transformers renames
+parameters when it loads a model. All four are undone here, one tensor at a time, without changing
+the model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def full_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in _merged(hf):
             yield from revert_weight_conversion(hf, {name: tensor}).items()
     else:
-        # Weights that are split or stacked on loading, as of experts, need each other.
+        # Weights that are split or stacked on loading, such as experts, are converted together.
         yield from revert_weight_conversion(hf, dict(_merged(hf))).items()
 
 
@@ -49,7 +49,7 @@ def adapter_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
     from peft import get_peft_model_state_dict
 
     parameters = policy.model.state_dict(keep_vars=True)
-    # PEFT would add the weights under an adapted head.
+    # Otherwise PEFT adds the base weights of an adapted head.
     adapter = get_peft_model_state_dict(policy.model, parameters, save_embedding_layers=False)
     for name, tensor in adapter.items():
         yield name, whole(tensor)
@@ -61,7 +61,7 @@ def adapter_config(policy: Any) -> dict[str, Any]:
     plain = {
         name: sorted(value) if isinstance(value, set) else value for name, value in config.items()
     }
-    # PEFT marks an adapter that is being trained; on disk it is one to be used.
+    # PEFT marks an adapter in training; the one on disk is for inference.
     return json.loads(json.dumps(plain | {"inference_mode": True}, default=str))
 
 
@@ -84,7 +84,7 @@ def _merged(hf: Any) -> Iterator[tuple[str, torch.Tensor]]:
     adapted = {
         name: module for name, module in hf.named_modules() if isinstance(module, BaseTunerLayer)
     }
-    # Of tied weights the source is stored, and so are weights whose tie the checkpoint broke.
+    # Of tied weights only the source is stored; weights the checkpoint unties are all stored.
     left_out = {*hf.all_tied_weights_keys, *(hf._keys_to_ignore_on_save or ())}
     for key, tensor in hf.state_dict(keep_vars=True).items():
         owner = next((name for name in _parents(key) if name in adapted), None)
@@ -94,7 +94,7 @@ def _merged(hf: Any) -> Iterator[tuple[str, torch.Tensor]]:
             continue
         _, is_base, rest = key.removeprefix(owner).partition(".base_layer.")
         if not is_base:
-            continue  # the adapter's own
+            continue  # LoRA's own weight
         base = whole(tensor)
         yield f"{owner}.{rest}", _with_lora(base, adapted[owner]) if rest == "weight" else base
 

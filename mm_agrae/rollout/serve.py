@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 import requests
 
 from mm_agrae.errors import EngineError
-from mm_agrae.model.processing import model_and_adapter
+from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.rollout.vllm import LORA_RANKS
 from mm_agrae.rollout.vllm_worker import FOLDER_VARIABLE, KEY_VARIABLE
 

@@ -25,8 +25,9 @@ import torch
 
 from mm_agrae.config import RolloutSection, SamplingSection
 from mm_agrae.errors import ConfigError, DataError, EngineError
+from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.model.policy import Policy
-from mm_agrae.model.processing import Processing, model_and_adapter
+from mm_agrae.model.processing import Processing
 from mm_agrae.model.weights import adapter_config, adapter_weights, full_weights, save_adapter
 from mm_agrae.rollout import Sync
 from mm_agrae.rollout.vllm_common import (

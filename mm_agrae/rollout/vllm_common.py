@@ -13,7 +13,8 @@ import torch
 
 from mm_agrae.config import SamplingSection
 from mm_agrae.errors import ConfigError, DataError, EngineError
-from mm_agrae.model.policy import EXCLUDED, Policy, parts
+from mm_agrae.model.loading import model_modules
+from mm_agrae.model.policy import EXCLUDED, Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.rollout import derive_seed
 from mm_agrae.types import Completion, Prompt
@@ -52,7 +53,7 @@ def check_adapters(policy: Policy, sync: str) -> None:
         return
     adapted = {
         name
-        for name, part in parts(policy.hf).items()
+        for name, part in model_modules(policy.hf).items()
         if any(isinstance(module, BaseTunerLayer) for module in part.modules())
     }
     if sync == "adapter" and adapted - {"language"}:

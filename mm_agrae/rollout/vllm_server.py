@@ -36,8 +36,9 @@ import torch
 from mm_agrae.config import RolloutSection, SamplingSection
 from mm_agrae.errors import DataError, EngineError
 from mm_agrae.model import weights
+from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.model.policy import Policy
-from mm_agrae.model.processing import Processing, model_and_adapter
+from mm_agrae.model.processing import Processing
 from mm_agrae.rollout import Sync
 from mm_agrae.rollout import vllm_common as common
 from mm_agrae.rollout.vllm_worker import FILES, KEY_VARIABLE

@@ -11,8 +11,9 @@ import torch
 
 from mm_agrae.config import ModelSection, PromptSection
 from mm_agrae.errors import RunFolderError
+from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.model.policy import Policy
-from mm_agrae.model.processing import Processing, model_and_adapter
+from mm_agrae.model.processing import Processing
 from mm_agrae.run import checkpoint
 from mm_agrae.run.versions import versions
 
@@ -45,12 +46,7 @@ def export(
     if (folder / checkpoint.STATE_FILE).is_file():
         state = checkpoint.checked_state(folder)
     processing = Processing(str(folder), PromptSection(), trust_remote_code=trust_remote_code)
-    policy = Policy(
-        ModelSection(path=str(folder), trust_remote_code=trust_remote_code),
-        forbidden_ids=(),
-        pad_id=processing.pad_id,
-        shared_prompt="off",
-    )
+    policy = Policy(ModelSection(path=str(folder), trust_remote_code=trust_remote_code), processing)
     hf = policy.hf
     target = _stored_dtype(str(folder)) if dtype == "auto" else getattr(torch, dtype)
     weights = {name: _cast(tensor, target) for name, tensor in policy.full_weights()}

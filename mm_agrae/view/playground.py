@@ -31,8 +31,9 @@ from mm_agrae.config import ModelSection, PromptSection, SamplingSection
 from mm_agrae.errors import DataError, ModelError, UserError
 from mm_agrae.grading.accuracy import verify
 from mm_agrae.grading.extraction import extract_answer
+from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.model.policy import Policy
-from mm_agrae.model.processing import Processing, model_and_adapter
+from mm_agrae.model.processing import Processing
 from mm_agrae.rollout import derive_seed
 from mm_agrae.rollout.hf import HFEngine
 from mm_agrae.run import checkpoint
@@ -293,12 +294,7 @@ class Models:
     def _load(self, path: str) -> Loaded:
         settings = _prompt_settings(path)
         processing = Processing(path, settings)
-        policy = Policy(
-            ModelSection(path=path),
-            forbidden_ids=processing.forbidden_ids,
-            pad_id=processing.pad_id,
-            device=self.device,
-        )
+        policy = Policy(ModelSection(path=path), processing, device=self.device)
         return Loaded(processing, HFEngine(policy.eval(), processing))
 
 

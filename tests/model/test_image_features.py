@@ -1,4 +1,4 @@
-"""Each distinct picture through the vision tower once, with the gradient it would have had."""
+"""Each distinct image through the vision tower once, with the gradient it would have had."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import itertools
 
 import pytest
 import torch
+from helpers import VL, batch_of, policy
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from mm_agrae.model.image_features import Pictures
+from mm_agrae.model.image_features import ImageFeatures
 from mm_agrae.types import Example, MicroBatch, Prompt
 
 
@@ -40,16 +43,16 @@ def pixels(count: int = 1) -> torch.Tensor:
 
 
 def gradient(prompts_of_batches, planned: bool) -> tuple[torch.Tensor, int]:
-    tower, pictures = Tower(), Pictures(frozen=False)
+    tower, cached = Tower(), ImageFeatures(frozen=False)
     batches = [batch(*prompts) for prompts in prompts_of_batches]
     if planned:
-        pictures.plan(batches)
+        cached.plan(batches)
     for number, each in enumerate(batches, 2):
-        features = pictures.features(each.prompts, tower)
+        features = cached.of(each.prompts, tower)
         if features:
             (torch.cat(features).exp().sum() ** 1.5 * number).backward()
     if planned:
-        pictures.plan(())  # raises if anything is left
+        cached.plan(())  # raises if anything is left
     return tower.weight.grad, tower.encoded
 
 
@@ -73,32 +76,65 @@ def test_gradients_are_those_of_encoding_each_time():
 def test_passes_without_gradient_leave_the_plan_alone():
     shared = pixels()
     batches = [batch(prompt(shared)), batch(prompt(shared))]
-    tower, pictures = Tower(), Pictures(frozen=False)
-    pictures.plan(batches)
+    tower, cached = Tower(), ImageFeatures(frozen=False)
+    cached.plan(batches)
     with torch.no_grad():
-        assert not pictures.features(batches[0].prompts, tower)[0].requires_grad
+        assert not cached.of(batches[0].prompts, tower)[0].requires_grad
     for each in batches:
-        pictures.features(each.prompts, tower)[0].sum().backward()
+        cached.of(each.prompts, tower)[0].sum().backward()
     torch.testing.assert_close(tower.weight.grad, 2 * shared[0])
 
 
 def test_a_micro_batch_that_never_ran_is_noticed():
     shared = pixels()
     batches = [batch(prompt(shared)), batch(prompt(shared))]
-    pictures = Pictures(frozen=False)
-    pictures.plan(batches)
-    pictures.features(batches[0].prompts, Tower())[0].sum().backward()
-    with pytest.raises(RuntimeError, match="1 pictures wait"):
-        pictures.plan(batches)
+    cached = ImageFeatures(frozen=False)
+    cached.plan(batches)
+    cached.of(batches[0].prompts, Tower())[0].sum().backward()
+    with pytest.raises(RuntimeError, match="1 images still wait"):
+        cached.plan(batches)
 
 
 def test_frozen_features_live_as_long_as_their_pixels():
-    tower, pictures = Tower(), Pictures(frozen=True)
+    tower, cached = Tower(), ImageFeatures(frozen=True)
     shared = pixels()
     first, second = prompt(shared), prompt(shared)
     for _ in range(2):
-        assert len(pictures.features([first, second], tower)) == 2
+        assert len(cached.of([first, second], tower)) == 2
     assert tower.encoded == 1
     del first, second, shared
     gc.collect()
-    assert len(pictures._kept) == 0
+    assert len(cached._cached) == 0
+
+
+class Reads(TorchDispatchMode):
+    """Counts operations that read one of the given tensors."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        read = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        self.count += any(x.untyped_storage().data_ptr() in self.storages for x in read)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("freeze", [("vision",), ()], ids=["frozen", "trained"])
+@pytest.mark.parametrize("sharing", ["on", "off"])
+def test_pixels_are_read_only_to_encode_them(sharing, freeze):
+    """On a GPU, reading them means moving them there: hundreds of MB for each micro-batch."""
+    made = policy(VL, shared_prompt=sharing, freeze=freeze)
+    batch = batch_of(VL, made)
+    if freeze:
+        made.image_features = ImageFeatures(frozen=True)  # the rollout has filled the other one
+    else:
+        made.image_features.plan([batch, batch])
+    reads = []
+    for _ in range(2):
+        with Reads([prompt.pixel_values for prompt in batch.prompts]) as found:
+            made(batch)[0].sum().backward()
+        reads.append(found.count)
+    assert reads[0] > 0
+    assert reads[1] == 0

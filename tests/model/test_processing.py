@@ -1,4 +1,4 @@
-"""Example -> Prompt: pictures and their tokens, real chat templates, refusals by row."""
+"""Example -> Prompt: images and their tokens, real chat templates, refusals by row."""
 
 import importlib.util
 import json
@@ -23,14 +23,14 @@ from mm_agrae.types import Example
 QUESTION = Example("q", "What is 1+1?", "2")
 
 
-def picture(width=112, height=112):
+def white(width=112, height=112):
     return Image.new("RGB", (width, height), "white")
 
 
 def test_one_placeholder_for_each_feature():
     made = processing(VL)
     for size in [(112, 112), (224, 84), (57, 300)]:
-        prompt = made.prompt(Example("a", "What is it?", "1", images=(picture(*size),)))
+        prompt = made.prompt(Example("a", "What is it?", "1", images=(white(*size),)))
         merge = made.processor.image_processor.merge_size**2
         features = int(prompt.image_grid_thw.prod(-1).sum()) // merge
         assert int((prompt.token_ids == made.image_token_id).sum()) == features
@@ -38,9 +38,9 @@ def test_one_placeholder_for_each_feature():
         assert prompt.pixel_values.shape[0] == features * merge
 
 
-def test_pictures_stand_where_the_markers_are():
+def test_images_stand_where_the_markers_are():
     made = processing(VL)
-    example = Example("a", "first <image> second <image> third", "1", (picture(), picture(56, 56)))
+    example = Example("a", "first <image> second <image> third", "1", (white(), white(56, 56)))
     text = made.prompt(example).text
     order = [
         text.index("first"),
@@ -55,7 +55,7 @@ def test_pictures_stand_where_the_markers_are():
 
 
 def test_pixel_budget():
-    wide = Example("a", "?", "1", images=(picture(800, 600),))
+    wide = Example("a", "?", "1", images=(white(800, 600),))
     small = Processing(VL, PromptSection(max_pixels=112 * 112, max_tokens=4096)).prompt(wide)
     large = Processing(VL, PromptSection(max_pixels=448 * 448, max_tokens=4096)).prompt(wide)
     assert len(small) < len(large)
@@ -87,14 +87,14 @@ def test_special_ids():
     [
         (
             TEXT,
-            Example("a", "?", "1", (picture(),), origin="d.jsonl row 3"),
+            Example("a", "?", "1", (white(),), origin="d.jsonl row 3"),
             "d.jsonl row 3: has an image, but the model",
         ),
-        (VL, Example("a", "<image> <image>", "1", (picture(),), origin="r7"), "r7: 2 <image> mark"),
-        (VL, Example("a", "x <|image_pad|>", "1", (picture(),), origin="r8"), "control token"),
+        (VL, Example("a", "<image> <image>", "1", (white(),), origin="r7"), "r7: 2 <image> mark"),
+        (VL, Example("a", "x <|image_pad|>", "1", (white(),), origin="r8"), "control token"),
         (TEXT, Example("a", "x" * 5000, "1", origin="r9"), "more than prompt.max_tokens = 1024"),
         (VL, Example("a", "?", "1", (b"not an image",), origin="r10"), "r10"),
-        (VL, Example("a", "?", "1", (picture(4000, 12),), origin="r11"), "r11"),
+        (VL, Example("a", "?", "1", (white(4000, 12),), origin="r11"), "r11"),
         (VL, Example("a", "In <image>?", "1", origin="r12"), "r12: 1 <image> markers for 0 images"),
         (TEXT, Example("a", "In <image>?", "1", origin="r13"), "r13: 1 <image> markers for 0"),
         (VL, Example("a", "?", "1", ("https://a.example/b.png",), origin="r14"), "not fetched"),
@@ -118,13 +118,13 @@ def test_the_same_example_gives_the_same_tensors():
     assert torch.equal(first.pixel_values, second.pixel_values)
 
 
-# ------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------- images
 
 
-def test_a_picture_is_the_same_however_it_is_given(tmp_path):
+def test_an_image_is_the_same_however_it_is_given(tmp_path):
     image = examples(VL, 1)[0].images[0]
     data = image if isinstance(image, bytes) else encode_png(image)
-    file = tmp_path / "a picture.png"
+    file = tmp_path / "an image.png"
     file.write_bytes(data)
     with Image.open(file) as opened:
         decoded = opened.convert("RGB")
@@ -144,21 +144,21 @@ def test_text_rows_of_a_vision_model_are_plain_text():
     assert prompt.text == processing(TEXT).prompt(QUESTION).text
 
 
-def tokens_of_picture(width, height, **settings):
+def image_tokens(width, height, **settings):
     made = Processing(VL, PromptSection(max_tokens=10**6, **settings))
-    prompt = made.prompt(Example("a", "?", "1", (picture(width, height),)))
+    prompt = made.prompt(Example("a", "?", "1", (white(width, height),)))
     return int((prompt.token_ids == made.image_token_id).sum())
 
 
 def test_the_pixel_budget_is_the_checkpoints_own_unless_set():
     size = processing(VL).processor.image_processor.size
     assert (size["shortest_edge"], size["longest_edge"]) == (784, 112896)
-    assert tokens_of_picture(2000, 2000) == 112896 // 28**2
-    assert tokens_of_picture(2000, 2000, max_pixels=200704) == 200704 // 28**2
-    assert tokens_of_picture(20, 20) == 1
-    assert tokens_of_picture(20, 20, min_pixels=12544) == 16
+    assert image_tokens(2000, 2000) == 112896 // 28**2
+    assert image_tokens(2000, 2000, max_pixels=200704) == 200704 // 28**2
+    assert image_tokens(20, 20) == 1
+    assert image_tokens(20, 20, min_pixels=12544) == 16
     # One bound beyond the checkpoint's other one moves that.
-    assert tokens_of_picture(2000, 2000, min_pixels=200704) == 200704 // 28**2
+    assert image_tokens(2000, 2000, min_pixels=200704) == 200704 // 28**2
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_qwen_templates():
     )
     section = PromptSection(chat_template=published("qwen2_5_vl"), system="Look.")
     prompt = Processing(VL, section).prompt(
-        Example("a", "<image> or <image>?", "1", (picture(28, 28), picture(56, 28)))
+        Example("a", "<image> or <image>?", "1", (white(28, 28), white(56, 28)))
     )
     assert prompt.text == (
         "<|im_start|>system\nLook.<|im_end|>\n<|im_start|>user\n"
@@ -308,15 +308,15 @@ def test_deepseek_distills_begin_inside_the_thinking(base_model):
     assert made.eos_ids == (made.tokenizer.convert_tokens_to_ids(end),)
     assert made.opens_thinking
     assert dict(made.describe())["thinking"] == "opened by the prompt"
-    for written, right, in_form in (
+    for written, correct, formatted in (
         ("one more\n</think>\n\\boxed{2}", True, True),
         ("is it \\boxed{2}?\n</think>\n\\boxed{3}", False, True),
         ("is it \\boxed{2}? Perhaps", False, False),  # cut off while thinking
     ):
         text = made.decode(made.tokenizer(written, add_special_tokens=False)["input_ids"])
         assert text == f"<think>\n{written}"
-        assert verify("2", text) is right
-        assert follows(text) is in_form
+        assert verify("2", text) is correct
+        assert follows(text) is formatted
     with pytest.raises(DataError, match="control token"):
         made.prompt(Example("a", f"{assistant}I know", "1"))
 

@@ -11,10 +11,9 @@ from hypothesis import strategies as st
 
 from mm_agrae.errors import ModelError
 from mm_agrae.model import shared_attention
+from mm_agrae.model.packed_layout import GroupSpans, PackedLayout
 from mm_agrae.model.shared_attention import (
     CpuKernel,
-    Group,
-    Layout,
     VarlenKernel,
     _MergedAttention,
     attention,
@@ -26,7 +25,7 @@ LAYOUTS = st.lists(
 )
 
 
-def make_layout(groups) -> Layout:
+def make_layout(groups) -> PackedLayout:
     made, end = [], 0
     for prompt, lengths in groups:
         start, end = end, end + prompt
@@ -34,8 +33,8 @@ def make_layout(groups) -> Layout:
         for length in lengths:
             ranges.append((end, end + length))
             end += length
-        made.append(Group((start, start + prompt), tuple(ranges)))
-    return Layout(made)
+        made.append(GroupSpans((start, start + prompt), tuple(ranges)))
+    return PackedLayout(made)
 
 
 class FlashInPlainTorch:
@@ -121,7 +120,9 @@ def test_all_forms_agree_with_gradients(groups, grouped):
 
 @pytest.mark.parametrize("kernel", [CpuKernel, VarlenKernel])
 def test_gradcheck(kernel):
-    layout = Layout([Group((0, 3), ((3, 5), (5, 9), (9, 10))), Group((10, 11), ((11, 13),))])
+    layout = PackedLayout(
+        [GroupSpans((0, 3), ((3, 5), (5, 9), (9, 10))), GroupSpans((10, 11), ((11, 13),))]
+    )
     torch.manual_seed(0)
     inputs = [torch.randn(1, h, 13, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
     assert torch.autograd.gradcheck(

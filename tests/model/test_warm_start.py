@@ -126,29 +126,29 @@ def test_the_script_feeds_what_the_processor_yields(script, processor, tokenizer
     assert torch.allclose(mine["pixel_values"], theirs["pixel_values"], atol=1e-5)
 
 
-def test_a_warm_start_keeps_the_form_and_leaves_room_to_learn(script, seeing, tokenizer) -> None:
-    """In the middle between hopeless and done, and nothing without the picture."""
+def test_a_warm_start_keeps_the_format_and_leaves_room_to_learn(script, seeing, tokenizer) -> None:
+    """Solves some problems and not others, and few without the image."""
     torch.manual_seed(0)
     task = SyntheticTask("test", size=48, levels=[1, 2])
     examples = [task[index] for index in range(len(task))]
-    pictures = [example.images[0] for example in examples]
-    blank = [Image.new("RGB", picture.size, "white") for picture in pictures]
+    images = [example.images[0] for example in examples]
+    blank = [Image.new("RGB", image.size, "white") for image in images]
 
-    def solve(pictures: list) -> tuple[float, float]:
-        rows = list(zip([e.question for e in examples], pictures, strict=True))
+    def solve(images: list) -> tuple[float, float]:
+        rows = list(zip([e.question for e in examples], images, strict=True))
         replies = script.sample(seeing, tokenizer, rows, 4, 1.0)
-        right = [
+        correct = [
             verify(example.answer, text, **example.grading)
             for example, texts in zip(examples, replies, strict=True)
             for text in texts
         ]
-        formed = [bool(script.final_answer(text)) for texts in replies for text in texts]
-        return float(np.mean(right)), float(np.mean(formed))
+        formatted = [bool(script.final_answer(text)) for texts in replies for text in texts]
+        return float(np.mean(correct)), float(np.mean(formatted))
 
-    right, formed = solve(pictures)
-    assert formed > 0.9
-    assert 0.2 < right < 0.7
-    assert solve(blank)[0] < 0.5 * right
+    correct, formatted = solve(images)
+    assert formatted > 0.9
+    assert 0.2 < correct < 0.7
+    assert solve(blank)[0] < 0.5 * correct
 
 
 def test_text_prompts_go_through_the_vision_language_model(script, seeing, tokenizer) -> None:
@@ -156,5 +156,5 @@ def test_text_prompts_go_through_the_vision_language_model(script, seeing, token
     task = SyntheticTask("test", modality="text", size=24, levels=[1])
     rows = [(task[index].question, None) for index in range(24)]
     replies = script.sample(seeing, tokenizer, rows, 2, 1.0)
-    right = [verify(task[k].answer, t, **task[k].grading) for k in range(24) for t in replies[k]]
-    assert np.mean(right) > 0.2
+    correct = [verify(task[k].answer, t, **task[k].grading) for k in range(24) for t in replies[k]]
+    assert np.mean(correct) > 0.2

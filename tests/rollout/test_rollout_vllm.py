@@ -44,11 +44,7 @@ class Setup:
     def __init__(self, path, prompts, processing, settings=None, **model):
         torch.manual_seed(0)
         self.processing, self.prompts = processing, prompts
-        self.policy = Policy(
-            ModelSection(path=path, **model),
-            forbidden_ids=processing.forbidden_ids,
-            pad_id=processing.pad_id,
-        ).eval()
+        self.policy = Policy(ModelSection(path=path, **model), processing).eval()
         self.engine = make_engine(
             RolloutSection(engine="vllm", vllm=settings or {}),
             self.policy,

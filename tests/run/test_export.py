@@ -193,7 +193,7 @@ from helpers import VL, policy
 from mm_agrae.config import LoraSection
 from mm_agrae.parallel.sharding import reshard
 from mm_agrae.model.weights import adapter_weights, full_weights
-from test_policy import batch_of
+from helpers import batch_of
 
 dist.init_process_group("gloo")
 mesh = init_device_mesh("cpu", (2,))

@@ -20,6 +20,23 @@ N is the number of completions of the step; clip(ρ) bounds ρ to [1 − low, 1 
     B   rows of a micro-batch (one row per completion)
     T   completion tokens, right-padded
 
+Arguments of `policy_loss`:
+
+    logp_BT            log-probabilities (nats) of the sampled tokens, with gradient
+    advantage_B        one per completion
+    mask_BT            1 on completion tokens, 0 on padding, whose other values do not matter
+    old_logp_BT        log-probabilities before this rollout's updates; None means on-policy,
+                       where ρ = exp(logp − detach(logp)) is 1 and its gradient that of logp
+    clip_low/high      distance of the bounds of ρ from 1; None means the loss's default
+    ref_logp_BT        log-probabilities under the reference policy, needed if kl_coef > 0. The
+                       penalty is k3 = exp(ref − logp) − (ref − logp) − 1 (GRPO, arXiv
+                       2402.03300, Eq. 4), weighted per token as the loss is
+    unbiased_kl        multiply k3 by ρ, so that its gradient is that of the KL divergence
+                       (DeepSeek-V3.2, arXiv 2512.02556; the default of TRL, not of GRPO)
+    entropy_BT         entropies (nats) of the distributions sampled from, needed if
+                       entropy_coef > 0: the bonus is entropy_coef · mean over the step's tokens
+    sampler_weight_BT  see `sampler_weight`; scales the surrogate, not the KL penalty
+
 The denominators count the whole optimiser step, over all ranks and micro-batches (`Denominator`),
 so the losses of the micro-batches ADD UP to that of the step, however it is cut. Sum over
 micro-batches and ranks; where gradients are averaged over ranks (DDP, FSDP), multiply by the number
@@ -76,7 +93,6 @@ class LossOutput:
 
         tokens                 completion tokens
         clip_low, clip_high    tokens whose ratio was clipped to the bound (with effect)
-        ratio                  ρ; for gspo the completion's, once for each of its tokens
         approx_kl              ρ − 1 − log ρ per token (nats), an estimate of KL(old ‖ new)
         ref_kl                 k3 (nats), if ref_logp_BT is given
         entropy                nats, if entropy_BT is given
@@ -108,49 +124,20 @@ def policy_loss(
 ) -> LossOutput:
     """What one micro-batch adds to the loss `name` of an optimiser step.
 
-    logp_BT            log-probabilities (nats) of the sampled tokens, with gradient
-    advantage_B        one per completion
-    mask_BT            1 on completion tokens, 0 on padding, whose other values do not matter
-    old_logp_BT        log-probabilities before this rollout's updates; None means on-policy,
-                       where ρ = exp(logp − detach(logp)) is 1 and its gradient that of logp
-    clip_low/high      distance of the bounds of ρ from 1; None means the loss's default
-    ref_logp_BT        log-probabilities under the reference policy, needed if kl_coef > 0. The
-                       penalty is k3 = exp(ref − logp) − (ref − logp) − 1 (GRPO, arXiv
-                       2402.03300, Eq. 4), weighted per token as the loss is
-    unbiased_kl        multiply k3 by ρ, so that its gradient is that of the KL divergence
-                       (DeepSeek-V3.2, arXiv 2512.02556; the default of TRL, not of GRPO)
-    entropy_BT         entropies (nats) of the distributions sampled from, needed if
-                       entropy_coef > 0: the bonus is entropy_coef · mean over the step's tokens
-    sampler_weight_BT  see `sampler_weight`; scales the surrogate, not the KL penalty
-
+    The arguments are described at the top of the module.
     Raises ValueError for an unknown name, shapes that disagree, a negative clip, or a coefficient
     without the values it needs.
     """
-    if name not in LOSSES:
-        raise ValueError(f"unknown loss {name!r}; valid: {', '.join(LOSSES)}")
-    kind = LOSSES[name]
-    clip_low = kind.clip_low if clip_low is None else clip_low
-    clip_high = kind.clip_high if clip_high is None else clip_high
-    if clip_low < 0 or clip_high < 0:
-        raise ValueError(f"clip_low = {clip_low} and clip_high = {clip_high} must not be negative")
+    kind = _loss(name)
+    low, high = _bounds(kind, clip_low, clip_high)
     if kl_coef and ref_logp_BT is None:
         raise ValueError(f"kl_coef = {kl_coef} needs ref_logp_BT")
     if entropy_coef and entropy_BT is None:
         raise ValueError(f"entropy_coef = {entropy_coef} needs entropy_BT")
     _check_shapes(
-        logp_BT.shape,
-        mask_BT=mask_BT,
-        old_logp_BT=old_logp_BT,
-        ref_logp_BT=ref_logp_BT,
-        entropy_BT=entropy_BT,
-        sampler_weight_BT=sampler_weight_BT,
-    )
-    if advantage_B.shape != logp_BT.shape[:1]:
-        raise ValueError(
-            f"advantage_B has shape {list(advantage_B.shape)}, but logp_BT has "
-            f"{list(logp_BT.shape)}"
-        )
-
+        logp_BT, advantage_B, mask_BT=mask_BT, old_logp_BT=old_logp_BT, ref_logp_BT=ref_logp_BT,
+        entropy_BT=entropy_BT, sampler_weight_BT=sampler_weight_BT,
+    )  # fmt: skip
     dtype = torch.float64 if logp_BT.dtype == torch.float64 else torch.float32
     padding_BT = ~mask_BT.bool()
 
@@ -162,11 +149,10 @@ def policy_loss(
     logp_BT = kept(logp_BT)
     old_logp_BT = logp_BT.detach() if old_logp_BT is None else kept(old_logp_BT)
     advantage_B1 = advantage_B.to(dtype)[:, None]
-
     # Bounded because a negative advantage leaves large ratios unclipped, and exp overflows.
     log_ratio_BT = (logp_BT - old_logp_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio_BT = torch.exp(kind.log_ratio(log_ratio_BT, length_B1))
-    surrogate = kind.surrogate(ratio_BT, advantage_B1, logp_BT, 1 - clip_low, 1 + clip_high)
+    surrogate = kind.surrogate(ratio_BT, advantage_B1, logp_BT, low, high)
     token_loss_BT = surrogate.loss_BT
     if sampler_weight_BT is not None:
         token_loss_BT = token_loss_BT * kept(sampler_weight_BT.detach())
@@ -175,7 +161,6 @@ def policy_loss(
         "tokens": ~padding_BT,
         "clip_low": surrogate.clipped_low_BT,
         "clip_high": surrogate.clipped_high_BT,
-        "ratio": ratio_BT,
         "approx_kl": torch.exp(log_ratio_BT) - 1 - log_ratio_BT,
     }
     if ref_logp_BT is not None:
@@ -356,7 +341,23 @@ LOSSES: dict[str, Loss] = {
 # -------------------------------------------------------------------------------- helpers
 
 
-def _check_shapes(shape: torch.Size, **tensors: Tensor | None) -> None:
+def _loss(name: str) -> Loss:
+    if name not in LOSSES:
+        raise ValueError(f"unknown loss {name!r}; valid: {', '.join(LOSSES)}")
+    return LOSSES[name]
+
+
+def _bounds(kind: Loss, clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
+    """The least and the largest ρ that is not clipped."""
+    clip_low = kind.clip_low if clip_low is None else clip_low
+    clip_high = kind.clip_high if clip_high is None else clip_high
+    if clip_low < 0 or clip_high < 0:
+        raise ValueError(f"clip_low = {clip_low} and clip_high = {clip_high} must not be negative")
+    return 1 - clip_low, 1 + clip_high
+
+
+def _check_shapes(logp_BT: Tensor, advantage_B: Tensor, **tensors: Tensor | None) -> None:
+    shape = logp_BT.shape
     if len(shape) != 2:
         raise ValueError(f"logp_BT must be [B, T]; its shape is {list(shape)}")
     for name, tensor in tensors.items():
@@ -364,3 +365,7 @@ def _check_shapes(shape: torch.Size, **tensors: Tensor | None) -> None:
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}, but logp_BT has {list(shape)}"
             )
+    if advantage_B.shape != shape[:1]:
+        raise ValueError(
+            f"advantage_B has shape {list(advantage_B.shape)}, but logp_BT has {list(shape)}"
+        )

@@ -7,11 +7,13 @@ row the number of image placeholders is checked against the number of image feat
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from mm_agrae.config import PromptSection
@@ -63,6 +65,21 @@ TODAY = datetime.date(2024, 7, 26)
 data give the same prompts on any day. Meta's own templates fall back to this one."""
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _exclusive(method: Method) -> Method:
+    """For methods of `Processing`: tokenizers are not made for two threads at once, and prompts are
+    prepared in one while the update runs in another."""
+
+    @functools.wraps(method)
+    def locked(self: Any, *args: Any) -> Any:
+        with self._lock:
+            return method(self, *args)
+
+    return cast(Method, locked)
+
+
 class Processing:
     """Tokenizer and, for a vision-language model, image processor of one checkpoint.
 
@@ -92,6 +109,7 @@ class Processing:
         if self.is_multimodal:
             self._require_patches()
         self._control = _control_tokens(self.tokenizer)
+        self._lock = threading.Lock()
         self._pixels: WeakValueDictionary[bytes, torch.Tensor] = WeakValueDictionary()
         self.template = self._chat_template()
         self.image_token_id: int | None = getattr(config, "image_token_id", None)
@@ -124,6 +142,7 @@ class Processing:
         self.forbidden_ids: tuple[int, ...] = tuple(sorted(forbidden))
         """Ids that a policy never samples: image, video and padding placeholders."""
 
+    @_exclusive
     def prompt(self, example: Example) -> Prompt:
         """Render, tokenize and process one example.
 
@@ -215,6 +234,7 @@ class Processing:
             lines.append((label, ", ".join(listed) or "none"))
         return lines
 
+    @_exclusive
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of a completion without control tokens. Never raises on sampled ids.
 
@@ -224,6 +244,7 @@ class Processing:
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return f"{THINK}\n{text}" if self.opens_thinking else text
 
+    @_exclusive
     def save(self, folder: str) -> None:
         self.processor.save_pretrained(folder)
 

@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if hasattr(arguments, "options"):  # serve hands on to vLLM what it does not know itself
-        arguments.options = [item for item in rest if item != "--"]
+    if hasattr(arguments, "options"):  # serve parses its own
+        arguments.options = rest
         return arguments
     # argparse gives up on positionals that follow an option; overrides may stand anywhere.
     overrides = getattr(arguments, "overrides", None)
@@ -123,24 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.set_defaults(command=_export)
 
-    serve = commands.add_parser(
-        "serve",
-        help="a vLLM server for rollout.engine=vllm_server",
-        description=_serve.__doc__,
-        epilog="Further flags go to vLLM as they are.",
-        allow_abbrev=False,
+    serve = commands.add_parser(  # its options are in rollout/serve.py, --help among them
+        "serve", help="a vLLM server for rollout.engine=vllm_server", add_help=False
     )
-    serve.add_argument("model", help="the run's model.path: a model id or a folder")
-    serve.add_argument("--host", default="127.0.0.1")
-    serve.add_argument("--port", type=int, default=8000)
-    serve.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
-    serve.add_argument("--max-model-len", type=int, help="tokens of prompt and completion")
-    serve.add_argument("--memory-fraction", type=float, default=0.9, help="share of the GPU")
-    serve.add_argument("--cache-gib", type=int, default=1, help="KV cache on a CPU")
-    serve.add_argument("--tensor-parallel", type=int, default=1, help="GPUs of the server")
-    serve.add_argument("--lora-rank", type=int, default=0, help="for rollout.vllm.sync=adapter")
-    serve.add_argument("--nccl", action="store_true", help="take weights by NCCL")
-    serve.add_argument("--trust-remote-code", action="store_true")
     serve.set_defaults(command=_serve, options=[])
 
     tasks = commands.add_parser("tasks", help="list tasks and their options")
@@ -319,10 +304,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    """Start a vLLM server that takes its weights from training, and stay until it ends."""
     from mm_agrae.rollout.serve import serve
 
-    return serve(**{name: value for name, value in vars(arguments).items() if name != "command"})
+    return serve(arguments.options)
 
 
 def _tasks(arguments: argparse.Namespace) -> int:

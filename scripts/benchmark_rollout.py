@@ -1,14 +1,14 @@
-"""Rollout engines side by side on the same prompts: parity, weight hand-over, speed.
+"""Rollout engines side by side on the same prompts: log-prob mismatch, weight transfer, speed.
 
-For each engine: how far its log-probabilities are from the policy's own forward on the tokens it
-sampled (nats), how long handing over the weights takes and how much is sent, and tokens a second
-(the best of three, after one run to warm up).
+For each engine: the differences between its log-probabilities and the policy's own on the tokens it
+sampled (nats), how much a weight transfer sends and how long it takes, and tokens per second (the
+best of three, after a warm-up).
 
     python scripts/benchmark_rollout.py --engines hf,vllm --dtypes float32,bfloat16
     python scripts/benchmark_rollout.py --engines hf,vllm_server --servers http://127.0.0.1:8000
 
-The model is any checkpoint; without one, the embedded picture model. Prompts are the embedded
-task's. Give `vllm_server` servers of the same model and dtype (`mm-agrae serve`).
+The model is any checkpoint, by default the image model of this repository; prompts come from the
+synthetic task. `vllm_server` needs servers of the same model and dtype (`mm-agrae serve`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.config import ModelSection, PromptSection, RolloutSection, SamplingSection
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.rollout import make_engine
+from mm_agrae.rollout.mismatch import measure
 from mm_agrae.tasks.synthetic.task import SyntheticTask
 
 WARM_START = Path(__file__).resolve().parents[1] / "data" / "warm_start" / "vl"
@@ -50,12 +50,12 @@ def main() -> None:
             device="cuda" if torch.cuda.is_available() else "cpu",
         ).eval()
         for name in options.engines:
-            row = measure(name, policy, processing, prompts, options)
+            row = benchmark(name, policy, processing, prompts, options)
             cells = " | ".join(f"{value:.3g}" for value in row)
             print(f"| {name} | {dtype} | {cells} |", flush=True)
 
 
-def measure(
+def benchmark(
     name: str, policy: Policy, processing: Processing, prompts: Any, options: argparse.Namespace
 ) -> tuple[float, ...]:
     rollout = RolloutSection.model_validate(
@@ -82,15 +82,10 @@ def measure(
             groups = engine.generate(prompts, options.group, sampling, seeds)
             tokens = sum(len(c.token_ids) for group in groups for c in group)
             speeds.append(tokens / (time.perf_counter() - started))
-    rows = [UpdateRow(p, c, 0.0) for p, group in enumerate(groups) for c in group]
-    batch = micro_batch(prompts, rows, policy.device)
-    with torch.no_grad():
-        logp_BT = policy(batch)[0]
-    gap_N = (logp_BT - batch.sampling_logp_BT)[batch.mask_BT.bool()]
-    kl = (torch.exp(gap_N) - 1 - gap_N).mean()
+    found = measure(policy, prompts, groups)
     sync = sorted(each.seconds for each in syncs)[1]
     return (
-        float(gap_N.abs().max()), float(gap_N.abs().mean()), float(kl),
+        found.highest, found.mean, found.kl,
         syncs[0].megabytes, sync, max(speeds), start,
     )  # fmt: skip
 

@@ -1,18 +1,25 @@
-"""The protocol of rollout engines, and the list of them. One line in `ENGINES` adds one."""
+"""What every rollout engine must provide, and the list of engines.
+
+To add an engine, write one file with a class that follows `Engine` and give it a line in
+`ENGINES`. An engine outside the package needs no line: `rollout.engine` also takes
+"module:Class" or "path/to/file.py:Class".
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from mm_agrae.config import RolloutSection, SamplingSection
 from mm_agrae.config.plugins import is_import_name, load_object
 from mm_agrae.errors import ConfigError, nearest
-from mm_agrae.model.policy import Policy
-from mm_agrae.model.processing import Processing
-from mm_agrae.types import Completion, Prompt
+
+if TYPE_CHECKING:  # a vLLM server imports this package too, and needs no second model
+    from mm_agrae.config import RolloutSection, SamplingSection
+    from mm_agrae.model.policy import Policy
+    from mm_agrae.model.processing import Processing
+    from mm_agrae.types import Completion, Prompt
 
 ENGINES: dict[str, str] = {
     "hf": "mm_agrae.rollout.hf:HFEngine",
@@ -23,28 +30,47 @@ ENGINES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Sync:
-    """One hand-over of weights to an engine: how much, and how long it took."""
+    """One transfer of weights to an engine: how much was sent, and how long it took."""
 
     megabytes: float = 0.0
     seconds: float = 0.0
 
 
 class Engine(Protocol):
-    """What the trainer and the evaluation ask of an engine."""
+    """What the trainer and the evaluation require of an engine."""
 
     exact: bool
-    """Whether sampling log-probs equal those of the policy's own forward."""
+    """Whether sampling log-probs equal those of the policy's own forward pass."""
 
     version: int
-    """The policy version whose weights the engine holds; completions carry it."""
+    """The policy version whose weights the engine holds (-1: none yet); completions carry it."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        processing: Processing,
+        rollout: RolloutSection,
+        *,
+        batch_completions: int,
+        max_tokens: int,
+    ):
+        """Every engine is constructed with these arguments, on every process.
+
+        `batch_completions` limits how many completions are sampled at once, `max_tokens` the
+        length of a prompt together with its completion. Raises ConfigError for settings that
+        exclude each other, EngineError if the engine cannot start.
+        """
+        ...
 
     def sync(self) -> Sync:
-        """Take over the policy's present weights and version. A collective call: every process
-        makes it. Raises EngineError if the engine is left with other weights."""
+        """Take over the policy's current weights and version. Collective: every process calls it.
+
+        Raises EngineError if the engine does not hold the policy's weights afterwards.
+        """
         ...
 
     def close(self) -> None:
-        """Give back memory and processes."""
+        """Free memory and end processes that belong to the engine."""
         ...
 
     def generate(
@@ -55,17 +81,20 @@ class Engine(Protocol):
         seeds: Sequence[int],
         on_progress: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
-        """`count` completions of each prompt, in prompt order; none of one that a server refused.
+        """Sample `count` completions of each prompt; returns one group per prompt, in order.
 
-        The samples of a prompt depend on its seed alone, not on its neighbours. Ids that stand
-        for images, videos or padding are never sampled. `on_progress` is told how many
-        completions have been finished since the last call. Raises EngineError.
+        The group of a prompt that a server refused is empty. Which tokens a prompt gets depends
+        on its seed, not on the other prompts of the call, except at near-ties: batches of another
+        shape round differently, and a draw that falls within that rounding of the boundary between
+        two tokens may give either one. Ids of image, video and padding placeholders are never
+        sampled. `on_progress` receives the number of completions finished since its last call.
+        Raises EngineError.
         """
         ...
 
 
-def engine_class(name: str) -> Callable[..., Engine]:
-    """The class of an engine of `ENGINES`, or of one's own. Raises ConfigError."""
+def engine_class(name: str) -> type[Engine]:
+    """The class that a value of `rollout.engine` names. Raises ConfigError if there is none."""
     if name not in ENGINES and not is_import_name(name):
         raise ConfigError(f"rollout.engine: no engine {name!r}; {nearest(name, ENGINES)}")
     try:
@@ -82,11 +111,7 @@ def make_engine(
     batch_completions: int,
     max_tokens: int,
 ) -> Engine:
-    """The engine that `rollout.engine` names, its constructor called with the same arguments.
-
-    `batch_completions` bounds how many completions are made at once, `max_tokens` the length of
-    prompt and completion together. Raises EngineError if it cannot start.
-    """
+    """The engine that `rollout.engine` names; arguments and errors as in `Engine.__init__`."""
     return engine_class(rollout.engine)(
         policy, processing, rollout, batch_completions=batch_completions, max_tokens=max_tokens
     )

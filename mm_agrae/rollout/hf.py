@@ -1,8 +1,9 @@
-"""The reference engine: sampling with the trainer's own transformers model.
+"""The reference engine: sampling with the policy that is being trained.
 
-Each prompt, its image included, is encoded once; its key-value cache is then expanded to the
-group. Rows leave the batch as they end. Every completion draws from its own stream of random
-numbers, so batch composition and the number of processes do not change what is sampled.
+Each prompt, images included, is encoded once; its key-value cache is then expanded to the group.
+Completions leave the batch as they end. Each one has its own stream of random numbers, so neither
+the composition of the batch nor the number of processes changes what is sampled, except at
+near-ties: see `rollout.Engine.generate`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from mm_agrae.rollout import Sync
 from mm_agrae.types import Completion, Prompt
 
 OnTokens = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
-"""Told the tokens of one step: output rows [B], token ids [B], logits [B,V] they were drawn by."""
+"""Receives each decoding step: output rows [B], token ids [B], the logits [B,V] behind them."""
 
 DROP_SHARE = 0.25
-"""Ended rows leave the batch once they are this share of it: dropping copies the cache."""
+"""Share of ended rows above which they leave the batch. Not at once: it copies the whole cache."""
 
 
 class HFEngine:
@@ -39,7 +40,7 @@ class HFEngine:
         batch_completions: int = 128,
         max_tokens: int | None = None,
     ):
-        """Only `batch_completions` matters here: memory is taken as prompts need it."""
+        """`rollout` and `max_tokens` are not needed: memory grows with the prompts."""
         self.policy = policy
         self.processing = processing
         self.batch_completions = batch_completions
@@ -50,11 +51,11 @@ class HFEngine:
         return self.policy.version
 
     def sync(self) -> Sync:
-        """Nothing to do: this engine samples with the policy itself."""
+        """Nothing to send: this engine samples with the policy itself."""
         return Sync()
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Nothing to free."""
 
     def generate(
         self,
@@ -67,8 +68,9 @@ class HFEngine:
     ) -> list[list[Completion]]:
         """See `rollout.Engine.generate`.
 
-        `on_tokens` sees every token as it is drawn, for completion `row % count` of the prompt
-        `row // count`; the logits are before the temperature. What it raises ends the sampling.
+        `on_tokens` receives every token as it is sampled; an output row belongs to completion
+        `row % count` of prompt `row // count`. Logits are before temperature. An exception it
+        raises ends the call.
         """
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
@@ -101,6 +103,8 @@ class HFEngine:
         policy, device = self.policy, self.policy.device
         limit = sampling.max_new_tokens
         rows = len(prompts) * count
+        # One stream of random numbers per completion, drawn before anything is sampled: token t of
+        # a completion uses the same number whichever rows share its batch.
         uniform_BT = torch.from_numpy(_uniforms(seeds, count, limit)).to(device)
         token_BT = torch.zeros(rows, limit, dtype=torch.long, device=device)
         logp_BT = torch.zeros(rows, limit, device=device)
@@ -109,7 +113,7 @@ class HFEngine:
 
         with policy.autocast():
             logits, cache, mask, position = self._prefill(prompts, count)
-            live = torch.arange(rows, device=device)  # rows of the output still in the batch
+            live = torch.arange(rows, device=device)  # output row of each row in the batch
             running = torch.ones(rows, dtype=torch.bool, device=device)
             for step in range(limit):
                 token, logp = sample(logits, uniform_BT[live, step], sampling)
@@ -123,33 +127,21 @@ class HFEngine:
                 length_B[live[ended]] = step + 1
                 stopped_B[live[ended]] = True
                 running = running & ~ended
-                finished = int(ended.sum())
+                remaining = int(running.sum())
+                last = remaining == 0 or step + 1 == limit
+                finished = int(ended.sum()) + (remaining if last else 0)
                 if finished and on_progress:
                     on_progress(finished)
-                remaining = int(running.sum())
-                if remaining == 0 or step + 1 == limit:
-                    if remaining and on_progress:
-                        on_progress(remaining)
+                if last:
                     break
+                # Until enough rows have ended, they stay in the batch and are fed padding.
                 if len(running) - remaining > DROP_SHARE * len(running):
                     keep = running.nonzero().squeeze(-1)
                     cache.batch_select_indices(keep)
-                    live, mask, position, token = (
-                        live[keep],
-                        mask[keep],
-                        position[keep],
-                        token[keep],
-                    )
-                    running = running[keep]
+                    live, running = live[keep], running[keep]
+                    mask, position, token = mask[keep], position[keep], token[keep]
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-                hidden = policy.backbone(
-                    input_ids=token[:, None],
-                    attention_mask=mask,
-                    position_ids=self._decode_positions(position),
-                    past_key_values=cache,
-                    use_cache=True,
-                ).last_hidden_state[:, -1]
-                logits = policy.logits(hidden)
+                logits = self._decode(token, cache, mask, position)
                 position = position + 1
         return self._completions(token_BT, logp_BT, length_B, stopped_B, count)
 
@@ -180,10 +172,22 @@ class HFEngine:
             next_position.repeat_interleave(count, 0),
         )
 
-    def _decode_positions(self, position_B: torch.Tensor) -> torch.Tensor:
-        if self.policy.is_multimodal:
-            return position_B.view(1, -1, 1).expand(3, -1, 1)
-        return position_B[:, None]
+    def _decode(
+        self, token_B: torch.Tensor, cache: Any, mask: torch.Tensor, position_B: torch.Tensor
+    ) -> torch.Tensor:
+        """Append one token per row to the cache; returns the logits [B,V] of the next one."""
+        if self.policy.is_multimodal:  # M-RoPE: temporal, height and width are equal for text
+            positions = position_B.view(1, -1, 1).expand(3, -1, 1)
+        else:
+            positions = position_B[:, None]
+        hidden = self.policy.backbone(
+            input_ids=token_B[:, None],
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        return self.policy.logits(hidden)
 
     def _completions(
         self,
@@ -209,17 +213,17 @@ class HFEngine:
 
 
 def _shifted(on_tokens: OnTokens, first_row: int) -> OnTokens:
-    """For prompts decoded in several parts: rows are counted over all of them."""
+    """Output rows of a later batch of prompts are numbered after those of the earlier ones."""
     return lambda row_B, token_B, logits_BV: on_tokens(row_B + first_row, token_B, logits_BV)
 
 
 def sample(
     logits_BV: torch.Tensor, uniform_B: torch.Tensor, sampling: SamplingSection
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw one token a row by inverting the distribution function at `uniform_B` in [0,1).
+    """Sample one token per row by inverse transform sampling with `uniform_B` in [0,1).
 
-    Returns token [B] and its log-probability [B] (nats) in the distribution sampled from. At
-    temperature 0 the most probable token, with its log-probability at temperature 1.
+    Returns the tokens [B] and their log-probabilities [B] (nats) in the distribution sampled from.
+    Temperature 0 takes the most probable token, with its log-probability at temperature 1.
     """
     if sampling.temperature == 0:
         logp_BV = torch.log_softmax(logits_BV, dim=-1)
@@ -231,20 +235,23 @@ def sample(
         logits_BV = logits_BV.masked_fill(logits_BV < floor_B1, -torch.inf)
     if sampling.top_p < 1:
         sorted_BV, order_BV = logits_BV.softmax(-1).sort(-1, descending=True)
-        # A token stays if the mass before it is below top_p, so at least one always does.
+        # A token is kept if the mass before it is below top_p, so the first always is.
         drop_BV = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
         logits_BV = logits_BV.masked_fill(drop_BV.scatter(-1, order_BV, drop_BV), -torch.inf)
     logp_BV = torch.log_softmax(logits_BV, dim=-1)
+    # Not torch.multinomial, whose draws depend on the batch: the token is the first one whose
+    # cumulative probability exceeds the row's own uniform number. The sum may miss 1 by rounding,
+    # so the number is scaled to it.
     cumulative_BV = logp_BV.exp().cumsum(-1)
     point_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     token_B = torch.searchsorted(cumulative_BV, point_B1, right=True).squeeze(-1)
-    # Rounding can put the point at the very end; the last possible token is meant then.
+    # Rounding can move the point up to the total: then take the last token of non-zero probability.
     token_B = torch.minimum(token_B, (cumulative_BV < cumulative_BV[:, -1:]).sum(-1))
     return token_B, logp_BV.gather(-1, token_B[:, None]).squeeze(-1)
 
 
 def _uniforms(seeds: Sequence[int], count: int, limit: int) -> np.ndarray:
-    """[len(seeds)·count, limit] numbers in [0,1), one stream for each completion."""
+    """[len(seeds)·count, limit] numbers in [0,1), one counter-based stream per completion."""
     return np.stack(
         [
             np.random.Generator(np.random.Philox(key=[seed, index])).random(limit, np.float32)

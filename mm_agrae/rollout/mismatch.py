@@ -1,8 +1,8 @@
-"""Is the engine's policy the trained one? Its log-probabilities against the policy's own.
+"""Log-prob mismatch: an engine's log-probabilities against the policy's own.
 
-An engine that holds old weights, other pictures or shifted log-probabilities goes on without an
-error; what it samples is only no longer what is learnt from. So a few completions are compared
-token by token.
+An engine that holds stale weights, sees other images or shifts its log-probabilities raises no
+error, but the policy then learns from samples of another distribution. So a few completions are
+checked token by token.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from mm_agrae.model.policy import Policy
 from mm_agrae.rollout import Engine
 from mm_agrae.types import Completion, Prompt
 
-PROBE_TOKENS = 64
-"""Long enough to leave the prompt behind, short enough to cost little."""
+CHECK_TOKENS = 64
+"""Tokens per checked completion: enough to leave the prompt behind, few enough to be cheap."""
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Differences of log-probabilities over `tokens` sampled tokens (nats).
+    """Absolute differences of log-probabilities over `tokens` sampled tokens (nats).
 
-    `kl` estimates KL(engine ‖ policy) per token, by k3.
+    `kl` estimates KL(engine ‖ policy) per token with the k3 estimator.
     """
 
     tokens: int
@@ -37,7 +37,7 @@ class Mismatch:
 
     @classmethod
     def over(cls, parts: Sequence[Mismatch]) -> Mismatch:
-        """Of several processes together."""
+        """The mismatch of several processes together."""
         tokens = sum(part.tokens for part in parts)
         return cls(
             tokens,
@@ -53,7 +53,6 @@ class Mismatch:
         )
 
 
-@torch.no_grad()
 def check(
     engine: Engine,
     policy: Policy,
@@ -61,22 +60,32 @@ def check(
     sampling: SamplingSection,
     seeds: Sequence[int],
 ) -> Mismatch:
-    """Sample a completion of each prompt and let the policy score the same tokens.
+    """Sample one completion of each prompt with the engine and `measure` it.
 
-    The engine must hold the policy's present weights. The whole distribution is compared, so
-    `top_p` and `top_k` of `sampling` are set aside.
+    The engine must hold the policy's current weights. The whole distribution is compared, so
+    `top_p` and `top_k` of `sampling` are ignored.
     """
     whole = sampling.model_copy(
         update={
             "top_p": 1.0,
             "top_k": 0,
-            "max_new_tokens": min(sampling.max_new_tokens, PROBE_TOKENS),
+            "max_new_tokens": min(sampling.max_new_tokens, CHECK_TOKENS),
         }
     )
-    groups = engine.generate(prompts, 1, whole, seeds)
-    rows = [UpdateRow(index, group[0], 0.0) for index, group in enumerate(groups) if group]
+    return measure(policy, prompts, engine.generate(prompts, 1, whole, seeds))
+
+
+@torch.no_grad()
+def measure(
+    policy: Policy, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
+) -> Mismatch:
+    """Score each prompt's completions with the policy and compare the log-probabilities.
+
+    Runs the policy's forward pass, on every process if the policy is sharded.
+    """
+    rows = [UpdateRow(index, each, 0.0) for index, group in enumerate(groups) for each in group]
     idle = not rows
-    if idle:  # the policy's forward pass is for all processes together
+    if idle:  # the forward pass is collective: a process without completions takes part too
         rows = [UpdateRow(0, Completion((0,), (0.0,), "", "stop", policy.version), 0.0)]
     was_training = policy.training
     policy.eval()

@@ -1,13 +1,13 @@
-"""Starts a vLLM server that the engine `vllm_server` can sample from and send weights to.
+"""`mm-agrae serve`: starts a vLLM server for the engine `vllm_server`.
 
-The server is vLLM's own (`vllm.entrypoints.openai.api_server`), as a child process. What is added
-here are the flags and environment variables that training needs: token ids in and out,
-log-probabilities of the distribution sampled from, the endpoints for weights, no second resizing
-of pictures. `docs/vllm.md` gives the same command for starting it by hand.
+The server is vLLM's own (`vllm.entrypoints.openai.api_server`), as a child process. Added here are
+the flags and environment variables that training needs: token ids in and out, log-probabilities
+of the distribution sampled from, the endpoints for weights, no second resizing of images.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import ipaddress
@@ -22,67 +22,73 @@ import time
 from collections.abc import Iterator, Sequence
 
 import requests
+import torch
 
 from mm_agrae.errors import EngineError
 from mm_agrae.model.lora import model_and_adapter
-from mm_agrae.rollout.vllm import LORA_RANKS
-from mm_agrae.rollout.vllm_worker import FOLDER_VARIABLE, KEY_VARIABLE
+from mm_agrae.rollout.vllm_common import max_lora_rank
+from mm_agrae.rollout.vllm_gate import FOLDER_VARIABLE, KEY_VARIABLE
 
-WORKER = "mm_agrae.rollout.vllm_worker"
 STOP_LIMIT_S = 30.0
 """How long a server may take to end after a signal before it is killed."""
 
 
-def serve(
-    model: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    dtype: str = "auto",
-    max_model_len: int | None = None,
-    memory_fraction: float = 0.9,
-    cache_gib: int = 1,
-    tensor_parallel: int = 1,
-    lora_rank: int = 0,
-    nccl: bool = False,
-    trust_remote_code: bool = False,
-    options: Sequence[str] = (),
-) -> int:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Options of `mm-agrae serve`; flags that are not ours are collected in `rest` for vLLM."""
+    parser = argparse.ArgumentParser(
+        prog="mm-agrae serve",
+        description="Start a vLLM server that takes its weights from training, until it ends.",
+        epilog="All other flags are passed on to vLLM.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("model", help="the run's model.path: a model id or a folder")
+    add("--host", default="127.0.0.1", help="address to listen on (%(default)s)")
+    add("--port", type=int, default=8000, help="(%(default)s)")
+    add(
+        "--dtype",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="the run's rollout.vllm.dtype, or model.dtype where that is auto (auto: the "
+        "checkpoint's)",
+    )
+    add("--max-model-len", type=int, help="tokens of prompt and completion (the model's)")
+    add("--memory-fraction", type=float, default=0.9, help="share of the GPU (%(default)s)")
+    add("--cache-gib", type=int, default=1, help="KV cache on a CPU (%(default)s)")
+    add("--tensor-parallel", type=int, default=1, help="GPUs of the server (%(default)s)")
+    add("--lora-rank", type=int, default=0, help="for rollout.vllm.sync=adapter: at least its rank")
+    add("--nccl", action="store_true", help="take weights by NCCL")
+    add("--trust-remote-code", action="store_true", help="run code from the model's repository")
+    options, rest = parser.parse_known_args(argv)
+    options.rest = [item for item in rest if item != "--"]
+    return options
+
+
+def serve(argv: Sequence[str]) -> int:
     """Start a server, say when it is ready, and stay until it ends. Returns its exit status.
 
-    SIGINT and SIGTERM are handed on to the server. Raises EngineError if vLLM is not installed,
+    SIGINT and SIGTERM are passed on to the server. Raises EngineError if vLLM is not installed,
     the port is taken, or the server ends before it is ready.
     """
+    options = parse(argv)
     if importlib.util.find_spec("vllm") is None:
         raise EngineError(
             "serve: vLLM is not installed in this environment; pip install 'mm-agrae[vllm]'"
         )
-    _check_port(host, port)
-    _warn_if_open(host)
-    command = command_line(
-        model,
-        host=host,
-        port=port,
-        dtype=dtype,
-        max_model_len=max_model_len,
-        memory_fraction=memory_fraction,
-        tensor_parallel=tensor_parallel,
-        lora_rank=lora_rank,
-        nccl=nccl,
-        trust_remote_code=trust_remote_code,
-        options=options,
-    )
+    _check_port(options.host, options.port)
+    _warn_if_open(options.host)
+    command = command_line(options)
     print(shlex.join(command), flush=True)
     with tempfile.TemporaryDirectory(prefix="mm-agrae-weights-") as folder:
-        values = environment(cache_gib, lora=lora_rank > 0) | {FOLDER_VARIABLE: folder}
-        # A session of its own: Ctrl-C in the terminal reaches it once, through us.
-        child = subprocess.Popen(command, env=values, start_new_session=True)
-        with _handing_on_signals(child):
-            address = f"http://{host}:{port}"
+        variables = environment(options) | {FOLDER_VARIABLE: folder}
+        # In its own session, so that Ctrl-C in the terminal reaches it once, through us.
+        child = subprocess.Popen(command, env=variables, start_new_session=True)
+        with _passing_on_signals(child):
+            address = f"http://{options.host}:{options.port}"
             if _wait_until_ready(child, address):
                 print(
-                    f"ready: {address} serves {model}; train with rollout.engine=vllm_server "
-                    f'"rollout.vllm.servers=[{address}]"',
+                    f"ready: {address} serves {options.model}; train with "
+                    f'rollout.engine=vllm_server "rollout.vllm.servers=[{address}]"',
                     flush=True,
                 )
             elif child.returncode > 0:
@@ -93,78 +99,57 @@ def serve(
             return child.wait()
 
 
-def command_line(
-    model: str,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    dtype: str = "auto",
-    max_model_len: int | None = None,
-    memory_fraction: float = 0.9,
-    tensor_parallel: int = 1,
-    lora_rank: int = 0,
-    nccl: bool = False,
-    trust_remote_code: bool = False,
-    options: Sequence[str] = (),
-) -> list[str]:
-    """The server's command line; `options` are further flags of vLLM's, and win."""
+def command_line(options: argparse.Namespace) -> list[str]:
+    """The server's command line; flags in `options.rest` come last and so take precedence."""
     from transformers import AutoConfig
 
-    model = model_and_adapter(model)[0]  # an adapter's weights come from the trainer
-    command = [sys.executable, "-m", WORKER, "--model", model]
-    command += ["--host", host, "--port", str(port), "--dtype", dtype]
-    # Token ids in and out instead of text.
+    worker = f"{__package__}.vllm_worker"
+    model = model_and_adapter(options.model)[0]  # an adapter's weights come from the trainer
+    command = [sys.executable, "-m", worker, "--model", model]
+    command += ["--host", options.host, "--port", str(options.port), "--dtype", options.dtype]
+    # Token ids in and out instead of text; no sampling defaults from the checkpoint.
     command += ["--enable-scale-out", "--generation-config", "vllm"]
-    # Log-probabilities after temperature, top-k, top-p and excluded ids.
+    # Log-probabilities after temperature, top-k, top-p and forbidden ids.
     command += ["--logprobs-mode", "processed_logprobs"]
-    command += ["--worker-extension-cls", f"{WORKER}.WorkerExtension"]
-    command += ["--middleware", f"{WORKER}.Gate"]
+    command += ["--worker-extension-cls", f"{worker}.WorkerExtension"]
+    command += ["--middleware", f"{__package__}.vllm_gate.Gate"]
     command += ["--disable-uvicorn-access-log"]
-    command += ["--tensor-parallel-size", str(tensor_parallel)]
-    if hasattr(
-        AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code), "vision_config"
-    ):
-        # Pictures come in their final size. The cache holds on to broken requests.
+    command += ["--tensor-parallel-size", str(options.tensor_parallel)]
+    config = AutoConfig.from_pretrained(model, trust_remote_code=options.trust_remote_code)
+    if hasattr(config, "vision_config"):
+        # Images arrive in their final size. The cache would keep those of failed requests.
         command += ["--mm-processor-kwargs", '{"do_resize": false}', "--mm-processor-cache-gb", "0"]
-    if _has_gpu():
-        command += ["--gpu-memory-utilization", str(memory_fraction)]
+    if torch.cuda.is_available():
+        command += ["--gpu-memory-utilization", str(options.memory_fraction)]
     else:
         command += ["--enforce-eager"]
-    if max_model_len is not None:
-        command += ["--max-model-len", str(max_model_len)]
-    if lora_rank:
-        fitting = [size for size in LORA_RANKS if size >= lora_rank]
-        if not fitting:
-            raise EngineError(f"serve: --lora-rank is at most {LORA_RANKS[-1]}, not {lora_rank}")
-        command += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(fitting[0])]
-    if nccl:
+    if options.max_model_len is not None:
+        command += ["--max-model-len", str(options.max_model_len)]
+    if options.lora_rank:
+        rank = max_lora_rank(options.lora_rank)
+        command += ["--enable-lora", "--max-loras", "1", "--max-lora-rank", str(rank)]
+    if options.nccl:
         command += ["--weight-transfer-config", '{"backend": "nccl"}']
-    if trust_remote_code:
+    if options.trust_remote_code:
         command += ["--trust-remote-code"]
-    return command + list(options)
+    return command + options.rest
 
 
-def environment(cache_gib: int = 1, *, lora: bool = False) -> dict[str, str]:
-    """This process's environment with what the server needs; the key, if set, goes along."""
-    needed = {"VLLM_SERVER_DEV_MODE": "1"}  # the endpoints for weights
-    if lora:
+def environment(options: argparse.Namespace) -> dict[str, str]:
+    """This process's environment, the key included if set, with what the server needs."""
+    needed = {"VLLM_SERVER_DEV_MODE": "1"}  # enables the endpoints for weights
+    if options.lora_rank:
         needed["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    if not _has_gpu():
-        needed |= {"VLLM_CPU_KVCACHE_SPACE": str(cache_gib), "TORCHDYNAMO_DISABLE": "1"}
+    if not torch.cuda.is_available():
+        needed |= {"VLLM_CPU_KVCACHE_SPACE": str(options.cache_gib), "TORCHDYNAMO_DISABLE": "1"}
     return {"VLLM_NO_USAGE_STATS": "1"} | os.environ | needed
 
 
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
-
-
 def _check_port(host: str, port: int) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            listener.bind((host, port))
         except OSError as error:
             raise EngineError(
                 f"serve: cannot listen at {host}:{port} ({error.strerror}); choose another --port"
@@ -177,10 +162,10 @@ def _warn_if_open(host: str) -> None:
             return
     if host == "localhost":
         return
-    guard = "the key is asked for" if os.environ.get(KEY_VARIABLE) else f"set {KEY_VARIABLE}"
+    guard = "the key is required" if os.environ.get(KEY_VARIABLE) else f"set {KEY_VARIABLE}"
     print(
         f"warning: {host} can be reached from other machines, and whoever reaches this server can "
-        f"change its weights and run its methods; {guard}, and keep it behind a firewall: "
+        f"change its weights and call its methods; {guard}, and keep it behind a firewall: "
         "the connection is not encrypted",
         file=sys.stderr,
         flush=True,
@@ -188,8 +173,8 @@ def _warn_if_open(host: str) -> None:
 
 
 @contextlib.contextmanager
-def _handing_on_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Hand SIGINT and SIGTERM on; whatever happens, no server is left behind."""
+def _passing_on_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Pass SIGINT and SIGTERM on; however the block ends, no server is left behind."""
     before = {
         number: signal.signal(number, lambda got, frame: child.send_signal(signal.SIGTERM))
         for number in (signal.SIGINT, signal.SIGTERM)
@@ -204,13 +189,13 @@ def _handing_on_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 child.wait(STOP_LIMIT_S)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)  # vLLM's own children, if any outlived it
+            os.killpg(child.pid, signal.SIGKILL)  # vLLM's own children, if any are left
 
 
 def _wait_until_ready(child: subprocess.Popen[bytes], address: str) -> bool:
     address = address.replace("//0.0.0.0:", "//127.0.0.1:")
     with requests.Session() as session:
-        session.trust_env = False  # no proxy for a machine of one's own
+        session.trust_env = False  # no proxy for this machine
         while child.poll() is None:
             with contextlib.suppress(requests.RequestException):
                 if session.get(f"{address}/health", timeout=2).status_code == 200:

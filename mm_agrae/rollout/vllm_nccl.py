@@ -1,8 +1,8 @@
 """Weights from this process's GPU to a vLLM server's GPUs, by vLLM's own transfer engine.
 
-Written by reading vLLM 0.32's `distributed/weight_transfer`; it has not been run, for want of two
-GPUs. It needs vllm in the trainer's environment too, a server started with `mm-agrae serve
---nccl`, and GPUs that NCCL connects: other ones than the trainer's.
+Written from the sources of vLLM 0.32's `distributed/weight_transfer`; not run yet, as that takes
+two GPUs. It needs vllm in the trainer's environment, a server started with `mm-agrae serve
+--nccl`, and NCCL between the trainer's GPU and the server's, which must be different ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Weights = list[tuple[str, torch.Tensor]]
 
 
 class NcclSender:
-    """One process group with the workers of one server; this process is its rank 0.
+    """A process group with the workers of one server, in which this process is rank 0.
 
     `post(path, json=…)` makes a request to that server. Raises what vLLM raises.
     """
@@ -29,10 +29,10 @@ class NcclSender:
             NCCLTrainerWeightTransferEngine,
         )
 
-        host = _own_address(address)
-        with socket.socket() as free:
-            free.bind((host, 0))
-            port = free.getsockname()[1]
+        host = _local_address(address)
+        with socket.socket() as listener:
+            listener.bind((host, 0))
+            port = listener.getsockname()[1]
         self._source = _Source()
         self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
             NCCLTrainerInitInfo(
@@ -51,7 +51,7 @@ class NcclSender:
 
 
 class _Source:
-    """What vLLM calls a WeightSource: names, types and shapes first, then the tensors."""
+    """vLLM's WeightSource: names, dtypes and shapes first, then the tensors."""
 
     whole: Weights
 
@@ -68,7 +68,7 @@ class _Source:
 
 
 class _Control:
-    """What vLLM calls a VLLMWeightSyncClient. Its own knows no key."""
+    """vLLM's VLLMWeightSyncClient; vLLM's own client sends no key."""
 
     def __init__(self, post: Callable[..., Any]):
         self._post = post
@@ -86,11 +86,11 @@ class _Control:
         self._post("/update_weights", json={"update_info": update_info})
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
-        """The tag is set once the caches are empty, by the engine."""
+        """`vllm_transfer` sets the tag once the caches are empty."""
         self._post("/finish_weight_update")
 
 
-def _own_address(address: str) -> str:
+def _local_address(address: str) -> str:
     """This machine's address as the server sees it."""
     url = urlsplit(address)
     port = url.port or (443 if url.scheme == "https" else 80)

@@ -1,53 +1,39 @@
-"""What runs inside a vLLM server: taking over weights, and the door to it.
+"""What runs inside vLLM's workers: loading weights, and two corrections of vLLM 0.32.
 
-`mm-agrae serve` loads both classes by name. `WorkerExtension` is mixed into vLLM's worker, its
-methods are called through /collective_rpc. `Gate` is ASGI middleware in the HTTP process: it asks
-every request for the key, if there is one, and takes files of weights. Weights travel as
-safetensors; nothing here is ever unpickled. Run as a program, this module is vLLM's own server.
+Nothing here is imported by vLLM itself: the engine `vllm` calls `load_weights` in its worker, and
+`mm-agrae serve` starts this module as a program, which is vLLM's own server with `WorkerExtension`
+mixed into its workers. Weights arrive as safetensors; nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-import asyncio
-import atexit
-import hmac
 import importlib
-import json
-import os
-import re
 import runpy
-import shutil
 import sys
-import tempfile
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_agrae import __version__
+from mm_agrae.errors import EngineError
 from mm_agrae.model.compat import prepare
 
 if TYPE_CHECKING:
     import torch
 
-KEY_VARIABLE = "MM_AGRAE_VLLM_KEY"
-"""Environment variable with the key of servers; never an argument, which other users can see."""
-
-FOLDER_VARIABLE = "MM_AGRAE_VLLM_FOLDER"
-"""Environment variable with the folder that files of weights go to; not set: a temporary one."""
-
-FILES = "/mm_agrae/files/"
-FILE_PATH = re.compile(re.escape(FILES) + r"([0-9a-z-]{1,64})(?:/([A-Za-z0-9_-][A-Za-z0-9_.-]*))?")
-
 
 class WorkerExtension:
-    """Methods that vLLM's worker gains; the names start so that they clash with none of its own."""
+    """Methods added to vLLM's worker and called through /collective_rpc.
+
+    Their prefix keeps them from clashing with the worker's own.
+    """
 
     vllm_config: Any
     model_runner: Any
 
     def mm_agrae_describe(self) -> dict[str, Any]:
-        """What a trainer checks before it samples anything. Mends the worker on the way."""
-        mend_seeds(self.model_runner)
+        """What a trainer checks before it samples. Also applies `fix_seeds` to the worker."""
+        fix_seeds(self.model_runner)
         model = self.vllm_config.model_config
         text = model.hf_config.get_text_config()
         return {
@@ -66,13 +52,11 @@ class WorkerExtension:
         }
 
     def mm_agrae_load(self, folder: str) -> dict[str, Any]:
-        """Take over all weights from the safetensors files that `Gate` put into `folder`."""
-        from mm_agrae.rollout.vllm_common import load_weights_in_worker
-
+        """Load all weights from the safetensors files that `vllm_gate.Gate` stored in `folder`."""
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{folder} holds no safetensors files")
-        load_weights_in_worker(self, _tensors(files))
+        load_weights(self, _tensors(files))
         return {"files": len(files)}
 
 
@@ -85,95 +69,84 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, opened.get_tensor(name)
 
 
-Message = dict[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+def load_weights(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
+    """Give vLLM's model new weights under their checkpoint names; returns the bytes loaded.
 
-
-class Gate:
-    """ASGI middleware: the key on every path but /health, and files of weights.
-
-    PUT /mm_agrae/files/FOLDER/NAME stores the body and replies with the folder's path on this
-    machine. DELETE /mm_agrae/files/FOLDER removes the folder. vLLM's own key leaves the endpoints
-    open that change weights.
+    Raises EngineError if a weight is unknown to vLLM's model or one of the model's is missing; the
+    model must not be used any more then. The caller resets the scheduler's prefix and encoder
+    caches.
     """
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
 
-    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]):
-        self.app = app
-        self.key = os.environ.get(KEY_VARIABLE, "")
-        self._root: Path | None = None
+    runner = worker.model_runner
+    model = runner.get_model()
+    expected = {name for name, _ in model.named_parameters()}
+    loaded_bytes = 0
 
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            return await self.app(scope, receive, send)
-        path = scope["path"]
-        if self.key and path != "/health" and not self._has_key(scope):
-            return await _reply(scope, send, 401, {"error": f"the key of {KEY_VARIABLE} is needed"})
-        if not path.startswith(FILES):
-            return await self.app(scope, receive, send)
-        place = FILE_PATH.fullmatch(path)
-        method = scope.get("method")
-        if place and place[2] and method == "PUT":
-            return await self._store(self._folder(place[1]), place[2], scope, receive, send)
-        if place and not place[2] and method == "DELETE":
-            shutil.rmtree(self._folder(place[1]), ignore_errors=True)
-            return await _reply(scope, send, 200, {})
-        return await _reply(scope, send, 400, {"error": f"{method} {path} is not understood"})
+    def counted() -> Iterator[tuple[str, torch.Tensor]]:
+        nonlocal loaded_bytes
+        for name, tensor in weights:
+            loaded_bytes += tensor.nbytes
+            yield name, tensor
 
-    def _has_key(self, scope: Message) -> bool:
-        given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, f"Bearer {self.key}".encode())
-
-    def _folder(self, name: str) -> Path:
-        if self._root is None:
-            given = os.environ.get(FOLDER_VARIABLE)
-            self._root = Path(given or tempfile.mkdtemp(prefix="mm-agrae-weights-"))
-            if not given:
-                atexit.register(shutil.rmtree, self._root, ignore_errors=True)
-        return self._root / name
-
-    async def _store(
-        self, folder: Path, name: str, scope: Message, receive: Receive, send: Send
-    ) -> None:
-        # A trainer that died left its folder behind; one at a time is all that is needed.
-        for other in folder.parent.iterdir():
-            if other != folder:
-                shutil.rmtree(other, ignore_errors=True)
-        folder.mkdir(exist_ok=True)
-        unfinished = folder / f"{name}.part"
+    with torch.no_grad(), set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(model)
         try:
-            with unfinished.open("wb") as file:
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return
-                    await asyncio.to_thread(file.write, message.get("body", b""))
-                    if not message.get("more_body"):
-                        break
-            unfinished.rename(folder / name)
-        except OSError as error:
-            return await _reply(scope, send, 507, {"error": f"cannot store weights: {error}"})
+            loaded = model.load_weights(counted())
+            # Checked before the reload is finalised, which fills gaps with the old values.
+            missing = sorted((expected - set(loaded)) | _incomplete_layers(model))
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise EngineError(f"vLLM cannot load the weights: {error}") from error
         finally:
-            unfinished.unlink(missing_ok=True)
-        await _reply(scope, send, 200, {"folder": str(folder)})
+            finalize_layerwise_reload(model, worker.vllm_config.model_config)
+        if missing:
+            listed = ", ".join(missing[:5])
+            raise EngineError(f"vLLM got no value for {len(missing)} of its weights: {listed}")
+        _renew_vocabulary_heads(model)
+    runner.reset_lora_state()
+    runner.reset_encoder_cache()
+    runner.reset_mm_cache()
+    return loaded_bytes
 
 
-async def _reply(scope: Message, send: Send, status: int, content: Message) -> None:
-    if scope["type"] == "websocket":
-        return await send({"type": "websocket.close"})
-    headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(content).encode()})
+def _incomplete_layers(model: torch.nn.Module) -> set[str]:
+    """Layers of which only a part was given, such as keys and values without queries."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+    from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+    found = set()
+    for name, layer in model.named_modules():
+        info = get_layerwise_info(layer)
+        # No checkpoint holds the rows that pad a vocabulary.
+        if not info.can_load() or isinstance(layer, VocabParallelEmbedding):
+            continue
+        if 0 < info.load_numel < (info.load_numel_total or 0):
+            found.add(name)
+    return found
 
 
-def mend_seeds(runner: Any) -> None:
-    """Let a CPU's `runner` survive seeded requests whose prompts are read in several parts.
+def _renew_vocabulary_heads(model: torch.nn.Module) -> None:
+    """On CPUs a tied head keeps a packed copy of the embedding, which reloading leaves stale."""
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 
-    vLLM turns such a request's generator back by one draw after each part, which generators on
-    CPUs cannot do: the engine ends. A prompt still being read has drawn nothing that counts, so
-    its generator starts anew instead, and its samples are those of a prompt read at once.
+    for layer in model.modules():
+        if isinstance(layer, ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
+
+
+def fix_seeds(runner: Any) -> None:
+    """Let a CPU's `runner` survive seeded requests whose prompts are read in several chunks.
+
+    After each chunk vLLM rewinds such a request's generator by one draw, which generators on CPUs
+    cannot do, and the engine ends. A prompt that is still being read has drawn nothing that
+    counts, so its generator is reset instead: samples are those of a prompt read in one go.
     """
-    if runner.device.type != "cpu" or getattr(runner, "mm_agrae_mended", False):
+    if runner.device.type != "cpu" or getattr(runner, "mm_agrae_fixed", False):
         return
     original = runner._bookkeeping_sync
 
@@ -189,19 +162,19 @@ def mend_seeds(runner: Any) -> None:
             batch.generators.update(held)
 
     runner._bookkeeping_sync = bookkeeping
-    runner.mm_agrae_mended = True
+    runner.mm_agrae_fixed = True
 
 
-def mend_install() -> None:
-    """`compat.prepare` for vLLM's processes, and for the one in which it looks at model classes."""
+def prepare_vllm() -> None:
+    """`compat.prepare` here, and in the subprocess in which vLLM inspects model classes."""
     prepare()
     registry: Any = importlib.import_module("vllm.model_executor.models.registry")
-    program = f"import {__package__}.vllm_worker as worker; worker.mend_install(); "
+    program = f"import {__package__}.vllm_worker as worker; worker.prepare_vllm(); "
     program += f"import runpy; runpy.run_module({registry.__name__!r}, run_name='__main__')"
     registry._SUBPROCESS_COMMAND = [sys.executable, "-c", program]
 
 
 if __name__ in ("__main__", "__mp_main__"):
-    mend_install()  # also in the processes that the server spawns: they import this module first
+    prepare_vllm()  # the server's child processes import this module first, as __mp_main__
 if __name__ == "__main__":
     runpy.run_module("vllm.entrypoints.openai.api_server", run_name="__main__")

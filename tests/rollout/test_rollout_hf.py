@@ -3,26 +3,26 @@
 import numpy as np
 import pytest
 import torch
+from comparing import (
+    favour_forbidden,
+    flat,
+    mixed_prompts,
+    require_same_greedy,
+    require_same_samples,
+    require_whole,
+    tokens,
+)
 from helpers import TEXT, VL, engine, policy, processing, prompts, run_config, sampling
 
 from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.errors import ConfigError
+from mm_agrae.progress import Reporter
 from mm_agrae.rollout import derive_seed
+from mm_agrae.rollout.engine import engine_class
 from mm_agrae.rollout.hf import sample
-from mm_agrae.types import Example
+from mm_agrae.trainer import Trainer
 
 BOTH = pytest.mark.parametrize("path", [VL, TEXT], ids=["vl", "text"])
-
-
-def mixed_prompts():
-    """Pictures of several sizes, two in one row, none in another: all in one batch."""
-    from PIL import Image
-
-    made = processing(VL)
-    wide, small = Image.new("RGB", (196, 56), "red"), Image.new("RGB", (56, 56), "blue")
-    rows = [("What?", (wide,)), ("And <image> or <image>, which?", (small, wide)), ("1+1?", ())]
-    drawn = [made.prompt(Example(str(i), q, "1", images)) for i, (q, images) in enumerate(rows)]
-    return prompts(VL, 3) + drawn
 
 
 @BOTH
@@ -53,7 +53,7 @@ def test_greedy_equals_transformers_generate(path):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_sampling_logprobs_equal_the_policy_forward(case, temperature):
     path = TEXT if case == "text" else VL
-    batch = mixed_prompts() if case == "mixed" else prompts(path, 5)
+    batch = mixed_prompts(processing(VL), 3) if case == "mixed" else prompts(path, 5)
     made = policy(path, temperature=temperature)
     groups = engine(made).generate(batch, 3, sampling(temperature=temperature), range(len(batch)))
     rows = [UpdateRow(p, c, 0.0) for p, group in enumerate(groups) for c in group]
@@ -65,30 +65,36 @@ def test_sampling_logprobs_equal_the_policy_forward(case, temperature):
 
 
 @BOTH
-def test_a_sample_depends_on_its_seed_alone(path):
-    made, batch = policy(path), prompts(path, 5)
-    together = engine(made).generate(batch, 4, sampling(), [10, 11, 12, 13, 14])
-    small = engine(made, batch_completions=4).generate(batch, 4, sampling(), [10, 11, 12, 13, 14])
-    alone = engine(made).generate(batch[3:4], 2, sampling(), [13])
-    texts = [[c.token_ids for c in group] for group in together]
-    assert [[c.token_ids for c in group] for group in small] == texts
-    assert [c.token_ids for c in alone[0]] == texts[3][:2]
+def test_a_sample_depends_on_its_seed_and_not_on_its_batch(path):
+    made, batch, seeds = policy(path), prompts(path, 5), [10, 11, 12, 13, 14]
+    together = engine(made).generate(batch, 4, sampling(), seeds)
+    assert engine(made).generate(batch, 4, sampling(), seeds) == together
+    small = engine(made, batch_completions=4).generate(batch, 4, sampling(), seeds)
+    require_same_samples(small, together)
+    alone = [
+        engine(made).generate([prompt], 2, sampling(), [seed])[0]
+        for prompt, seed in zip(batch, seeds, strict=True)
+    ]
+    require_same_samples(alone, [group[:2] for group in together])
     other = engine(made).generate(batch, 4, sampling(), [20, 21, 22, 23, 24])
-    assert [[c.token_ids for c in group] for group in other] != texts
+    assert tokens(other) != tokens(together)
+    greedy = [
+        engine(made, batch_completions=size).generate(batch, 1, sampling(temperature=0.0), seeds)
+        for size in (1, 5)
+    ]
+    require_same_greedy(*greedy)
 
 
 @BOTH
 def test_placeholder_ids_are_never_sampled(path):
     made = policy(path)
-    forbidden = list(processing(path).forbidden_ids)
-    with torch.no_grad():  # make them by far the most probable ones
-        made.hf.get_output_embeddings().weight[forbidden] *= 50
+    favour_forbidden(made, processing(path))
     for temperature in (0.0, 1.0):
         groups = engine(made).generate(
             prompts(path, 3), 4, sampling(temperature=temperature), [1, 2, 3]
         )
-        for completion in (c for group in groups for c in group):
-            assert not set(completion.token_ids) & set(forbidden)
+        for completion in flat(groups):
+            assert not set(completion.token_ids) & set(processing(path).forbidden_ids)
             assert all(value > -1000 for value in completion.logprobs)
 
 
@@ -99,20 +105,11 @@ def test_finish_reason_and_progress():
         batch, 4, sampling(max_new_tokens=64), [1, 2, 3], finished.append
     )
     assert sum(finished) == 12
-    eos = processing(VL).eos_ids
-    for completion in (c for group in groups for c in group):
-        ended = completion.token_ids[-1] in eos
-        assert completion.finish_reason == ("stop" if ended else "length")
-        assert ended or len(completion.token_ids) == 64
-        assert not set(completion.token_ids[:-1]) & set(eos)
-        assert completion.policy_version == 0
+    require_whole(groups, processing(VL), 64)
+    assert "stop" in {each.finish_reason for each in flat(groups)}
+    made.train()
     short = engine(made).generate(batch, 2, sampling(max_new_tokens=2), [1, 2, 3])
-    assert {c.finish_reason for group in short for c in group} == {"length"}
-
-
-def test_generation_leaves_the_mode_as_it_was():
-    made = policy(TEXT).train()
-    engine(made).generate(prompts(TEXT, 1), 2, sampling(max_new_tokens=2), [1])
+    assert {each.finish_reason for each in flat(short)} == {"length"}
     assert made.training
 
 
@@ -157,5 +154,42 @@ def test_seeds():
     assert 0 <= derive_seed("x") < 2**63
     with pytest.raises(ValueError, match="2 seeds for 1 prompts"):
         engine(policy(TEXT)).generate(prompts(TEXT, 1), 1, sampling(), [1, 2])
-    with pytest.raises(ConfigError, match="did you mean 'hf'"):
-        run_config("runs/x", rollout={"engine": "hff"})
+
+
+OWN_ENGINE = """
+from mm_agrae.rollout.hf import HFEngine
+
+class Shouting(HFEngine):
+    exact = False
+
+    def generate(self, *arguments, **options):
+        print("own engine samples")
+        return super().generate(*arguments, **options)
+"""
+
+
+def test_an_engine_of_ones_own_in_a_file(tmp_path, capsys):
+    file = tmp_path / "shouting.py"
+    file.write_text(OWN_ENGINE)
+    config = run_config(
+        tmp_path / "run", TEXT, rollout={"engine": f"{file}:Shouting"}, train={"steps": 1}
+    )
+    trainer = Trainer(config, Reporter(enabled=False))
+    trainer.train()
+    assert trainer.steps_done == 1
+    assert "own engine samples" in capsys.readouterr().out
+    assert trainer.run.read_metrics()[0]["mismatch/probe_max"] < 1e-4  # checked: it is not exact
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("hff", r"rollout\.engine: no engine 'hff'; did you mean 'hf'\?"),
+        ("no_such_file.py:Engine", r"rollout\.engine: there is no file .*no_such_file\.py"),
+        ("no.such.module:Engine", r"rollout\.engine: cannot import no\.such\.module"),
+        ("mm_agrae.rollout.hf:Engin", r"rollout\.engine: .* has no function or class 'Engin'"),
+    ],
+)
+def test_names_that_are_no_engine(name, message):
+    with pytest.raises(ConfigError, match=message):
+        engine_class(name)

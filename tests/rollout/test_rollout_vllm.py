@@ -9,21 +9,32 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from comparing import (
+    EXACT,
+    favour_forbidden,
+    flat,
+    mixed_prompts,
+    require_same_policy,
+    require_same_samples,
+    require_whole,
+    tokens,
+)
 from helpers import ROOT, TEXT, VL, engine, policy, processing, prompts, sampling
-from PIL import Image
 
-from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.config import LoraSection, ModelSection, PromptSection, RolloutSection
 from mm_agrae.errors import ConfigError, DataError, EngineError
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.model.weights import full_weights
-from mm_agrae.rollout import make_engine, vllm_common
-from mm_agrae.types import Example
+from mm_agrae.rollout import make_engine
+from mm_agrae.rollout.mismatch import measure
+from mm_agrae.rollout.vllm_worker import load_weights
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
@@ -31,11 +42,8 @@ pytestmark = [
     pytest.mark.xdist_group("vllm"),  # engines take seconds to start: one process for the file
 ]
 
-EXACT = 1e-4
-"""Nats; float32 on both sides."""
-
 LARGE_PIXELS = 4 * 112896
-"""More than the checkpoint's own limit: pictures must not be made smaller a second time."""
+"""More than the checkpoint's own limit: images must not be made smaller a second time."""
 
 
 class Setup:
@@ -59,28 +67,15 @@ class Setup:
 
     def difference(self, prompts, groups, temperature=1.0):
         """Largest |Δ log-prob| between the samples and the policy's forward on the same tokens."""
-        rows = [UpdateRow(index, each, 0.0) for index, group in enumerate(groups) for each in group]
-        micro = micro_batch(prompts, rows, self.policy.device)
         self.policy.temperature = temperature
-        with torch.no_grad():
-            logp_BT, _ = self.policy(micro)
-        return float(((logp_BT - micro.sampling_logp_BT) * micro.mask_BT).abs().max())
+        return measure(self.policy, prompts, groups).highest
 
-    def greedy(self):
-        """Greedy tokens by vLLM, required to equal the reference engine's."""
-        made = self.generate(self.prompts, 1, temperature=0.0)
-        expected = engine(self.policy).generate(
-            self.prompts, 1, sampling(temperature=0.0), range(len(self.prompts))
-        )
-        for own, reference in zip(made, expected, strict=True):
-            assert own[0].token_ids == reference[0].token_ids
-            assert np.allclose(own[0].logprobs, reference[0].logprobs, atol=EXACT)
-            assert own[0].finish_reason == reference[0].finish_reason
-            assert own[0].policy_version == self.policy.version
-        return [group[0].token_ids for group in made]
+    def require_same_policy(self):
+        self.policy.temperature = 1.0
+        return require_same_policy(self.policy, self.engine, self.prompts)
 
     def move(self, change):
-        """Another version of the weights, handed over."""
+        """Change the weights and send them as the next version."""
         with torch.no_grad():
             change()
         self.policy.version += 1
@@ -97,23 +92,10 @@ class Setup:
         self.policy.load_state_dict(self.start)
 
 
-def mixed_prompts(made):
-    """Pictures of several sizes, two in one row, none in another: all in one batch."""
-    wide, small = Image.new("RGB", (196, 56), "red"), Image.new("RGB", (56, 56), "blue")
-    large = Image.effect_noise((476, 476), 90).convert("RGB")
-    rows = [
-        ("What?", (wide,)),
-        ("And <image> or <image>, which?", (small, wide)),
-        ("1+1?", ()),
-        ("How large?", (large,)),
-    ]
-    return [made.prompt(Example(f"row {i}", q, "1", images)) for i, (q, images) in enumerate(rows)]
-
-
 @pytest.fixture(scope="module")
 def vl():
     made = processing(VL, max_pixels=LARGE_PIXELS)
-    setup = Setup(VL, prompts(VL, 4) + mixed_prompts(made), made)
+    setup = Setup(VL, mixed_prompts(made, 4), made)
     assert max(map(len, setup.prompts)) > 300
     yield setup
     setup.engine.close()
@@ -162,37 +144,34 @@ def setup(request):
     return made
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+@pytest.mark.parametrize("temperature", [0.6, 1.7])
 def test_sampling_logprobs_equal_the_policy_forward(setup, temperature):
     groups = setup.generate(setup.prompts, 3, temperature=temperature)
-    assert [len(group) for group in groups] == [3] * len(setup.prompts)
     assert setup.difference(setup.prompts, groups, temperature) < EXACT
 
 
-def test_greedy_tokens_equal_the_reference_after_every_sync(setup):
-    before = setup.greedy()
+def test_every_sync_reaches_the_engine(setup):
+    before = setup.require_same_policy()
     sync = setup.move(setup.disturb)
     assert sync.megabytes > 0
     assert sync.seconds > 0
     assert setup.engine.version == setup.policy.version
-    assert setup.greedy() != before
-    groups = setup.generate(setup.prompts, 3)
-    assert setup.difference(setup.prompts, groups) < EXACT
+    assert setup.require_same_policy() != before
     setup.move(setup.restore)
-    assert setup.greedy() == before
+    assert setup.require_same_policy() == before
 
 
 def test_new_vision_weights_are_seen_at_once(vl):
-    """The engine keeps the features of pictures that it has seen."""
-    pictured = [prompt for prompt in vl.prompts if prompt.images]
-    before = vl.generate(pictured, 2)
+    """The engine caches the features of images that it has seen."""
+    illustrated = [prompt for prompt in vl.prompts if prompt.images]
+    before = vl.generate(illustrated, 2)
     vl.move(lambda: vl.disturb(only="visual", size=1.0))
-    assert vl.difference(pictured, before) > 0.01  # the change is one that can be seen
-    after = vl.generate(pictured, 2)
-    assert vl.difference(pictured, after) < EXACT
+    assert vl.difference(illustrated, before) > 0.01  # the change is one that can be seen
+    after = vl.generate(illustrated, 2)
+    assert vl.difference(illustrated, after) < EXACT
     vl.move(vl.restore)
-    assert vl.generate(pictured, 2)[0][0].token_ids == before[0][0].token_ids
-    assert vl.difference(pictured, vl.generate(pictured, 2)) < EXACT
+    assert vl.generate(illustrated, 2)[0][0].token_ids == before[0][0].token_ids
+    assert vl.difference(illustrated, vl.generate(illustrated, 2)) < EXACT
 
 
 @pytest.mark.parametrize("settings", [{"top_p": 0.6}, {"top_k": 2}, {"top_k": 3, "top_p": 0.7}])
@@ -221,19 +200,17 @@ def test_logprobs_are_of_the_distribution_sampled_from(untied, settings):
 
 
 def test_samples_depend_on_their_seed(vl):
-    def tokens(groups):
-        return [[each.token_ids for each in group] for group in groups]
-
     def run(prompts, seeds):
-        return tokens(vl.engine.generate(prompts, 4, sampling(), seeds))
+        return vl.engine.generate(prompts, 4, sampling(), seeds)
 
     seeds = list(range(10, 10 + len(vl.prompts)))
     together = run(vl.prompts, seeds)
     assert run(vl.prompts, seeds) == together
-    assert run(vl.prompts[2:3], seeds[2:3])[0] == together[2]
-    assert run(vl.prompts, [seed + 100 for seed in seeds]) != together
-    # Neighbouring seeds share nothing: vLLM itself would number samples by seed + index.
-    first, second = run([vl.prompts[0]] * 2, [10, 11])
+    alone = [run([prompt], [seed])[0] for prompt, seed in zip(vl.prompts, seeds, strict=True)]
+    require_same_samples(alone, together)
+    assert tokens(run(vl.prompts, [seed + 100 for seed in seeds])) != tokens(together)
+    # Neighbouring seeds share nothing: vLLM itself would number completions by seed + index.
+    first, second = tokens(run([vl.prompts[0]] * 2, [10, 11]))
     assert first[1:] != second[:-1]
 
 
@@ -247,19 +224,14 @@ def test_the_process_keeps_its_random_state(untied):
 
 
 def test_forbidden_ids_are_never_sampled(vl):
-    forbidden = list(vl.processing.forbidden_ids)
-    assert vl.processing.image_token_id in forbidden
-
-    def favour():
-        # Tied: the embeddings of ids that prompts hold too. Only this test's head matters.
-        vl.policy.hf.get_output_embeddings().weight[forbidden] *= 50
-
-    vl.move(favour)
+    assert vl.processing.image_token_id in vl.processing.forbidden_ids
+    # Embeddings are tied to the head, those of ids in the prompts too: only the head matters here.
+    vl.move(lambda: favour_forbidden(vl.policy, vl.processing))
     try:
         for temperature in (0.0, 1.0):
             groups = vl.generate(vl.prompts, 4, temperature=temperature)
-            for each in (each for group in groups for each in group):
-                assert not set(each.token_ids) & set(forbidden)
+            used = {token for each in flat(groups) for token in each.token_ids}
+            assert not used & set(vl.processing.forbidden_ids)
             assert vl.difference(vl.prompts, groups) < 10 * EXACT  # logits of hundreds
     finally:
         vl.move(vl.restore)
@@ -271,21 +243,15 @@ def test_finish_reason_limits_and_progress(untied):
         untied.prompts, 4, sampling(max_new_tokens=64), range(5), finished.append
     )
     assert sum(finished) == 20
-    eos = untied.processing.eos_ids
-    reasons = set()
-    for each in (each for group in groups for each in group):
-        ended = each.token_ids[-1] in eos
-        reasons.add(each.finish_reason)
-        assert each.finish_reason == ("stop" if ended else "length")
-        assert ended or len(each.token_ids) == 64
-        assert not set(each.token_ids[:-1]) & set(eos)
-        assert each.text == untied.processing.decode(each.token_ids)
-    assert "stop" in reasons
-    short = untied.generate(untied.prompts, 2, max_new_tokens=2)
-    assert {(each.finish_reason, len(each.token_ids)) for g in short for each in g} == {
-        ("length", 2)
-    }
+    require_whole(groups, untied.processing, 64, untied.policy.version)
+    assert "stop" in {each.finish_reason for each in flat(groups)}
+    short = flat(untied.generate(untied.prompts, 2, max_new_tokens=2))
+    assert {(each.finish_reason, len(each.token_ids)) for each in short} == {("length", 2)}
     assert untied.generate([], 2) == []
+    length = len(untied.prompts[0])  # room for the completion counts
+    untied.generate(untied.prompts[:1], 1, max_new_tokens=384 - length)
+    with pytest.raises(DataError, match=f"the prompt is {length} tokens"):
+        untied.generate(untied.prompts[:1], 1, max_new_tokens=385 - length)
 
 
 def test_an_interrupted_call_leaves_nothing_behind(untied):
@@ -299,26 +265,20 @@ def test_an_interrupted_call_leaves_nothing_behind(untied):
 
 
 def test_every_end_token_ends_a_completion(untied):
-    """A checkpoint can name several; vLLM itself would know but one of these."""
+    """A checkpoint can name several, of which vLLM itself would know only one."""
     seen = untied.generate(untied.prompts, 1, temperature=0.0)
     extra = seen[0][0].token_ids[3]
-    untied.engine._stop.append(extra)
+    untied.engine.stop_ids.append(extra)
     try:
         again = untied.generate(untied.prompts[:1], 1, temperature=0.0)[0][0]
     finally:
-        untied.engine._stop.remove(extra)
+        untied.engine.stop_ids.remove(extra)
     assert again.token_ids == seen[0][0].token_ids[: seen[0][0].token_ids.index(extra) + 1]
     assert again.finish_reason == "stop"
 
 
-def test_greedy_group_is_one_completion_repeated(untied):
-    group = untied.generate(untied.prompts[:1], 3, temperature=0.0)[0]
-    assert len(group) == 3
-    assert group[0] == group[1] == group[2]
-
-
 def bad_prompts(setup):
-    """(what the error says, the prompt) of each kind that vLLM would choke on."""
+    """(what the error says, the prompt) for each kind that vLLM must not get."""
     pad = setup.processing.image_token_id
     good = next(prompt for prompt in setup.prompts if len(prompt.images) == 1)
     ids = good.token_ids
@@ -352,33 +312,16 @@ def bad_prompts(setup):
     ]
 
 
-def test_bad_prompts_are_refused_and_the_engine_lives_on(vl):
+def test_bad_prompts_are_refused_and_the_engine_lives_on(vl, untied):
     good = vl.prompts[:2]
-    expected = [group[0].token_ids for group in vl.generate(good, 1, temperature=0.0)]
-    cases = bad_prompts(vl)
-    for message, bad in cases:
+    expected = tokens(vl.generate(good, 1, temperature=0.0))
+    for message, bad in bad_prompts(vl):
         bad = replace(bad, example=replace(bad.example, origin="data.jsonl row 7"))
         with pytest.raises(DataError, match=rf"data\.jsonl row 7.*{message}"):
             vl.generate([good[0], bad, good[1]], 2)
-        prompts = [good[0], bad, good[1]]
-        fit, refused = vl.engine.usable(prompts, max_new_tokens=24)
-        assert (fit, list(refused)) == ([0, 2], [1])  # one bad row loses one row
-        made = vl.generate([prompts[index] for index in fit], 1, temperature=0.0)
-        assert [group[0].token_ids for group in made] == expected
-
-
-def test_a_picture_for_a_text_model_is_refused(untied, vl):
-    pictured = next(prompt for prompt in vl.prompts if prompt.images)
+    assert tokens(vl.generate(good, 1, temperature=0.0)) == expected
     with pytest.raises(DataError, match="text-only"):
-        untied.generate([pictured], 1)
-
-
-def test_room_for_the_completion_counts(untied):
-    length = len(untied.prompts[0])
-    group = untied.generate(untied.prompts[:1], 1, max_new_tokens=384 - length)[0]
-    assert group[0].finish_reason in ("stop", "length")
-    with pytest.raises(DataError, match=f"the prompt is {length} tokens"):
-        untied.generate(untied.prompts[:1], 1, max_new_tokens=385 - length)
+        untied.generate([next(prompt for prompt in vl.prompts if prompt.images)], 1)
 
 
 def test_temperatures_that_vllm_would_change_are_refused(untied):
@@ -413,23 +356,18 @@ def with_wrong_shape(policy):
 )
 def test_weights_must_fit_one_to_one(untied, weights):
     def load(worker):
-        return vllm_common.load_weights_in_worker(worker, weights(untied.policy))
+        return load_weights(worker, weights(untied.policy))
 
     with pytest.raises(EngineError, match="vLLM"):
         untied.engine._llm.collective_rpc(load)
     untied.engine.sync()
-    untied.greedy()
+    untied.require_same_policy()
 
 
 def test_settings_that_cannot_work(untied):
-    def start(**settings):
-        make_engine(
-            RolloutSection(engine="vllm", vllm=settings),
-            untied.policy,
-            untied.processing,
-            batch_completions=8,
-            max_tokens=64,
-        )
+    def start(setup=untied, **settings):
+        rollout = RolloutSection(engine="vllm", vllm=settings)
+        make_engine(rollout, setup.policy, setup.processing, batch_completions=8, max_tokens=64)
 
     with pytest.raises(ConfigError, match=r"needs model\.lora"):
         start(sync="adapter")
@@ -439,13 +377,7 @@ def test_settings_that_cannot_work(untied):
         start(options={"no_such_option": 1})
     vision = policy(VL, lora=LoraSection(rank=2, parts=("vision",)))
     with pytest.raises(ConfigError, match="use sync=merged"):
-        make_engine(
-            RolloutSection(engine="vllm", vllm={"sync": "adapter"}),
-            vision,
-            processing(VL),
-            batch_completions=8,
-            max_tokens=64,
-        )
+        start(SimpleNamespace(policy=vision, processing=processing(VL)), sync="adapter")
     threads = torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     assert torch.get_num_threads() == threads + 1  # vLLM would make this do nothing
@@ -455,9 +387,11 @@ def test_settings_that_cannot_work(untied):
 def test_several_processes():
     """One engine a process, then one over both: see `in_two_processes`."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    folders = [ROOT, ROOT / "tests", Path(__file__).parent]
     result = subprocess.run(
         [sys.executable, *launch], capture_output=True, text=True, timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, folders))},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     for line in ("separate, rank 0", "separate, rank 1", "together, rank 0", "together, rank 1"):
@@ -465,16 +399,15 @@ def test_several_processes():
 
 
 def in_two_processes():
-    """What each process of `test_several_processes` does: their prompts are not equally many."""
+    """What each process of `test_several_processes` does, with unequal numbers of prompts."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
     mine = prompts(TEXT, 5)[:3] if rank == 0 else prompts(TEXT, 5)[3:]
     for name, parallel in (("separate", 1), ("together", 2)):
         setup = Setup(TEXT, mine, processing(TEXT), {"tensor_parallel": parallel})
-        before = setup.greedy()
+        before = setup.require_same_policy()
         setup.move(setup.disturb)
-        assert setup.greedy() != before
-        assert setup.difference(mine, setup.generate(mine, 2)) < EXACT
+        assert setup.require_same_policy() != before
         setup.engine.close()
         torch.distributed.barrier()  # the group is still there
         print(f"{name}, rank {rank}: as the reference\n", end="", flush=True)
@@ -484,10 +417,10 @@ def in_two_processes():
 def test_an_engine_with_lost_weights_samples_no_more(text_lora, monkeypatch):
     """The last test of this engine: afterwards it is closed."""
     made = text_lora.engine
-    monkeypatch.setattr("mm_agrae.rollout.vllm.full_weights", without("norm.weight"))
+    monkeypatch.setattr("mm_agrae.rollout.vllm_common.full_weights", without("norm.weight"))
     version = made.version
     text_lora.policy.version += 1
-    with pytest.raises(EngineError, match=r"handing weights .* over failed: .*got no value"):
+    with pytest.raises(EngineError, match=r"loading the weights .* failed: .*got no value"):
         made.sync()
     assert made.version == version
     for call in (made.sync, lambda: text_lora.generate(text_lora.prompts, 1)):

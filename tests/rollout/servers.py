@@ -1,6 +1,5 @@
 """Real vLLM servers on this machine's CPU."""
 
-import json
 import os
 import re
 import socket
@@ -13,36 +12,30 @@ from pathlib import Path
 import psutil
 import requests
 
-from mm_agrae.rollout.vllm_worker import KEY_VARIABLE
+from mm_agrae.rollout.vllm_gate import KEY_VARIABLE
 
 MAX_TOKENS = 256
-PROGRAM = (
-    "import sys, json; from mm_agrae.rollout.serve import serve; "
-    "sys.exit(serve(**json.loads(sys.argv[1])))"
-)
-
-
+KEY = "a-secret"
 SOCKETS = tempfile.gettempdir()
 
 
 class Server:
-    """A server started as `mm-agrae serve` does, in processes of its own."""
+    """A server started by `mm-agrae serve`, in processes of its own, behind KEY."""
 
-    def __init__(
-        self, folder: Path, model: str, port: int | None = None, key: str = "", **settings
-    ):
+    def __init__(self, folder: Path, model: str, *flags: str, port: int | None = None):
+        self.folder = folder
         self.port = port or free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self.log = folder / f"{self.port}-{time.monotonic_ns()}.log"
-        arguments = {"model": model, "port": self.port, "dtype": "float32"} | settings
-        arguments.setdefault("max_model_len", MAX_TOKENS)
+        command = [sys.executable, "-m", "mm_agrae.cli", "serve", model, "--port", str(self.port)]
+        command += ["--dtype", "float32", "--max-model-len", str(MAX_TOKENS), *flags]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, json.dumps(arguments)],
+                command,
                 env=os.environ
                 | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
                 # Sockets are files, and their paths must be short.
-                | {KEY_VARIABLE: key, "TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": SOCKETS},
+                | {KEY_VARIABLE: KEY, "TMPDIR": str(folder), "VLLM_RPC_BASE_PATH": SOCKETS},
                 stdout=log,
                 stderr=subprocess.STDOUT,
             )
@@ -57,8 +50,14 @@ class Server:
             self.process.terminate()
             self.process.wait(60)
 
+    def request(self, method: str, path: str, key: str = KEY, **arguments) -> requests.Response:
+        headers = {"Authorization": f"Bearer {key}"}
+        return requests.request(
+            method, self.address + path, headers=headers, timeout=10, **arguments
+        )
+
     def requests_served(self) -> float:
-        text = requests.get(f"{self.address}/metrics", timeout=10).text
+        text = self.request("GET", "/metrics").text
         return sum(map(float, re.findall(r"^vllm:request_success_total\{.*\} (\S+)$", text, re.M)))
 
 

@@ -58,7 +58,6 @@ def test_other_weights_are_corrected_for_and_found_out(tmp_path, monkeypatch):
         trainer.train()
     assert trainer.steps_done == 1
     first = trainer.run.read_metrics()[0]
-    print(first)
     assert first["mismatch/mean_abs"] > 0.001
     assert first["mismatch/kl"] > 0
     assert 0.5 < first["mismatch/weight"] < 2

@@ -12,15 +12,13 @@ from comparing import (
     require_whole,
     tokens,
 )
-from helpers import TEXT, VL, engine, policy, processing, prompts, run_config, sampling
+from helpers import TEXT, VL, engine, policy, processing, prompts, sampling
 
 from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.errors import ConfigError
-from mm_agrae.progress import Reporter
 from mm_agrae.rollout import derive_seed
 from mm_agrae.rollout.engine import engine_class
 from mm_agrae.rollout.hf import sample
-from mm_agrae.trainer import Trainer
 
 BOTH = pytest.mark.parametrize("path", [VL, TEXT], ids=["vl", "text"])
 
@@ -154,31 +152,6 @@ def test_seeds():
     assert 0 <= derive_seed("x") < 2**63
     with pytest.raises(ValueError, match="2 seeds for 1 prompts"):
         engine(policy(TEXT)).generate(prompts(TEXT, 1), 1, sampling(), [1, 2])
-
-
-OWN_ENGINE = """
-from mm_agrae.rollout.hf import HFEngine
-
-class Shouting(HFEngine):
-    exact = False
-
-    def generate(self, *arguments, **options):
-        print("own engine samples")
-        return super().generate(*arguments, **options)
-"""
-
-
-def test_an_engine_of_ones_own_in_a_file(tmp_path, capsys):
-    file = tmp_path / "shouting.py"
-    file.write_text(OWN_ENGINE)
-    config = run_config(
-        tmp_path / "run", TEXT, rollout={"engine": f"{file}:Shouting"}, train={"steps": 1}
-    )
-    trainer = Trainer(config, Reporter(enabled=False))
-    trainer.train()
-    assert trainer.steps_done == 1
-    assert "own engine samples" in capsys.readouterr().out
-    assert trainer.run.read_metrics()[0]["mismatch/probe_max"] < 1e-4  # checked: it is not exact
 
 
 @pytest.mark.parametrize(

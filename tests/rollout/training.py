@@ -4,7 +4,6 @@ from helpers import run_config
 
 from mm_agrae.evaluation.checkpoints import build
 from mm_agrae.progress import Reporter
-from mm_agrae.run import checkpoint
 from mm_agrae.tasks import load_all
 from mm_agrae.trainer import Trainer
 
@@ -32,7 +31,7 @@ def require_same_greedy_evaluation(tmp_path, trainer):
     greedy = config.evaluate.model_copy(update={"temperature": 0.0})
     task = load_all(config.data.evaluate)
     texts = []
-    for source in (str(checkpoint.newest(trainer._checkpoints)), config.model.path):
+    for source in (str(trainer.newest_checkpoint()), config.model.path):
         processing, _, engine = build(reference, source)
         prompts = [processing.prompt(task[index]) for index in range(4)]
         groups = engine.generate(prompts, 1, greedy, range(4))

@@ -2,7 +2,7 @@
 
 from helpers import run_config
 
-from mm_agrae.evaluation.checkpoints import build
+from mm_agrae.evaluation.checkpoints import build_engine
 from mm_agrae.progress import Reporter
 from mm_agrae.tasks import load_all
 from mm_agrae.trainer import Trainer
@@ -32,7 +32,7 @@ def require_same_greedy_evaluation(tmp_path, trainer):
     task = load_all(config.data.evaluate)
     texts = []
     for source in (str(trainer.newest_checkpoint()), config.model.path):
-        processing, _, engine = build(reference, source)
+        processing, _, engine = build_engine(reference, source)
         prompts = [processing.prompt(task[index]) for index in range(4)]
         groups = engine.generate(prompts, 1, greedy, range(4))
         texts.append([group[0].text for group in groups])

@@ -23,7 +23,6 @@ from mm_agrae.grading.formulas import symbolic
 from mm_agrae.grading.notation import as_text, normalise
 from mm_agrae.grading.quantities import Number, agree, number
 from mm_agrae.rewards import Rewarder
-from mm_agrae.rewards.format import follows
 from mm_agrae.types import Completion, Example
 
 # gold answer, answer in the box
@@ -504,37 +503,6 @@ def test_places_are_settings():
 def test_answer_after_thinking(completion, right, right_anywhere):
     assert verify("5", completion) is right
     assert verify("5", completion, after_thinking=False) is right_anywhere
-
-
-@pytest.mark.parametrize(
-    ("completion", "good"),
-    [
-        (r"<think>two and two</think> It is \boxed{4}.", True),
-        (r"  <think>a \boxed{3}?</think>\boxed{\frac{1}{2}}", True),
-        (r"<think></think> \boxed{4}", False),
-        (r"<think> </think> \boxed{4}", False),
-        (r"\boxed{4}", False),
-        (r"Well <think>a</think> \boxed{4}", False),
-        (r"<think>a</think> 4", False),
-        (r"<think>a</think> \boxed{}", False),
-        (r"<think>a</think> \boxed{4", False),
-        (r"<think>a</think> \boxed{4} \boxed{5}", False),
-        (r"<think>a <think>b</think> \boxed{4}", False),
-        (r"<think>a</think> \boxed{4} </think>", False),
-        (r"<think>a \boxed{4}", False),
-        ("", False),
-    ],
-)
-def test_format(completion, good):
-    assert follows(completion) is good
-
-
-def test_format_with_other_tags():
-    completion = r"<reason>a</reason> \boxed{4}"
-    assert follows(completion, open_tag="<reason>", close_tag="</reason>")
-    assert not follows(completion)
-    assert follows(r"opened by the prompt</think> \boxed{4}", open_tag="")
-    assert not follows(r"</think> \boxed{4}", open_tag="")
 
 
 HARD = ("x^2 + 2x + 1", r"\boxed{(x+1)^2}")  # needs sympy, so a worker process

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_agrae.grading.accuracy import verify
-from mm_agrae.rewards.format import follows
+from mm_agrae.rewards.parts import follows_format
 
 MARK = "hostile_code_ran"
 DEPTHS = (30, 200, 450)
@@ -358,9 +358,9 @@ def test_hostile_completions():
         "a" * million,
     ):
         assert not verify("5", text)
-        assert not follows(text)
+        assert not follows_format(text)
         assert not verify("yes", text)
-        follows("<think>a</think>" + text)  # comes to an end
+        follows_format("<think>a</think>" + text)  # comes to an end
 
 
 def test_a_formula_that_sympy_cannot_decide_in_time_is_wrong():
@@ -383,4 +383,4 @@ KINDS = st.sampled_from(["auto", "number", "choice", "yes_no", "text"])
 def test_never_raises(gold, completion, kind):
     for text in (completion, rf"\boxed{{{completion}}}"):
         assert verify(gold, text, kind=kind, choices=("12", "x + 1")) in (True, False)
-        assert follows(text) in (True, False)
+        assert follows_format(text) in (True, False)

@@ -237,7 +237,6 @@ OPTIONS = st.fixed_dictionaries(
         "show_choices": st.booleans(),
         "answer_after": TEXT | st.just("####"),
         "image_root": TEXT,
-        "allow_urls": st.just(False),
         "meta": st.lists(st.sampled_from(FIELDS) | TEXT, max_size=2).map(tuple),
         "limit": st.integers(1, 3),
         "samples": SCALARS,

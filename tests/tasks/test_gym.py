@@ -242,7 +242,7 @@ def test_a_row_of_data_names_no_grader(tmp_path):
         FileTask(str(file), grading={"grader": "own"})
 
 
-def test_a_run_on_pictures_and_generated_text(tmp_path):
+def test_a_run_on_images_and_generated_text(tmp_path):
     from helpers import run_config
 
     from mm_agrae.progress import Reporter
@@ -250,10 +250,10 @@ def test_a_run_on_pictures_and_generated_text(tmp_path):
     from mm_agrae.trainer import Trainer
 
     generated = {"task": "gym", "names": ["chain_sum", "gcd"], "size": 4}
-    pictures = {"task": "synthetic", "modality": "image", "split": "train", "limit": 4}
+    images = {"task": "synthetic", "modality": "image", "split": "train", "limit": 4}
     config = run_config(
         tmp_path,
-        data={"train": [generated, pictures], "evaluate": [generated | {"seed": 1, "limit": 2}]},
+        data={"train": [generated, images], "evaluate": [generated | {"seed": 1, "limit": 2}]},
         rollout={"prompts_per_step": 12, "completions_per_prompt": 2, "max_new_tokens": 8},
         train={"steps": 1},
     )

@@ -92,7 +92,7 @@ def test_gold_answers_of_every_data_set_are_right(name):
         assert example.question.strip()
         settings = {key: value for key, value in example.grading.items() if key != "grader"}
         if settings["entry"]["answer"] is None:
-            continue  # several are right, none is given
+            continue  # several are correct, none is given
         boxed = gym.score(example, f"<think>no</think> \\boxed{{{example.answer}}}", **settings)
         tagged = gym.score(example, f"<answer>{example.answer}</answer>", **settings)
         assert max(boxed, tagged) == 1.0  # braces in an answer do not survive a box

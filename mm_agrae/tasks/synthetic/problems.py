@@ -1,4 +1,4 @@
-"""Makes problems: numbers of the right split, a question, its answer, and how to draw it."""
+"""Makes problems: numbers that belong to a split, a question, its answer, and the drawing."""
 
 from __future__ import annotations
 

@@ -1,6 +1,5 @@
 """The Rewarder: whatever a reward function does, only its own completion is affected."""
 
-import sys
 import threading
 from dataclasses import replace
 
@@ -170,19 +169,16 @@ def test_nothing_to_score_and_uneven_lists(rewarder):
         rewarder.score([example()] * 2, [completion("5")])
 
 
-def test_what_own_functions_get(own):
+def test_what_own_functions_get(own, monkeypatch):
     config = RewardSection(
         parts={"accuracy": 0.0, f"{own}:sees": 1.0, "own_rewards:modules": 1.0}, time_limit_s=5.0
     )
     full = example(images=(Image.new("RGB", (4, 4)),), meta={"k": "v"}, grading={"kind": "number"})
-    sys.path.insert(0, str(own.parent))
-    try:
-        with Rewarder(config, 16) as rewarder:
-            score = rewarder.score([full], [completion("5")])[0]
-            unpicklable = replace(full, meta={"k": lambda: 0})
-            good, bad = rewarder.score([full, unpicklable], [completion("5")] * 2)
-    finally:
-        sys.path.remove(str(own.parent))
+    monkeypatch.chdir(own.parent)
+    with Rewarder(config, 16) as rewarder:
+        score = rewarder.score([full], [completion("5")])[0]
+        unpicklable = replace(full, meta={"k": lambda: 0})
+        good, bad = rewarder.score([full, unpicklable], [completion("5")] * 2)
     assert score.error == ""
     assert score.parts == {"accuracy": 1.0, f"{own}:sees": 1.0, "own_rewards:modules": 0.0}
     assert score.reward == 1.0

@@ -105,7 +105,8 @@ SAME = {
         "testmini_subset.jsonl",
         [
             {"problem": "What is CED?", "choices": ["A:40°", "B:60°"], "answer": "A",
-             "problem_version": "Text Lite", "question_type": "multi_choice", "images": [png_of(4)]},
+             "problem_version": "Text Lite", "question_type": "multi_choice",
+             "images": [png_of(4)]},
             {"problem": "", "choices": None, "answer": "(-2,1]", "problem_version": "Vision Only",
              "question_type": "free_form", "images": [png_of(5)]},
         ],

@@ -87,7 +87,7 @@ def test_wrong_options(options, words):
 
 
 @pytest.mark.parametrize("name", USED)
-def test_gold_answers_of_every_data_set_are_right(name):
+def test_gold_answers_of_every_data_set_are_correct(name):
     for example in load(names=name, size=1, seed=3):
         assert example.question.strip()
         settings = {key: value for key, value in example.grading.items() if key != "grader"}

@@ -248,25 +248,6 @@ def sampler_weight(
     return SamplerWeight(weight_BT, {name: value.sum() for name, value in sums.items()})
 
 
-def overlong_penalty(
-    length_B: Tensor, max_new_tokens: int, buffer_tokens: int, penalty: float = 1.0
-) -> Tensor:
-    """DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13), to be added to the reward.
-
-    0 up to max_new_tokens − buffer_tokens tokens, from there falling linearly to −penalty at
-    max_new_tokens, and −penalty beyond. Raises ValueError if the buffer is not in
-    1 … max_new_tokens or the penalty is negative.
-    """
-    if not 1 <= buffer_tokens <= max_new_tokens:
-        raise ValueError(f"buffer_tokens = {buffer_tokens} must be in 1 … {max_new_tokens}")
-    if penalty < 0:
-        raise ValueError(f"penalty = {penalty} must not be negative; it is subtracted")
-    length_B = torch.as_tensor(length_B)
-    length_B = length_B if length_B.is_floating_point() else length_B.float()
-    excess_B = (length_B - (max_new_tokens - buffer_tokens)) / buffer_tokens
-    return -penalty * excess_B.clamp(0, 1)
-
-
 # -------------------------------------------------------------------------- the choices
 
 

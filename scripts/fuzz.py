@@ -237,7 +237,6 @@ OPTIONS = st.fixed_dictionaries(
         "show_choices": st.booleans(),
         "answer_after": TEXT | st.just("####"),
         "image_root": TEXT,
-        "allow_urls": st.just(False),
         "meta": st.lists(st.sampled_from(FIELDS) | TEXT, max_size=2).map(tuple),
         "limit": st.integers(1, 3),
         "samples": SCALARS,
@@ -332,13 +331,13 @@ ANSWERS = st.tuples(
 def read_answer(case: tuple[str, str, str, list[str], bool]) -> None:
     from mm_agrae.grading.accuracy import verify
     from mm_agrae.grading.extraction import extract_answer, final_answer
-    from mm_agrae.rewards.format import follows
+    from mm_agrae.rewards.parts import follows_format
 
     gold, completion, kind, choices, thinking = case
     found = extract_answer(completion, after_thinking=thinking)
     assert found is None or isinstance(found, str)
     final_answer(gold)
-    follows(completion)
+    follows_format(completion)
     right = verify(
         gold, completion, kind=kind, choices=choices, after_thinking=thinking, time_limit_s=0.5
     )  # type: ignore[arg-type]

@@ -34,7 +34,9 @@ import numpy as np
 import torch
 
 from mm_agrae.model.compat import prepare
-from mm_agrae.tasks.synthetic.task import FAMILIES, FIGURES, KINDS, Problem, SyntheticTask, derive
+from mm_agrae.tasks.synthetic.figures import FIGURES, derive
+from mm_agrae.tasks.synthetic.problems import KINDS, Problem
+from mm_agrae.tasks.synthetic.task import FAMILIES, SyntheticTask
 
 prepare()
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
+import psutil
 import torch
 
 from mm_agrae import config as configs
@@ -107,3 +108,9 @@ def small_files(limit):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+def child_processes() -> set[int]:
+    """Child processes that run, apart from multiprocessing's resource tracker."""
+    found = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
+    return {child.pid for child in found if "resource_tracker" not in " ".join(child.cmdline())}

@@ -62,6 +62,11 @@ def test_imports_go_one_way():
     assert list(upward_edges(PACKAGE.rglob("*.py"))) == []
 
 
+def test_grading_is_usable_alone():
+    files = (PACKAGE / "grading").glob("*.py")
+    assert set().union(*map(imported_stages, files)) == {"grading"}
+
+
 def test_an_upward_import_would_be_found(tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PACKAGE", tmp_path)
     file = tmp_path / "loss.py"
@@ -90,12 +95,13 @@ with contextlib.suppress(SystemExit):
         ("import mm_agrae", {"torch"}),
         (HELP, {"torch", "transformers", "vllm", "gradio"}),
         ("import mm_agrae.advantage, mm_agrae.loss", {"transformers", "vllm", "gradio"}),
-        ("import mm_agrae.config, mm_agrae.tasks", {"transformers", "vllm", "gradio"}),
+        ("import mm_agrae.config, mm_agrae.tasks", {"torch", "transformers", "vllm", "gradio"}),
+        ("import mm_agrae.rewards.worker", {"torch", "transformers", "datasets"}),
         ("import mm_agrae.adapters.verl", {"transformers", "trl", "verl", "ray"}),
-        ("import mm_agrae.grading.accuracy", {"torch", "transformers"}),
+        ("import mm_agrae.grading.accuracy", {"torch", "transformers", "pydantic", "yaml"}),
         ("import mm_agrae.trainer", {"vllm", "gradio", "trl", "matplotlib"}),
     ],
-    ids=["package", "help", "core", "config", "verl", "rewards", "trainer"],
+    ids=["package", "help", "core", "config", "rewards", "verl", "grading", "trainer"],
 )
 def test_light_modules_stay_light(code, heavy):
     assert loaded_after(code) & heavy == set()

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mm_agrae.loss import LOSSES, Denominator, overlong_penalty, policy_loss, sampler_weight
+from mm_agrae.loss import LOSSES, Denominator, policy_loss, sampler_weight
 
 LENGTHS = [7, 1, 5, 9, 3, 9, 2, 4]
 MAX_NEW_TOKENS = 12
@@ -380,23 +380,3 @@ def test_bad_arguments_are_named(message, change):
 def test_impossible_denominators_are_refused(counts):
     with pytest.raises(ValueError, match="at least"):
         Denominator(*counts)
-
-
-# -------------------------------------------------------------------------- overlong penalty
-
-
-def test_overlong_penalty():
-    length = torch.tensor([1, 80, 81, 90, 99, 100, 120])
-    expected = torch.tensor([0, 0, -0.05, -0.5, -0.95, -1, -1])
-    torch.testing.assert_close(overlong_penalty(length, 100, 20, 1.0), expected)
-    torch.testing.assert_close(overlong_penalty(length, 100, 20, 0.4), 0.4 * expected)
-    assert overlong_penalty(length.double(), 100, 20).dtype == torch.float64
-    assert (overlong_penalty(length, 100, 20, 0.0) == 0).all()
-    whole = overlong_penalty(torch.tensor([0, 50, 100]), 100, 100)
-    torch.testing.assert_close(whole, torch.tensor([0, -0.5, -1]))
-
-
-@pytest.mark.parametrize(("buffer", "penalty"), [(0, 1.0), (101, 1.0), (20, -1.0)])
-def test_overlong_penalty_refuses_impossible_settings(buffer, penalty):
-    with pytest.raises(ValueError, match=r"buffer_tokens|penalty"):
-        overlong_penalty(torch.tensor([50]), 100, buffer, penalty)

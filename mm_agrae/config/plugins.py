@@ -1,7 +1,7 @@
-"""Names in a config that stand for code: the user's tasks, rewards and engines.
+"""Names in a config that refer to code: the user's tasks, rewards and engines.
 
-A name is "package.module:Name" or "path/to/file.py:Name", looked for from the working directory,
-whether the program was started as `mm-agrae` or `python -m mm_agrae.cli`.
+A name is "package.module:Name" or "path/to/file.py:Name". Both are found from the working
+directory, whether the program was started as `mm-agrae` or as `python -m mm_agrae.cli`.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _REQUIRED = inspect.Parameter.empty
 
 
 def is_import_name(name: str) -> bool:
-    """Whether a name is of the form "module:Name" or "file.py:Name"."""
+    """Whether a name has the form "module:Name" or "file.py:Name"."""
     return re.fullmatch(r".+:\w+", name) is not None
 
 
 def load_object(name: str) -> Any:
-    """Import what "package.module:Name" or "path/to/file.py:Name" stands for.
+    """Import "package.module:Name" or "path/to/file.py:Name".
 
-    Raises ConfigError if there is no such file, module or name; whatever else the import
-    raises comes through.
+    Raises ConfigError if there is no such file, module or name; other errors of the import pass
+    through.
     """
     where, _, attribute = name.rpartition(":")
     if where.endswith(".py"):
@@ -47,7 +47,7 @@ def load_object(name: str) -> Any:
             module = importlib.import_module(where)
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"cannot import {where}: there is no module {error.name!r}; modules are looked "
+                f"cannot import {where}: there is no module {error.name!r}; modules are searched "
                 f"for in the environment and in {Path.cwd()}"
             ) from None
     found = getattr(module, attribute, None)
@@ -81,10 +81,10 @@ def _file_module(path: Path) -> ModuleType:
 def check_arguments(
     function: Callable[..., Any], arguments: Mapping[str, Any], filled_in: Sequence[str] = ()
 ) -> None:
-    """Compare keyword arguments with a function's (or a class's constructor's) signature.
+    """Check keyword arguments against the signature of a function or a constructor.
 
-    `filled_in` are parameters that others set. Raises ConfigError for an unknown name, a missing
-    one, and a value of the wrong type.
+    `filled_in` are parameters that the caller sets. Raises ConfigError for an unknown name, a
+    missing one, and a value of the wrong type.
     """
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -113,5 +113,5 @@ def check_arguments(
 
 
 def signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a function, or of a class's constructor, by name."""
+    """Parameters of a function or a constructor, by name."""
     return inspect.signature(function).parameters

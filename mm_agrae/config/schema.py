@@ -410,8 +410,9 @@ class Config(Section):
     prompt: PromptSection = PromptSection()
     rollout: RolloutSection = RolloutSection()
     reward: RewardSection = RewardSection()
-    advantage: AdvantageSection = AdvantageSection()
-    update: UpdateSection = UpdateSection()
+    # Made when needed: checking these two imports torch, which the reward workers do without.
+    advantage: AdvantageSection = Field(default_factory=AdvantageSection)
+    update: UpdateSection = Field(default_factory=UpdateSection)
     evaluate: EvaluateSection = EvaluateSection()
     checkpoint: CheckpointSection = CheckpointSection()
     log: LogSection = LogSection()

@@ -1,5 +1,5 @@
 """Two texts -> a verdict: is the final answer of a completion correct?
 
 In: the gold answer and a completion. Out: True or False. Begin with `accuracy.py`. Nothing else of
-the package is imported, so that it can be used alone.
+the package is imported, so this folder can be used alone.
 """

@@ -1,14 +1,15 @@
-r"""Is the final answer of a completion right?
+r"""Is the final answer of a completion correct?
 
     >>> verify("1/2", r"<think>a quarter, twice</think> It is \boxed{\dfrac{1}{2}}.")
     True
 
-`verify` finds the final answer (`mm_agrae.grading.extraction`), decides what kind of answer the
-gold one is, and compares the two (`mm_agrae.grading.equivalence`). It can be called from any
-thread with any text: text is never evaluated, and a formula that needs sympy is decided in a
-worker process with a time and a memory limit, started on first use.
+`verify` finds the final answer (`extraction.py`), decides what kind of answer the gold one is, and
+compares the two (`equivalence.py`). It can be called from any thread with any text: text is never
+evaluated, and formulas that need sympy are compared in a worker process with a time and a memory
+limit, started on first use.
 
-Inside the worker processes of `mm_agrae.rewards.Rewarder` the pool's own limits hold instead.
+In a process prepared by `prepare_worker` everything is compared in place: there the limits of the
+pool it belongs to apply.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 Kind = Literal["auto", "math", "number", "choice", "yes_no", "text"]
 
 MEMORY_LIMIT_MB = 2048
-"""What one comparison may take in the worker that `verify` starts by itself."""
+"""Memory for one comparison in the worker process that `verify` starts."""
 
 
 def verify(
@@ -50,34 +51,34 @@ def verify(
     units: Units = "auto",
     time_limit_s: float = 1.0,
 ) -> bool:
-    r"""Whether the completion's final answer is the gold answer.
+    r"""Whether the completion's final answer equals the gold answer.
 
-    `gold` may be bare (`\frac12`, `12 cm`), in math delimiters, or the end of a solution: in a box,
-    after "answer is" or "####". An empty one is never matched. `answer_in`, `after_thinking`,
-    `think_tags`, `answer_tag` and `bare_limit` say where the final answer stands: see
-    `extraction.extract_answer`. Of an answer that is a sentence, what it says ("There are 12
-    ways") counts as well as the whole.
+    `gold` may be bare (`\frac12`, `12 cm`), in math delimiters, or a solution whose answer is boxed
+    or follows "answer is" or "####". An empty gold answer never matches. `answer_in`,
+    `after_thinking`, `think_tags`, `answer_tag` and `bare_limit` say where to find the final
+    answer: see `extraction.extract_answer`. If the answer is a sentence ("There are 12 ways"), both
+    the whole and the value in it are tried.
 
     `kind` says how the two are compared:
 
-    * `math`: numbers exactly, with units; text without case and articles; lists and sets in any
-      order, tuples and intervals in theirs; formulas by their values and by math-verify.
+    * `math`: numbers exactly, with units; text ignoring case and articles; lists and sets in any
+      order, tuples and intervals in order; formulas by their values and by math-verify.
       A name in front of the value (x =, Area =) is dropped.
-    * `number`: as math, and if the answer is a sentence with a single number in it, that number.
-    * `choice`: by letter, or by the text of a choice; wrong if the two disagree.
-    * `yes_no`: the first word, unless the opposite one follows as an alternative.
-    * `text`: words without case, punctuation, articles, plural s and spaces.
+    * `number`: as math; if the answer is a sentence with a single number in it, also that number.
+    * `choice`: by letter, or by the text of a choice; incorrect if the two disagree.
+    * `yes_no`: by the first word, unless its opposite follows as an alternative.
+    * `text`: by words, ignoring case, punctuation, articles, plural s and spaces.
     * `auto`: choice if there are `choices` or the gold answer is one letter A to J or a choice
       such as "C. 42", yes_no if it is yes or no, else math.
 
-    `tolerance` is relative to the gold number. Without one integers and fractions are exact, and
-    rounding is forgiven as `quantities.agree` says. A percent sign on one side is either a unit
-    left out (50% and 50) or a hundredth (50% and 1/2); 500% is not taken for 5.
+    `tolerance` is relative to the gold number. Without it integers and fractions must be exact, and
+    rounding is allowed as `quantities.agree` says. A percent sign on one side only is either an
+    omitted unit (50% and 50) or a hundredth (50% and 1/2); 500% does not equal 5.
 
-    `units`: auto compares them where both sides have one and converts (5 m is 500 cm, not
-    5 cm), required wants the gold's unit in the answer, ignore drops them.
+    `units`: auto compares and converts them if both sides have one (5 m equals 500 cm, not 5 cm),
+    required demands the gold answer's unit, ignore drops them.
 
-    `time_limit_s` bounds the comparison of formulas; past it the answer counts as wrong.
+    `time_limit_s` bounds the comparison of formulas; past it the answer counts as incorrect.
 
     Raises ValueError for a setting that is not one of the above, never for the text.
     """
@@ -94,16 +95,16 @@ def verify(
     gold = final_answer(gold).strip()
     question = _Question(gold, kind, tuple(choices), Rules(tolerance, units))
     return gold != "" and any(
-        not _too_odd(answer, gold) and _is_right_within(question, answer, time_limit_s)
+        not _too_odd(answer, gold) and _is_correct_within(question, answer, time_limit_s)
         for answer in answers
     )
 
 
-def _is_right_within(question: _Question, answer: str, time_limit_s: float) -> bool:
+def _is_correct_within(question: _Question, answer: str, time_limit_s: float) -> bool:
     if _limits_hold_here:
         return _decide(question, answer)
     try:
-        return _is_right(question, answer, _ask_a_worker)
+        return _is_correct(question, answer, _ask_a_worker)
     except _NeedsWorker:
         from mm_agrae.grading.pool import CallFailed
 
@@ -115,8 +116,8 @@ def _is_right_within(question: _Question, answer: str, time_limit_s: float) -> b
 
 # --------------------------------------------------------------------------- comparing it
 
-# Characters that no answer holds: controls, halves of surrogate pairs, and marks that make a
-# text read otherwise than it is stored.
+# Characters that no answer contains: controls, halves of surrogate pairs, and marks that change
+# the direction of writing.
 _FORBIDDEN = re.compile(
     "[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
@@ -137,7 +138,7 @@ _LETTER = re.compile(r"\(?\s*([A-J])\s*\)?")
 _LETTERED_GOLD = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])\s+(?=\S)")  # "C. 42"
 
 
-def _is_right(question: _Question, answer: str, symbolic: Symbolic) -> bool:
+def _is_correct(question: _Question, answer: str, symbolic: Symbolic) -> bool:
     gold, kind, choices, rules = question
     if kind == "auto":
         kind = _kind_of(gold, choices)
@@ -205,23 +206,23 @@ def _same_choice(
             ", ".join(text) if run_together.fullmatch(text) else text
             for text in (_strip_text(gold), _strip_text(answer))
         )
-    right = _letters(gold, len(choices)) or _letter_of_text(gold, choices, rules, symbolic)
-    if not right:
+    correct = _letters(gold, len(choices)) or _letter_of_text(gold, choices, rules, symbolic)
+    if not correct:
         return same(gold, answer, rules, symbolic)
     answer = _OPTION.sub("", _strip_text(answer))
     chosen = _letters(answer, len(choices))
-    if len(chosen) > 1 or len(right) > 1:
-        return chosen == right
-    first = ord(min(right)) - ord("A")
-    if choices:  # a choice that stands there twice has two letters
-        twins = enumerate(choice == choices[first] for choice in choices[:26])
-        right = {chr(ord("A") + index) for index, equal in twins if equal}
+    if len(chosen) > 1 or len(correct) > 1:
+        return chosen == correct
+    first = ord(min(correct)) - ord("A")
+    if choices:  # a choice listed twice has two letters
+        listed = enumerate(choice == choices[first] for choice in choices[:26])
+        correct = {chr(ord("A") + index) for index, equal in listed if equal}
     if chosen:
-        return chosen <= right
+        return chosen <= correct
     lettered = _LETTERED.fullmatch(answer) or _LETTER_SPACE.fullmatch(answer)
     if lettered and (index := ord(lettered[1].upper()) - ord("A")) < (len(choices) or 10):
         # A letter and a text must agree.
-        if lettered[1].upper() in right:
+        if lettered[1].upper() in correct:
             if not choices:
                 return lettered.re is _LETTERED and not _MORE.match(lettered[2])
             return same(choices[index], lettered[2], rules, symbolic)
@@ -255,7 +256,7 @@ def _letters(text: str, count: int) -> set[str]:
 def _letter_of_text(
     text: str, choices: tuple[str, ...], rules: Rules, symbolic: Symbolic
 ) -> set[str]:
-    """The first letter of the choice with this text; as written, or else of the same value."""
+    """Letter of the first choice with this text, or else of the first with the same value."""
     written = [normalise(choice) for choice in choices[:26]]
     if (plain := normalise(text)) in written:
         return {chr(ord("A") + written.index(plain))}
@@ -282,13 +283,13 @@ def _ask_a_worker(gold: str, answer: str, tolerance: float | None) -> bool:
 
 @lru_cache(maxsize=4096)
 def _decide(question: _Question, answer: str) -> bool:
-    """Decide in this process, however long it takes. A group often gives one answer many times."""
-    return _is_right(question, answer, formulas.symbolic)
+    """Decide in this process, however long it takes. Cached: a group often repeats an answer."""
+    return _is_correct(question, answer, formulas.symbolic)
 
 
 @lru_cache(maxsize=4096)
 def _decide_in_worker(question: _Question, answer: str, time_limit_s: float) -> bool:
-    """As `_decide`, in a process that this one keeps for it. Raises CallFailed."""
+    """As `_decide`, in a worker process that is kept for the next call. Raises CallFailed."""
     global _pool
     from mm_agrae.grading.pool import WorkerPool
 

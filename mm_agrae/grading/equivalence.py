@@ -1,9 +1,9 @@
-r"""Do two written answers say the same thing?
+r"""Do two written answers mean the same?
 
-`same` brings both to one notation (`mm_agrae.grading.notation`), takes them apart (lists, tuples,
-sets, intervals, matrices) and compares the leaves: as exact numbers with units
-(`mm_agrae.grading.quantities`), as text, and only where neither decides by `symbolic`
-(`mm_agrae.grading.formulas`), which the caller passes in. All but that is plain string work.
+`same` brings both to one notation (`notation.py`), takes them apart (lists, tuples, sets,
+intervals, matrices) and compares the leaves: as exact numbers with units (`quantities.py`), as
+text, and only if neither decides by `symbolic` (`formulas.py`), which the caller passes in.
+Everything else is plain string work.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _BRACKETS = {"()", "[]", "(]", "[)"}
 
 
 def _structure(text: str, comma: str) -> tuple[str, list[str]]:
-    """The outermost structure: "scalar", "list", "set", "union", a pair of brackets or a matrix."""
+    """Outermost structure (scalar, list, set, union, a pair of brackets or a matrix), and parts."""
     matrix = enclosed(text, "[", "]") or enclosed(text, "(", ")") or text
     if match := _MATRIX.fullmatch(matrix.strip()):
         rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2]) if row.strip()]
@@ -70,7 +70,7 @@ def _structure(text: str, comma: str) -> tuple[str, list[str]]:
 
 
 def _both_signs(parts: list[str]) -> list[str]:
-    """The parts that are not empty, with two for each that holds one plus-minus sign."""
+    """The non-empty parts; one with a single plus-minus sign becomes two."""
     both: list[str] = []
     for part in filter(None, parts):
         if part.count(r"\pm") + part.count(r"\mp") == 1:
@@ -91,7 +91,7 @@ _UNKNOWN = re.compile(r"[a-zA-Z](?:\([a-zA-Z]\))?|\\(?!pi|infty)[a-z]+")
 
 
 def _interval(text: str) -> str | None:
-    r"""-2 \le x < 7 as [-2,7), and x \ne 2 as a union; None if this is no such inequality."""
+    r"""-2 \le x < 7 as [-2,7), and x \ne 2 as a union; None for anything else."""
     operators = _RELATION.findall(text)
     parts = [part.strip() for part in _RELATION.split(text)]
     if not 1 <= len(operators) <= 2 or not all(parts):
@@ -147,7 +147,7 @@ _NUMERIC = re.compile(r"(?:[\d\s.,+\-/^{}()%!]|\\(?:frac|sqrt|pi|cdot|times|circ
 
 
 def _value_of(sides: list[str], other: str) -> str | None:
-    """What an equation gives as its value: the right side of x = 5 or a + b = 5, not of x^2 = 4."""
+    """The value an equation states: the right side of x = 5 or a + b = 5, not of x^2 = 4."""
     left, right = sides[0], sides[-1]
     if _LABEL.fullmatch(left):
         return right
@@ -163,7 +163,7 @@ def _value_of(sides: list[str], other: str) -> str | None:
 
 
 def _without_labels(gold: str, answer: str) -> tuple[str, str] | None:
-    """Drop x =, Area =, f(x) = where they only name the value; None if the names disagree."""
+    """Drop x =, Area =, f(x) = if they only name the value; None if the names disagree."""
     sides_gold, sides_answer = split(gold, "="), split(answer, "=")
     if all(map(_NUMERIC.fullmatch, sides_gold)):
         sides_gold = sides_gold[-1:]  # 14/25 = 0.56
@@ -219,7 +219,7 @@ def _leaf(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
         return _same_proportion(g_parts, a_parts, rules, symbolic)
     if ratio == 1 and g.percent == a.percent and symbolic(g.head, a.head, rules.tolerance):
         return True
-    # "3 s^2" may be seconds or three times a variable, as the other side has it.
+    # "3 s^2" may be seconds or three times a variable, depending on the other side.
     either = (g.unit is None) != (a.unit is None)
     return either and symbolic(gold, answer, rules.tolerance)
 
@@ -249,7 +249,7 @@ def _compare(gold: str, answer: str, comma: str, rules: Rules, symbolic: Symboli
     g_kind, g_items = _structure(gold, comma)
     a_kind, a_items = _structure(answer, comma)
 
-    if "," in "".join(g_items):  # pairs: a set of solutions, in which one may be said twice
+    if "," in "".join(g_items):  # pairs: a set of solutions, which may repeat one
         g_items, a_items = _distinct(g_items), _distinct(a_items)
 
     def equal(g: str, a: str) -> bool:
@@ -309,7 +309,7 @@ _NOTHING = re.compile(
 
 
 def same(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
-    """Whether the answer says what the gold answer says.
+    """Whether the answer means the same as the gold answer.
 
     `symbolic(gold, answer, tolerance)` is called for formulas that string work cannot decide.
     """

@@ -1,4 +1,4 @@
-r"""Where in a completion the final answer stands."""
+r"""Finds the final answer in a completion."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Box(NamedTuple):
 
 
 def boxes(text: str, at_most: int) -> list[Box]:
-    r"""The last \boxed{…} and \fbox{…}, from the end; `\boxed 5` counts. Nested: the inner one."""
+    r"""The last \boxed{…} and \fbox{…}, last first; `\boxed 5` counts. Nested: the inner one."""
     found: list[Box] = []
     end = len(text)
     while len(found) < at_most:
@@ -63,21 +63,21 @@ def extract_answer(
 ) -> str | None:
     r"""The final answer of a completion as written, or None if there is none.
 
-    `answer_in` lists where it is looked for; the first place that the completion has decides:
+    `answer_in` lists where to look for it, in order; the first place found decides:
 
     * `boxed`: the last `\boxed{…}` or `\fbox{…}`, nested braces and `\boxed 5` included. Boxes
-      joined by nothing but "and", "or" or a comma are one answer with several parts. An empty or
-      unclosed last box is no answer. "Final answer: …" after the last box overrules it.
+      joined only by "and", "or" or a comma are one answer with several parts. An empty or
+      unclosed last box is no answer. "Final answer: …" after the last box overrides it.
     * `answer_is`: what follows the last "answer is", "Answer:" or "####", up to the end of the
       sentence.
     * `tag`: the last `<answer>…</answer>`.
     * `end`: a completion of one line and at most `bare_limit` characters is itself the answer;
-      else what the last sentence gives, by a formula or a number at its end, or the only one in
-      it. A completion that was cut off has no such end.
+      otherwise the formula or number at the end of the last sentence, or the only one in it. A
+      completion that was cut off has no such end.
 
-    `after_thinking`: only text outside the reasoning part counts, and a part that is not closed
-    means no answer. A closing tag alone ends a part that the prompt has opened; without any
-    tag the whole completion counts.
+    `after_thinking`: only text outside the reasoning section counts; if that is never closed there
+    is no answer. A closing tag alone ends a section that the prompt has opened; without any tag the
+    whole completion counts.
 
     Time is linear in the text. Raises ValueError for an unknown place.
     """
@@ -101,7 +101,7 @@ def readings(
     answer_tag: str,
     bare_limit: int,
 ) -> list[str]:
-    """What the final answer may be; several where it is a sentence: all of it, its number, ..."""
+    """Candidates for the final answer; of a sentence: all of it, its number, …"""
     for place in answer_in:
         check("answer_in", place, get_args(Place))
     text: str | None = completion
@@ -126,13 +126,13 @@ def readings(
 
 
 def final_answer(solution: str) -> str:
-    """The answer that a gold solution states in a box or after "answer is", or all of the text."""
+    """The answer of a gold solution: boxed, after "answer is", or else the whole text."""
     if found := from_boxes(solution):
         return found
     return next(iter(_after_answer_is(solution) or ()), "") or solution
 
 
-# What ends a reply or opens another; it stays in the text if special tokens are not skipped.
+# End of a turn or start of another, present in the text if special tokens are not skipped.
 _END_OF_TURN = re.compile(
     r"<\|(?:im_end|eot_id|endoftext|end_of_text|end|eom_id)\|>|(?<=\S)\s*<\|im_start\|>"
     r"|</s>|<eos>|<end_of_turn>|<｜end▁of▁sentence｜>"
@@ -166,7 +166,7 @@ _MOST_BOXES = 20
 
 
 def from_boxes(text: str) -> str | None:
-    """What the last box holds, or the last boxes if they are parts of one answer."""
+    """The content of the last box, or of the last boxes if they are parts of one answer."""
     found = boxes(text, _MOST_BOXES)
     if not found:
         return None
@@ -204,7 +204,7 @@ _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.?](?=\s|$)|\n|,?\s+(?:because|since|which|so that|where)\b|,\s+so\b")
 
 
-_TAIL = 20_000  # the final answer stands in the last so many characters
+_TAIL = 20_000  # characters at the end that are searched
 
 
 def _after_answer_is(text: str) -> list[str] | None:
@@ -219,7 +219,7 @@ def _after_answer_is(text: str) -> list[str] | None:
     return _said(rest[: end.start() if end else None])
 
 
-# A formula in single dollar signs stays on its line; in display it may take several.
+# A formula in single dollar signs stays on one line; a display formula may span several.
 _FORMULA = re.compile(
     r"\$\$(.+?)\$\$|(?<!\\)\$((?:\\.|[^$\\\n])+)\$|\\\(([^\n]+?)\\\)|\\\[(.+?)\\\]"
     r"|\\begin\{(?:align|aligned|equation|gather)\*?\}(.+?)\\end\{",
@@ -244,7 +244,7 @@ _CHOSEN = re.compile(r"\(([A-J])\)|\b(?:[Oo]ption|[Cc]hoice)\s+\(?\**([A-J])\b")
 
 
 def _content(formula: re.Match[str]) -> str:
-    """What stands between the delimiters; of several lines of align the last."""
+    """What is between the delimiters; of several aligned lines the last."""
     if formula[5] is not None:
         return formula[5].rpartition(r"\\")[2].replace("&", "")
     return next(group for group in formula.groups() if group is not None)
@@ -263,13 +263,13 @@ _MARKS = ' \t\n*_`"“”'
 
 
 def _bare(text: str) -> str:
-    """Without Markdown's marks, quotes, and the full stop (an ellipsis stays)."""
+    """Without Markdown marks, quotes and the final full stop (an ellipsis stays)."""
     text = text.replace('\\"', '"').strip(_MARKS)
     return text[:-1].rstrip(_MARKS) if text.endswith(".") and text[-2:] != ".." else text
 
 
 def _said(sentence: str) -> list[str]:
-    """What a sentence gives as the answer: all of it, what "is", its formula, number or letter."""
+    """Candidates in a sentence: all of it, what follows "is", its formula, number or letter."""
     if len(sentence) > _LONGEST_SENTENCE:
         return [sentence]
     sentence = _HENCE.sub("", _bare(_INSTEAD.split(sentence)[0]), count=1)

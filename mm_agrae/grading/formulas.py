@@ -1,7 +1,7 @@
-r"""Formulas: equal by their values, or by math-verify where they have none.
+r"""Compares formulas by their values, or by math-verify if they have none.
 
-Text is parsed with math-verify's LaTeX grammar and never evaluated as code. `symbolic` can take
-any time and memory, so it belongs into a process with limits (`mm_agrae.grading.pool`).
+Text is parsed with math-verify's LaTeX grammar and never evaluated as code. `symbolic` may take any
+amount of time and memory, so run it in a process with limits (`pool.py`).
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _NO_FORMULA = re.compile(
 
 
 def no_formula(text: str) -> bool:
-    """Whether it is no use to parse this: foreign signs, no letter or digit, unmatched braces."""
+    """Whether this cannot be a formula: foreign signs, no letter or digit, unmatched braces."""
     braces = re.findall(r"(?<!\\)[{}]", text)
     return _NO_FORMULA.search(text) is not None or 2 * braces.count("{") != len(braces)
 
 
 def too_large(text: str) -> bool:
-    """Whether a formula would only cost time: long, deep, or a number beyond any use."""
+    """Whether a formula is too costly to parse: long, deeply nested, or a huge number."""
     if len(text) > _LONGEST or _HUGE.search(text):
         return True
     depth = deepest = 0
@@ -77,7 +77,7 @@ def _parse(text: str, real: bool) -> Any:
             normalization_config=None,
             conversion_config=ConversionConfig(lowercase_symbols=False),
         )
-    except Exception:  # the grammar raises bare Exception; whatever it is, this is no formula
+    except Exception:  # the grammar raises bare Exception if this is no formula
         return None
 
 
@@ -107,11 +107,11 @@ def _near(gold: _Value, answer: _Value) -> bool:
 
 
 def symbolic(gold: str, answer: str, tolerance: float | None) -> bool:
-    """Whether two formulas are equal, by their values, or by math-verify where they have none.
+    """Whether two formulas are equal, by their values, or by math-verify if they have none.
 
-    Constants are compared to 50 digits; expressions in unknowns at eight points, which tells
-    any two of them apart that are not the same function. Relations, sets and whatever else is
-    left to math-verify. May take long: run it in a process with limits.
+    Constants are compared to 50 digits, expressions in unknowns at eight points, which tells
+    different functions apart. Relations, sets and everything else are left to math-verify. May take
+    long: run it in a process with limits.
     """
     from sympy import Expr
 
@@ -126,9 +126,9 @@ def symbolic(gold: str, answer: str, tolerance: float | None) -> bool:
                 return verdict
         from math_verify import verify
 
-        # math-verify's own limits use signals, which only the main thread has.
+        # math-verify's own limits use signals, which work in the main thread only.
         return bool(verify(g, a, timeout_seconds=None, allow_set_relation_comp=True))
-    except Exception:  # sympy raises anything on odd input; it then shows no equality
+    except Exception:  # sympy raises anything on odd input: not shown to be equal
         return False
 
 
@@ -164,8 +164,8 @@ def _same_values(g: Any, a: Any, gold: str, answer: str, tolerance: float | None
 
 
 def warm_up() -> None:
-    """Import math-verify and fill its parser's tables, so that the first answer is not slow."""
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it says that it has no time limit
+    """Import math-verify and fill its parser's tables, so that the first comparison is fast."""
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of having no time limit
     formulas = [
         *(r"\frac{x+1}{2}", r"\sqrt{2}\pi - x^{3}", r"\sin^2 x + \log_2 8", r"\sin^2 x + 3"),
         *(r"\sqrt[3]{2} + 6i", r"2^{1/3} + 6i", r"(1,2] \cup \{5\}", r"\{5\} \cup (1,2]"),

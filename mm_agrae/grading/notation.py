@@ -1,7 +1,7 @@
 r"""Written answers in one notation, and their parts.
 
-`normalise` brings LaTeX, Unicode and plain writing to one form; `split` and `enclosed` take it
-apart at brackets; `as_text` is for answers in words. Plain string work, linear in the text.
+`normalise` brings LaTeX, Unicode and plain text to one form; `split` and `enclosed` take it apart
+at brackets; `as_text` is for answers in words. Plain string work, linear in the text.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _NOT_LETTER = r"(?![a-zA-Z])"
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
-        (  # \\frac, as in a text whose backslashes were escaped once too often
+        (  # \\frac: backslashes escaped once too often
             r"(?<!\\)\\\\(?=(?:[dt]?frac|left|right|sqrt|pi|text|mathrm|cdot|times|leq?|geq?|infty|cup|circ"
             r"|pm|begin|end)(?![a-zA-Z]))",
             r"\\",
@@ -117,7 +117,7 @@ _REWRITES = [
 ]
 
 
-# "for all n", ", k \in \mathbb{Z}": for which unknowns a formula holds, said after it.
+# "for all n", ", k \in \mathbb{Z}" after a formula: the unknowns it holds for.
 _UNKNOWNS = r"[a-zA-Z](?:\s*,\s*[a-zA-Z])*"
 _IN_NUMBERS = r"\s*\\in\s*\\mathbb\s*\{?\s*[A-Z]\s*\}?[\^_+*\s{}\d]*"
 _QUALIFIER = re.compile(
@@ -128,7 +128,7 @@ _QUALIFIER = re.compile(
 
 @lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
-    """One notation for LaTeX, Unicode and plain writing: spacing, sizes, fonts, short forms."""
+    """One notation for LaTeX, Unicode and plain text: spacing, sizes, fonts, short forms."""
     text = re.sub("[⁰¹²³⁴-⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
     text = re.sub("[₀-₋ₙ]+", lambda m: f"_{{{m[0].translate(_LOWERED)}}}", text)
     text = _grouped(text.translate(_TRANSLATE))
@@ -139,13 +139,13 @@ def normalise(text: str) -> str:
     text = _QUALIFIER.sub("", text)
     while (inner := enclosed(text, "{", "}")) is not None:
         text = inner.strip()
-    # A list or a number set in text as a whole is a list or a number.
+    # A list or a number set entirely in \text is a list or a number.
     inner = enclosed(text, r"\text{", "}")
     return text if inner is None or not re.match(r"[^{}]*,|\s*[\d.+-]", inner) else inner.strip()
 
 
 def _grouped(text: str) -> str:
-    """With semicolons between equal numbers of items: (p=5, q=2), (p=7, q=2)."""
+    """p=5, q=2; p=7, q=2 as (p=5, q=2), (p=7, q=2): semicolons between groups of equal size."""
     groups = text.strip("$ ").split(";")
     commas = {group.count(",") for group in groups}
     if len(groups) < 2 or commas in ({0}, set()) or len(commas) > 1 or re.search(r"[()\[\]]", text):
@@ -154,7 +154,7 @@ def _grouped(text: str) -> str:
 
 
 def enclosed(text: str, opening: str, closing: str) -> str | None:
-    """What stands between the brackets if one pair encloses the whole text."""
+    """What is between the brackets if one pair encloses the whole text, else None."""
     if not (text.startswith(opening) and text.endswith(closing)):
         return None
     inner = text[len(opening) : len(text) - len(closing)]
@@ -167,7 +167,7 @@ def enclosed(text: str, opening: str, closing: str) -> str | None:
 
 
 def split(text: str, separator: str) -> list[str]:
-    """Split at a separator (regex) outside of all brackets; no split if they do not match up."""
+    """Split at a separator (regex) outside all brackets; no split if brackets are unbalanced."""
     parts, depth, start = [], 0, 0
     for match in re.finditer(rf"({separator})|\\?[([{{]|\\?[)\]}}]", text):
         if match[1] is not None:
@@ -183,7 +183,7 @@ def split(text: str, separator: str) -> list[str]:
 
 
 def compact(text: str) -> str:
-    """No spaces, save between digits, and no text mark-up: for telling identical writing."""
+    """Without spaces (except between digits) and \\text, to compare texts as written."""
     text = re.sub(r"\\text\{\s*(.*?)\s*\}|(?<!\d)\s+|\s+(?!\d)", r"\1", text)
     return re.sub(r"([_^])\{(\w)\}(?!\w)", r"\1\2", text)
 
@@ -203,7 +203,7 @@ _FUNCTIONS = re.compile(
 
 
 def as_text(text: str) -> str:
-    """Words alone: no case, articles, punctuation or spaces; "four" is 4 and "4th" is 4."""
+    """Words alone, without case, articles, punctuation or spaces; "four" and "4th" are 4."""
     text = re.sub(r"\\text\{([^{}]*)\}", r" \1 ", text).lower()
     text = re.sub(r"(?<=\d)(?:st|nd|rd|th)\b", "", text)
     text = re.sub(r"[^\w.:%+\-]+", " ", text)
@@ -237,5 +237,5 @@ def wordy(text: str) -> bool:
 
 
 def letters_in(text: str) -> set[str]:
-    """The Latin letters of a formula, those of its commands aside."""
+    """The Latin letters of a formula, except those of its commands."""
     return set(re.findall(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", text)))

@@ -1,14 +1,14 @@
-"""Worker processes in which a call may take a limited time and memory, and no more.
+"""Worker processes that run calls under limits of time and memory.
 
 pebble's ProcessPool does the work: it kills a worker that runs past its limit, notices one that
 died, and starts another. Added here:
 
 * Workers are spawned, so threads and CUDA state of the training process are not copied into
   them, and they do not import the program's main script, which may load torch.
-* Limits count computing time, which a busy machine does not use up for a call; a call that
-  sleeps or waits is ended after `WAITING` times its limit on the clock.
-* `prepare` runs before a worker takes its first call, so imports do not count against a limit.
-* The memory limit (RLIMIT_AS, where the system has it) is what calls may take on top of what the
+* Time limits count CPU time, so a busy machine does not use them up; a call that sleeps or waits
+  is ended after `WAITING` times its limit of wall-clock time.
+* `prepare` runs before a worker's first call, so imports do not count against a limit.
+* The memory limit (RLIMIT_AS, on systems that have it) is what calls may use on top of what the
   prepared worker has.
 * Every failure comes back as a `CallFailed` that says what happened; exceptions of the other
   process are never unpickled.
@@ -33,22 +33,22 @@ from typing import Any, NamedTuple
 from pebble import ProcessExpired, ProcessPool
 
 WAITING = 5
-"""Seconds on the clock that a call may take for each second of its limit."""
-_OUT_OF_MEMORY = 86  # exit status of a worker that a call has left without memory
+"""Seconds of wall-clock time that a call may take for each second of its limit."""
+_OUT_OF_MEMORY = 86  # exit status of a worker that ran out of memory
 _TIME_IS_UP = getattr(signal, "SIGPROF", 0)
-_STALLED_S = 120.0  # no answer to anything for so long: the pool itself is broken
+_STALLED_S = 120.0  # without any result for this long, the pool itself is broken
 
 
 class CallFailed(Exception):
-    """A call gave no result. The message says what happened to it."""
+    """A call gave no result. The message says why."""
 
 
 class PoolBroken(CallFailed):
-    """The pool broke down under the call, which may not have been its fault: try once more."""
+    """The pool broke down, perhaps not because of this call: try once more."""
 
 
 class Call(NamedTuple):
-    """A call under way."""
+    """A submitted call."""
 
     future: Future
     pool: ProcessPool
@@ -59,8 +59,8 @@ class WorkerPool:
     """`workers` processes that run calls, each call under its own limits.
 
     `prepare(*prepare_args)` runs once in each process before its first call; like every function
-    called here it must stand at the top of a module. May be used from any thread. Close it, or
-    use it as a context manager: no process is left behind.
+    called here it must be defined at the top level of a module. May be used from any thread. Close
+    it, or use it as a context manager, and no process is left behind.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class WorkerPool:
         self.close()
 
     def submit(self, function: Callable[..., Any], args: Sequence[Any], limit_s: float) -> Call:
-        """Schedule `function(*args)`, which is killed after `limit_s` seconds of computing."""
+        """Schedule `function(*args)`, which is killed after `limit_s` seconds of CPU time."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("the worker pool is closed")
@@ -184,11 +184,11 @@ def describe(error: BaseException) -> str:
 
 
 def _initialise(memory_limit_mb: int, prepare: Callable[..., None], args: tuple[Any, ...]) -> None:
-    # Ctrl-C and a scheduler's SIGTERM go to the whole process group, and the trainer finishes its
-    # step: no answer of that step may be lost. Workers end with their parent in any case.
+    # Ctrl-C and a scheduler's SIGTERM go to the whole process group, but the trainer finishes its
+    # step and needs the workers for that. They end with their parent in any case.
     if hasattr(os, "setpgrp"):
         os.setpgrp()
-    # pebble's handler waits for the interpreter, which a call may be holding.
+    # pebble's handler would wait for the interpreter, which a call may hold.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     prepare(*args)
     _limit_memory(memory_limit_mb)
@@ -200,30 +200,30 @@ def _limit_memory(limit_mb: int) -> None:
 
         with open("/proc/self/statm", encoding="ascii") as status:
             taken = int(status.read().split()[0]) * resource.getpagesize()
-    except (ImportError, OSError):  # not Linux: the time limit alone holds
+    except (ImportError, OSError):  # not Linux: only the time limit applies
         return
     limit = taken + limit_mb * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def limit_computing(seconds: float) -> None:
-    """From now on, end this process once it has computed for so long; 0 for no limit.
+    """End this process after this much CPU time from now on; 0 for no limit.
 
-    The kernel ends it, so that a call stuck in C code is ended as well.
+    The kernel does it, so a call stuck in C code is ended as well.
     """
     if _TIME_IS_UP:
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _call(function: Callable[..., Any], args: tuple[Any, ...], limit_s: float) -> tuple[bool, Any]:
-    # Should the parent die, nobody is left to end a call that waits for ever.
+    # If the parent dies, nobody else would end a call that waits for ever.
     with open(os.devnull, "w") as nowhere:
         faulthandler.dump_traceback_later(WAITING * limit_s + 10, exit=True, file=nowhere)
         limit_computing(limit_s)
         try:
             return True, function(*args)
         except MemoryError:
-            os._exit(_OUT_OF_MEMORY)  # what holds the memory may stay: start afresh
+            os._exit(_OUT_OF_MEMORY)  # whatever holds the memory may stay: start afresh
         except BaseException as error:  # sys.exit() among them
             return False, describe(error)
         finally:
@@ -239,9 +239,9 @@ _starting = threading.Lock()
 class _Process(SpawnProcess):
     """A spawned process that does not import the program's main script.
 
-    multiprocessing would import it for functions that stand in it; here there are none, a
-    script without `if __name__ == "__main__"` would start itself over, and its imports would
-    cost each worker seconds. Daemonic processes may start one too: it ends with its pipe.
+    multiprocessing imports it to find functions defined in it. Here there are none, its imports
+    would cost each worker seconds, and a script without `if __name__ == "__main__"` would start
+    itself again. Daemonic processes may start one too: it ends with its pipe.
     """
 
     def start(self) -> None:

@@ -18,7 +18,7 @@ Units = Literal["auto", "ignore", "required"]
 
 @dataclass(frozen=True)
 class Rules:
-    """What counts as the same. See `mm_agrae.grading.accuracy.verify`."""
+    """What counts as equal. See `accuracy.verify`."""
 
     tolerance: float | None = None
     units: Units = "auto"
@@ -79,12 +79,12 @@ def number(text: str) -> Number | None:
 
 
 def agree(gold: Number, answer: Number, tolerance: float | None = None) -> bool:
-    """Equal, or as near as rounding explains.
+    """Equal, or equal up to rounding.
 
-    With a `tolerance`: within that fraction of the gold. Without one: integers are exact. Other
-    exact numbers also take a decimal that they round to, of at least six places and four
-    significant digits. A decimal gold of at least three significant digits also takes an exact
-    answer that rounds to it, and a longer decimal that does and is within 0.1 % of it.
+    With a `tolerance`: within that fraction of the gold number. Without: integers must be exact.
+    Other exact numbers also match a decimal that they round to, of at least six places and four
+    significant digits. A decimal gold number of at least three significant digits also matches an
+    exact answer that rounds to it, and a longer decimal that does and is within 0.1 % of it.
     """
     gap = abs(gold.value - answer.value)
     if gap == 0:
@@ -200,7 +200,7 @@ def unit(text: str) -> Unit | None:
 
 
 def ratio_of_units(gold: Unit | None, answer: Unit | None, rules: Rules) -> Fraction | None:
-    """What to multiply the answer by to have it in the gold's unit; None if that cannot be."""
+    """What to multiply the answer by to convert it to the gold unit; None if impossible."""
     if rules.units == "ignore":
         return Fraction(1)
     if gold is None or answer is None:
@@ -208,7 +208,7 @@ def ratio_of_units(gold: Unit | None, answer: Unit | None, rules: Rules) -> Frac
     if gold.dimension == answer.dimension:
         return answer.factor / gold.factor
     names = {name for name, _ in gold.dimension | answer.dimension}
-    # 5 units may be 5 cm, 20° may be 20 °C; "18 ways" and "18 orders" count the same things.
+    # 5 units may be 5 cm, 20° may be 20 °C; "18 ways" and "18 orders" count the same.
     vague = "unit" in names or {"angle"} < names <= {"angle", "celsius", "fahrenheit"}
     return Fraction(1) if vague or not (gold.known or answer.known) else None
 
@@ -229,7 +229,7 @@ _PLAIN_UNIT = re.compile(
 )
 
 
-# Text after a formula that says more than what is counted.
+# Text after a formula that is not just a name of what is counted.
 _NO_UNIT = re.compile(
     r"\\text\{\s*.{0,2}\}|\b(?:if|for|when|where|otherwise|is|are|to|at|not|no)\b"
 )
@@ -237,7 +237,7 @@ _NO_UNIT = re.compile(
 
 @lru_cache(maxsize=4096)
 def quantity(text: str) -> Quantity:
-    r"""Take the unit off: 5\text{ cm}^2, 12 cm, 120^\circ, 50%, 24 apples. Variables stay."""
+    r"""Split off the unit: 5\text{ cm}^2, 12 cm, 120^\circ, 50%, 24 apples. Variables stay."""
     if text.endswith("%"):
         return Quantity(text[:-1].strip(), percent=True)
     if (match := _DEGREES.fullmatch(text)) and not re.search("sin|cos|tan|cot|sec|csc", text):
@@ -266,9 +266,9 @@ def quantity(text: str) -> Quantity:
 
 
 def same_quantity(gold: Number, answer: Number, percent: tuple[bool, bool], rules: Rules) -> bool:
-    """A percent sign on one side alone is either a unit left out or a hundredth.
+    """A percent sign on one side alone is either an omitted unit or a hundredth.
 
-    It is not a hundredth beside an integer above 1: 500% is not what 5 is meant to say.
+    It is not a hundredth beside an integer above 1: 500% does not mean 5.
     """
     if percent[0] == percent[1] or (
         rules.units != "required" and agree(gold, answer, rules.tolerance)

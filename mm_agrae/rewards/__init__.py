@@ -1,9 +1,11 @@
 """Completions -> scores.
 
 In: `Example`s and `Completion`s. Out: a `Score` each, the weighted sum of the reward parts. Begin
-with `rewarder.py`; `PARTS` there is where a reward is added.
+with `parts.py`, where a reward is added; `rewarder.py` scores a batch, `worker.py` is what runs in
+the worker processes.
 """
 
-from mm_agrae.rewards.rewarder import PARTS, Rewarder
+from mm_agrae.rewards.parts import PARTS
+from mm_agrae.rewards.rewarder import Rewarder
 
 __all__ = ["PARTS", "Rewarder"]

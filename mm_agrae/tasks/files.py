@@ -1,14 +1,13 @@
-"""Any data set that is a table of questions and answers: files, folders, Hugging Face data sets.
+"""Tables of questions and answers: files, folders, Hugging Face data sets.
 
     - task: files
       path: data/downloads/geometry3k/train.jsonl
       columns: {answer: answer_value, choices: null}
 
-Read are JSONL, JSON (a list of objects), CSV, TSV and Parquet files, a folder that holds such
-files, a folder written by `datasets.save_to_disk`, and the id of a data set on the Hugging Face
-hub. Every row is checked when the task is made, pictures only for being there: they are decoded
-when the row is processed. Messages count lines of JSONL and CSV from 1 and rows of other formats
-from 0.
+Accepted are JSONL, JSON (a list of objects), CSV, TSV and Parquet files, a folder of such files, a
+folder written by `datasets.save_to_disk`, and the id of a data set on the Hugging Face hub. Every
+row is checked when the task is made. Of images only the existence is checked; they are decoded when
+the row is processed. Messages count lines of JSONL and CSV from 1 and rows of other formats from 0.
 """
 
 from __future__ import annotations
@@ -16,16 +15,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from mm_agrae.config.plugins import check_arguments
+from mm_agrae.config.plugins import check_arguments, is_import_name
 from mm_agrae.errors import ConfigError, DataError, nearest
-from mm_agrae.tasks.images import find_file, is_url, open_image, without_secrets
-from mm_agrae.tasks.rows import LazyRow, Row, listing, read_rows, show
+from mm_agrae.tasks.images import find_file
+from mm_agrae.tasks.rows import LazyRow, TableRow, listing, read_rows, show
 from mm_agrae.types import Example, ImageSource
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -35,7 +33,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "choices": ("choices", "options"),
     "id": ("id", "unique_id"),
 }
-"""Our fields, and where each is looked for unless `columns` says it (Problem and PROBLEM too)."""
+"""Fields of an example, and the columns each is looked for in (also as Problem and PROBLEM)."""
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MARKER = re.compile(r"<image ?([0-9]{0,3})>")
@@ -48,18 +46,18 @@ class FileTask:
 
     `path`: a file, a folder or a hub id; `split` and `subset` choose among the files of a folder
     or the parts of a hub data set.
-    `columns`: which column each field of `COLUMNS` is read from, for instance
-    `{question: query}`; null turns a field off. `images` and `choices` take a list of columns as
-    well, for tables that hold each picture or choice in a column of its own.
+    `columns`: which column each of question, answer, images, choices and id is read from, for
+    instance `{question: query}`; null turns a field off. `images` and `choices` also take a list
+    of columns, for tables with one column per image or choice.
     `where`: keep only rows with these values, such as `{answer_type: closed, level: [4, 5]}`.
-    `grading`: arguments of `rewards.accuracy.verify` for every row. Rows with choices are graded
-    as `{"kind": "choice", "choices": [...]}` under these. With `grader: "module:function"` that
-    function grades instead (see `rewards`); it gets the other keys as they are.
+    `grading`: arguments of `grading.accuracy.verify` for every row. Rows with choices are graded
+    as `{"kind": "choice", "choices": [...]}`, which these override. With
+    `grader: "module:function"` that function grades instead (see `rewards.parts.accuracy`) and
+    receives the other keys as they are.
     `show_choices`: append the choices to the question as lines "(A) …", unless it has them.
-    `answer_after`: the answer is what follows the last such text, "####" for GSM8K.
-    `image_root`: folder that all pictures must lie in; not set: the folder of the data file.
-    `allow_urls`: fetch pictures given as http(s) URLs, anew each time the row is used;
-    `allow_private_urls`: from addresses of private networks, too.
+    `answer_after`: the answer is what follows the last occurrence of this text, such as "####"
+    for GSM8K.
+    `image_root`: folder that all images must lie in; not set: the folder of the data file.
     `meta`: columns carried into the rollout records.
     `limit`: stop after so many examples. `on_bad_row`: raise, or leave the row out and put the
     reason into `skipped`.
@@ -80,8 +78,6 @@ class FileTask:
         show_choices: bool = True,
         answer_after: str = "",
         image_root: str | None = None,
-        allow_urls: bool = False,
-        allow_private_urls: bool = False,
         meta: Sequence[str] = (),
         limit: int | None = None,
         on_bad_row: Literal["error", "skip"] = "error",
@@ -90,56 +86,45 @@ class FileTask:
         self.columns = dict(columns or {})
         self.where = dict(where or {})
         self.grading = dict(grading or {})
-        self.check_options(
-            {
-                "columns": self.columns,
-                "grading": self.grading,
-                "allow_urls": allow_urls,
-                "allow_private_urls": allow_private_urls,
-            }
-        )
+        self.check_options({"columns": self.columns, "grading": self.grading})
         self.show_choices = show_choices
         self.answer_after = answer_after
         self.image_root = image_root
-        self.allow_urls, self.allow_private_urls = allow_urls, allow_private_urls
         self.meta = tuple(meta)
         self.skipped: list[str] = []
         self._rows: list[LazyRow] = []
-        # Picture files are looked up once however many rows, epochs and completions use them.
+        # An image file is looked up once, however many rows and epochs use it.
         self._find_file = lru_cache(maxsize=None)(find_file)
 
         seen: dict[str, None] = {}
         for lazy in self._read_rows(path):
             if len(self._rows) == limit:
                 break
-            origin, folder, read = lazy
             try:
-                row = self._prepare(read())
+                row = self._prepare(lazy.read())
                 seen.update(dict.fromkeys(row))
-                if self._wanted(row, origin):
-                    self._example(row, origin, folder)
+                if self._wanted(row, lazy.origin):
+                    self._example(row, lazy)
                     self._rows.append(lazy)
             except DataError as error:
                 if on_bad_row == "error":
-                    raise DataError(f"{error}; mend it or set data.on_bad_row=skip") from None
+                    raise DataError(f"{error}; fix it or set data.on_bad_row=skip") from None
                 self.skipped.append(str(error))
         self._check_found(path, list(seen))
 
     @staticmethod
     def check_options(options: Mapping[str, Any]) -> None:
-        """Look into the nested options. Raises ConfigError naming the key."""
+        """Check the nested options. Raises ConfigError naming the key."""
         from mm_agrae.grading.accuracy import verify
 
         grading = options.get("grading") or {}
         try:
             if "grader" not in grading:
                 check_arguments(verify, grading, ("gold", "completion"))
-            elif not re.fullmatch(r".+:\w+", str(grading["grader"])):
+            elif not is_import_name(str(grading["grader"])):
                 raise ConfigError(f'grader: {grading["grader"]!r} is not "module:function"')
         except ConfigError as error:
             raise ConfigError(f"grading: {error}") from None
-        if options.get("allow_private_urls") and not options.get("allow_urls"):
-            raise ConfigError("allow_private_urls: needs allow_urls as well")
         for key in options.get("columns") or {}:
             if key not in COLUMNS:
                 raise ConfigError(f"columns: no field {key!r}; {nearest(str(key), COLUMNS)}")
@@ -153,25 +138,17 @@ class FileTask:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Example:
-        origin, folder, read = self._rows[index]
-        example = self._example(self._prepare(read()), origin, folder)
-        return replace(example, images=tuple(self._fetched(i, origin) for i in example.images))
+        lazy = self._rows[index]
+        return self._example(self._prepare(lazy.read()), lazy)
 
-    def _fetched(self, source: ImageSource, origin: str) -> ImageSource:
-        if not is_url(source):
-            return source
-        return open_image(
-            source, origin=origin, allow_urls=True, allow_private_urls=self.allow_private_urls
-        )
-
-    # What a task for one data set may say otherwise.
+    # What the task of one data set may override.
 
     candidates: Mapping[str, tuple[str, ...]] = COLUMNS
 
     def _read_rows(self, path: str) -> Iterator[LazyRow]:
         return read_rows(path, self.split, self.subset)
 
-    def _prepare(self, row: Row) -> Row:
+    def _prepare(self, row: TableRow) -> TableRow:
         return row
 
     def _kind(self, answer: str) -> Mapping[str, Any]:
@@ -192,7 +169,7 @@ class FileTask:
             chosen = f" with {self.where}" if self.where and seen else ""
             raise DataError(f"{path}: has no rows{chosen}")
 
-    def _wanted(self, row: Row, origin: str) -> bool:
+    def _wanted(self, row: TableRow, origin: str) -> bool:
         for name, value in self.where.items():
             if name not in row:
                 raise DataError(f"{origin}: where.{name}: {_no_column(name, row)}")
@@ -200,7 +177,8 @@ class FileTask:
                 return False
         return True
 
-    def _example(self, row: Row, origin: str, folder: Path) -> Example:
+    def _example(self, row: TableRow, lazy: LazyRow) -> Example:
+        origin, folder, _ = lazy
         sources = _listed(self._value(row, "images"))
         images = [
             self._image(source, origin, folder) for source in sources if source not in (None, "")
@@ -231,15 +209,15 @@ class FileTask:
             meta={name: row.get(name) for name in self.meta},
         )
 
-    def _value(self, row: Row, field: str, required: str = "") -> Any:
-        """The row's value of one of our fields; None if it has none and is not `required`."""
+    def _value(self, row: TableRow, field: str, required: str = "") -> Any:
+        """The row's value of a field; None if it has none, which raises if `required`."""
         if field in self.columns:
             column = self.columns[field]
             if column is None:
                 return None
             if not isinstance(column, str):
                 values = [row.get(name) for name in column]
-                while values and values[-1] in (None, ""):  # not a gap: it would shift letters
+                while values and values[-1] in (None, ""):  # a gap would shift the letters
                     values.pop()
                 return values
             if column not in row and required:
@@ -253,21 +231,21 @@ class FileTask:
             tried = ", ".join(self.candidates[field])
             raise DataError(
                 f"{required}: no {field}: none of {tried} among the columns {listing(row)}; "
-                f"name the right one by the option columns.{field}"
+                f"name the column by the option columns.{field}"
             )
         return None
 
-    def _question(self, row: Row, origin: str, has_images: bool) -> str:
+    def _question(self, row: TableRow, origin: str, has_images: bool) -> str:
         question = self._value(row, "question", required=origin)
         if question is None and has_images:
             return ""
         if not isinstance(question, str):
             raise DataError(f"{origin}: question: expected text, got {show(question)}")
         if not question.strip() and not has_images:
-            raise DataError(f"{origin}: question: empty, and there is no picture")
+            raise DataError(f"{origin}: question: empty, and there is no image")
         return question
 
-    def _answer(self, row: Row, origin: str) -> str:
+    def _answer(self, row: TableRow, origin: str) -> str:
         answer = self._value(row, "answer", required=origin)
         if isinstance(answer, float) and answer.is_integer():
             answer = int(answer)  # tables turn a column of integers with a gap into floats
@@ -283,8 +261,8 @@ class FileTask:
             raise DataError(f"{origin}: answer: empty")
         return text.strip()
 
-    def _choices(self, row: Row, origin: str) -> list[str]:
-        """Texts of the choices without their letters; "" where a choice is just its letter."""
+    def _choices(self, row: TableRow, origin: str) -> list[str]:
+        """Texts of the choices without their letters; "" where a choice is only its letter."""
         values = self._value(row, "choices")
         if values is None or values == "":
             return []
@@ -309,13 +287,6 @@ class FileTask:
             return source
         if not isinstance(source, str) or not source:
             raise DataError(f"{origin}: image: expected a path or bytes, got {show(source)}")
-        if is_url(source):
-            if not self.allow_urls:
-                raise DataError(
-                    f"{origin}: image: {show(without_secrets(source))} is a URL; download the "
-                    "pictures first, or set allow_urls"
-                )
-            return source
         try:
             return str(self._find_file(source, self.image_root or folder))
         except DataError as error:
@@ -325,12 +296,12 @@ class FileTask:
 def _place_images(
     question: str, choice_lines: Sequence[str], images: list[Any], origin: str
 ) -> tuple[str, list[Any]]:
-    """Question and pictures such that the i-th `<image>` marker stands for the i-th picture.
+    """Question and images such that the i-th `<image>` marker stands for the i-th image.
 
-    Bare markers must be as many as the pictures. Numbered ones (`<image2>`) may repeat and come
-    in any order: the first of each number stays, later ones become the words "(image 2)", and
-    the pictures are put in the order of their markers. A single picture stands for all numbered
-    markers, since MathVision draws all figures of a problem into one.
+    There must be as many bare markers as images. Numbered ones (`<image2>`) may repeat and come in
+    any order: the first of each number stays, later ones become the words "(image 2)", and the
+    images are put in the order of their markers. A single image stands for all numbered markers,
+    since MathVision draws all figures of a problem into one.
     """
     text = "\n".join([question.rstrip(), *choice_lines] if choice_lines else [question])
     numbers = MARKER.findall(text)
@@ -340,7 +311,7 @@ def _place_images(
         return MARKER.sub("<image>", text), images
     order = list(dict.fromkeys(map(int, numbers)))
     if len(images) == 1 and order:
-        # A marker among the choices would make the one picture look like that choice.
+        # A marker among the choices would make the one image look like that choice.
         first = MARKER.search(question)
         start, end, kept = (first.start(), first.end(), "<image>") if first else (0, 0, "")
         return text[:start] + kept + MARKER.sub(r"(image \1)", text[end:]), images

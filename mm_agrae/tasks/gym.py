@@ -1,12 +1,12 @@
-"""Procedural tasks of reasoning-gym (Stojanovski et al. 2025), made as they are asked for.
+"""Procedural tasks of reasoning-gym (Stojanovski et al. 2025), generated on access.
 
     - {task: gym, names: [countdown, maze], size: 1000, seed: 1, settings: {maze: {max_dist: 6}}}
 
-Needs `pip install mm-agrae[gym]`. A completion's final answer is graded by the data set's own
-`score_answer`, a number from 0 to 1, in the worker processes and under the limits of
-`mm_agrae.rewards`; 1 is success. Some of these functions evaluate the answer as Python or hand it
-to sympy, which does. Their answers are first held against a pattern that leaves numbers,
-operators, names of variables and of a few functions, and lists; what does not fit is no answer.
+Needs `pip install mm-agrae[gym]`. The final answer of a completion is graded by the data set's own
+`score_answer`, a number from 0 to 1 (1 is success), in the worker processes and under the limits of
+`mm_agrae.rewards`. Some of these functions evaluate the answer as Python, or by sympy, which does
+the same. Their answers must first match a pattern of numbers, operators, variables, a few functions
+and lists; anything else counts as no answer.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mm_agrae.errors import ConfigError, nearest
 from mm_agrae.types import Example
 
 LEFT_OUT = {
-    "codeio": "it runs code of its own data to make its questions",
+    "codeio": "it runs code from its data to make its questions",
     "composite": "name several data sets instead",
 }
 EVALUATED_AS_PYTHON = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
@@ -39,7 +39,7 @@ EVALUATED_BY_SYMPY = frozenset(
 # Without parentheses, dots and operators nothing is called, looked up or computed.
 _LISTS = re.compile(r"[\w\s,\[\]'\"-]*", re.ASCII)
 _FUNCTIONS = "sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|log|ln|exp|sqrt|Abs|pi"
-# A name is a variable of one letter or a listed function; nothing stands before a dot but digits.
+# A name is a one-letter variable or a listed function; only digits may precede a dot.
 _FORMULA = re.compile(
     rf"\d+(?:\.\d*)?|\.\d+|(?<![\w.])(?:[A-Za-z]|{_FUNCTIONS})\b|[\s+*/^()-]+", re.ASCII
 )
@@ -48,10 +48,10 @@ _FORMULA = re.compile(
 class GymTask:
     """Questions of one or several data sets of reasoning-gym, in turn.
 
-    `names`: which, such as countdown or [countdown, maze].
-    `size`: questions of each. `seed`: other seeds give other questions, so train and evaluate
-    on different ones.
-    `settings`: those of a data set, by its name: `{countdown: {min_numbers: 3}}`.
+    `names`: which data sets, such as countdown or [countdown, maze].
+    `size`: questions of each. `seed`: different seeds give different questions; use different ones
+    to train and to evaluate.
+    `settings`: settings of a data set by its name: `{countdown: {min_numbers: 3}}`.
 
     Raises ConfigError for a name or setting that reasoning-gym does not have.
     """
@@ -71,7 +71,8 @@ class GymTask:
         self.settings = {name: dict((settings or {}).get(name, {})) for name in self.names}
         # reasoning-gym seeds question i with seed + i: neighbouring seeds would share questions.
         self._data = [
-            _make(name, size, _wide(f"{name} {seed}"), self.settings[name]) for name in self.names
+            _make(name, size, _seed_of(f"{name} {seed}"), self.settings[name])
+            for name in self.names
         ]
 
     @staticmethod
@@ -109,7 +110,7 @@ class GymTask:
         return Example(
             id=f"{name}-{self.seed}-{row}",
             question=entry["question"],
-            answer="(several are right)" if answer is None else str(answer),
+            answer="(several are correct)" if answer is None else str(answer),
             grading={
                 "grader": f"{__name__}:score",
                 "name": name,
@@ -128,15 +129,15 @@ def score(
     name: str,
     settings: Mapping[str, Any],
     entry: Mapping[str, Any],
-    **where_it_stands: Any,
+    **extraction: Any,
 ) -> float:
-    """What `score_answer` gives for the final answer of a completion, from 0 to 1.
+    """The data set's `score_answer` of a completion's final answer, from 0 to 1.
 
-    `where_it_stands` are arguments of `rewards.extraction.extract_answer`.
+    `extraction` are arguments of `grading.extraction.extract_answer`.
     """
     from mm_agrae.grading.extraction import extract_answer
 
-    answer = extract_answer(completion, **{"bare_limit": 4096, **where_it_stands})
+    answer = extract_answer(completion, **{"bare_limit": 4096, **extraction})
     if answer is not None and not _harmless(name, answer):
         answer = None
     return float(_scorer(name, json.dumps(settings, sort_keys=True))(answer, entry))
@@ -162,7 +163,7 @@ def _make(name: str, size: int, seed: int, settings: Mapping[str, Any]) -> Any:
 
     try:
         return reasoning_gym.create_dataset(name, size=size, seed=seed, **settings)
-    except Exception as error:  # assertions and type errors of its settings
+    except Exception as error:  # whatever its settings assert
         raise ConfigError(f"settings.{name}: {type(error).__name__}: {error}") from None
 
 
@@ -180,5 +181,5 @@ def _names(names: str | Sequence[str]) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
-def _wide(text: str) -> int:
+def _seed_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

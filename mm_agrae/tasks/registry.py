@@ -1,10 +1,11 @@
 """The list of tasks. A task is a sequence of `Example`s.
 
 To add one, write a class with `__len__` and `__getitem__` (IndexError past the end) and put a
-line into `TASKS`, or name it as "module:Class" or "path/to/file.py:Class" in the config. The
-keyword arguments of its constructor are its options in the config. Two arguments are filled in
-where the constructor has them: `limit` (stop after so many examples) and `on_bad_row` ("error" or
-"skip"). A task that leaves rows out lists the reasons in an attribute `skipped`.
+line into `TASKS`, or name it as "module:Class" or "path/to/file.py:Class" in the config. A
+published data set needs only an entry in `catalog.py`. The keyword arguments of the constructor are
+the task's options in the config. Two of them are filled in, if the constructor has them: `limit`
+(stop after so many examples) and `on_bad_row` ("error" or "skip"). A task that leaves rows out
+lists the reasons in an attribute `skipped`.
 """
 
 from __future__ import annotations
@@ -16,38 +17,26 @@ from typing import Any, Literal, Protocol
 from mm_agrae.config import DataSource
 from mm_agrae.config.plugins import check_arguments, is_import_name, load_object, signature
 from mm_agrae.errors import ConfigError, nearest
+from mm_agrae.tasks import catalog, medical
 from mm_agrae.types import Example
-
-NAMED = (
-    "geometry3k",
-    "math",
-    "math500",
-    "gsm8k",
-    "aime2024",
-    "aime2025",
-    "amc23",
-    "mathvision",
-    "mathverse",
-    "vqa_rad",
-)
-MEDICAL = ("medical_mri", "medical_ct", "medical_xray")
-
-TASKS: dict[str, str] = {
-    "synthetic": "mm_agrae.tasks.synthetic.task:SyntheticTask",
-    "files": "mm_agrae.tasks.files:FileTask",
-    "gym": "mm_agrae.tasks.gym:GymTask",
-    **{name: f"mm_agrae.tasks.catalog:{name}" for name in NAMED},
-    **{name: f"mm_agrae.tasks.medical:{name}" for name in MEDICAL},
-}
-
-FILLED_IN = ("limit", "on_bad_row")
-_REQUIRED = inspect.Parameter.empty
 
 
 class Task(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Example: ...
+
+
+TASKS: dict[str, str | type[Task]] = {
+    "synthetic": "mm_agrae.tasks.synthetic.task:SyntheticTask",
+    "files": "mm_agrae.tasks.files:FileTask",
+    "gym": "mm_agrae.tasks.gym:GymTask",
+    **catalog.TASKS,
+    **medical.TASKS,
+}
+
+FILLED_IN = ("limit", "on_bad_row")
+_REQUIRED = inspect.Parameter.empty
 
 
 class Concatenation:
@@ -60,7 +49,7 @@ class Concatenation:
             for task, limit in zip(tasks, limits, strict=True)
         ]
         self.skipped = [reason for task in tasks for reason in getattr(task, "skipped", ())]
-        """Rows that were left out: file, row and reason."""
+        """Rows left out: file, row and reason."""
 
     def __len__(self) -> int:
         return sum(self.lengths)
@@ -102,8 +91,8 @@ def load_all(
 def check(source: DataSource) -> None:
     """Compare a source's options with its task's constructor, without reading any data.
 
-    A task class with a `check_options(options)` of its own is asked as well. Raises ConfigError
-    that names the option and the nearest valid one.
+    Also calls `check_options(options)` of the task class, if it has one. Raises ConfigError that
+    names the option and the nearest valid one.
     """
     task_class = _task_class(source)
     where = f"data source {source.label!r}"
@@ -116,7 +105,7 @@ def check(source: DataSource) -> None:
 
 
 def describe(name: str) -> str:
-    """A task's options with their defaults and what they mean, as text."""
+    """A task's options with their defaults and meaning, as text."""
     task_class = _task_class(DataSource(task=name))
     options = [
         f"  {parameter.name}: {parameter.annotation}"
@@ -130,6 +119,8 @@ def describe(name: str) -> str:
 
 def _task_class(source: DataSource) -> Any:
     target = TASKS.get(source.task, source.task)
+    if not isinstance(target, str):
+        return target
     if not is_import_name(target):
         raise ConfigError(f"data: no task {source.task!r}; {nearest(source.task, TASKS)}")
     try:

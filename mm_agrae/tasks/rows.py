@@ -1,4 +1,4 @@
-"""Rows of tables, whatever they are stored in, each with a name for error messages."""
+"""Rows of tables in any format, each with a name for error messages."""
 
 from __future__ import annotations
 
@@ -9,23 +9,33 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mm_agrae.errors import DataError
 from mm_agrae.tasks.images import printable
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
-Row = Mapping[str, Any]
-LazyRow = tuple[str, Path, Callable[[], Row]]
-"""Name for messages, folder that pictures are relative to, and a function that gives the row."""
+TableRow = Mapping[str, Any]
+"""Column name -> value."""
+
+
+class LazyRow(NamedTuple):
+    """A row that is parsed when it is read."""
+
+    origin: str
+    """File and row, for messages."""
+    folder: Path
+    """What the paths of its images are relative to."""
+    read: Callable[[], TableRow]
+    """Parses the row. Raises DataError naming it."""
 
 
 def read_rows(path: str, split: str = "", subset: str = "") -> Iterator[LazyRow]:
     """The rows of a file, a folder or a hub data set, in order.
 
-    Nothing is parsed before a row's function is called, except that JSON lists and Parquet files
-    are held in memory. Raises DataError naming the file; so does a row's function.
+    Nothing is parsed before a row is read, except that JSON lists and Parquet files are held in
+    memory. Raises DataError naming the file.
     """
     local = Path(path)
     if local.is_file():
@@ -53,7 +63,7 @@ def read_rows(path: str, split: str = "", subset: str = "") -> Iterator[LazyRow]
 
 
 def _choose_files(folder: Path, split: str, subset: str) -> list[Path]:
-    """Data files of a folder that belong to a split, by name: train.jsonl, train-00000-of-2.…"""
+    """The data files of a split, by name: train.jsonl, train-00000-of-00002.parquet, …"""
     files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     names = {file: file.relative_to(folder) for file in files}
     files = [f for f in files if not any(part.startswith(".") for part in names[f].parts)]
@@ -84,7 +94,7 @@ def _file_rows(path: Path) -> Iterator[LazyRow]:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         origin = f"{path}, line {number}"
-                        yield origin, path.parent, partial(_parse_line, line, origin)
+                        yield LazyRow(origin, path.parent, partial(_parse_line, line, origin))
         else:
             raise DataError(f"{path}: not a data file ({', '.join(SUFFIXES)})")
     except OSError as error:
@@ -96,7 +106,7 @@ def _first_byte(path: Path) -> bytes:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
-def _parse_line(line: bytes, origin: str) -> Row:
+def _parse_line(line: bytes, origin: str) -> TableRow:
     try:
         row = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -104,11 +114,11 @@ def _parse_line(line: bytes, origin: str) -> Row:
     return _mapping(row, origin)
 
 
-def _mapping(row: Any, origin: str) -> Row:
+def _mapping(row: Any, origin: str) -> TableRow:
     if not isinstance(row, dict):
         raise DataError(f"{origin}: expected a JSON object, got {show(row)}")
     try:
-        # JSON can spell half of a surrogate pair, which no file and no tokenizer takes.
+        # JSON can spell half a surrogate pair, which no file and no tokenizer accepts.
         json.dumps(row, ensure_ascii=False).encode()
     except (UnicodeEncodeError, RecursionError) as error:
         raise DataError(f"{origin}: not valid Unicode, or nested too deep ({error})") from None
@@ -122,23 +132,23 @@ def _json_rows(path: Path) -> Iterator[LazyRow]:
         raise DataError(f"{path}: not JSON ({error})") from None
     for number, row in enumerate(rows):
         origin = f"{path}, row {number}"
-        yield origin, path.parent, partial(_mapping, row, origin)
+        yield LazyRow(origin, path.parent, partial(_mapping, row, origin))
 
 
 def _csv_rows(path: Path) -> Iterator[LazyRow]:
-    def checked(row: dict[Any, Any], origin: str) -> Row:
+    def checked(row: dict[Any, Any], origin: str) -> TableRow:
         if None in row or None in row.values():
             fewer = "fewer" if None in row.values() else "more"
             raise DataError(f"{origin}: {fewer} fields than the header has names")
         return _mapping(row, origin)
 
-    # Bytes that are not UTF-8 become surrogates, which are refused with the row they stand in.
+    # Bytes that are not UTF-8 become surrogates, so that `_mapping` refuses their row alone.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
         try:
             for row in reader:
                 origin = f"{path}, line {reader.line_num}"
-                yield origin, path.parent, partial(checked, row, origin)
+                yield LazyRow(origin, path.parent, partial(checked, row, origin))
         except csv.Error as error:
             raise DataError(f"{path}, line {reader.line_num}: not CSV ({error})") from None
 
@@ -157,14 +167,14 @@ def _parquet_rows(path: Path) -> Iterator[LazyRow]:
 def _arrow_rows(
     table_of: Callable[[int], Any], count: int, name: str, folder: Path
 ) -> Iterator[LazyRow]:
-    def read(index: int) -> Row:
+    def read(index: int) -> TableRow:
         try:
             return table_of(index).to_pylist()[0]
         except ValueError as error:  # text that is not UTF-8, dates that Python cannot hold
             raise DataError(f"{name}, row {index}: cannot be read ({error})") from None
 
     for index in range(count):
-        yield f"{name}, row {index}", folder, partial(read, index)
+        yield LazyRow(f"{name}, row {index}", folder, partial(read, index))
 
 
 def _dataset_rows(data: Any, name: str, folder: Path, split: str) -> Iterator[LazyRow]:
@@ -176,7 +186,7 @@ def _dataset_rows(data: Any, name: str, folder: Path, split: str) -> Iterator[La
             raise DataError(f"{name}: set split to one of {', '.join(splits)} (got {split!r})")
         name = f"{name} [{split or splits[0]}]"
         data = data[split or splits[0]]
-    rows = data.with_format("arrow")  # as stored: pictures stay encoded
+    rows = data.with_format("arrow")  # as stored: images stay encoded
     yield from _arrow_rows(rows.__getitem__, len(rows), name, folder)
 
 
@@ -185,7 +195,7 @@ def _hub_rows(name: str, split: str, subset: str) -> Iterator[LazyRow]:
 
     try:
         data = datasets.load_dataset(name, subset or None)
-    except Exception as error:  # no network, no such id, a subset to choose: all said in the text
+    except Exception as error:  # no network, no such id, a subset to choose: the error's text says
         reason = printable(" ".join(str(error).split()), 300)
         raise DataError(
             f"{name}: no such file or folder, and fetching it from the Hugging Face hub failed: "

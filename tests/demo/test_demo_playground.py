@@ -247,7 +247,7 @@ def test_what_goes_wrong_is_said_in_plain_words(person, tmp_path):
     wide, wrong = tmp_path / "wide.png", tmp_path / "wrong.png"
     Image.new("1", (5000, 5000)).save(wide)
     wrong.write_text("this is no picture")
-    for file, said in ((wide, "5,000×5,000 pixels is more than"), (wrong, "not a picture")):
+    for file, said in ((wide, "5,000×5,000 pixels is more than"), (wrong, "not an image")):
         upload(page, file)
         ask(page)
         status.get_by_text(said).wait_for()

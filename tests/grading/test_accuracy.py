@@ -1,303 +1,248 @@
-r"""Grading: right answers in every way of writing them, wrong ones however near, hostile text."""
+r"""Grading: correct answers however they are written, incorrect ones however close."""
 
-import json
 import math
 import multiprocessing
-import os
-import random
 import subprocess
 import sys
 import threading
 from fractions import Fraction
-from functools import cache
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm_agrae.config import RewardSection
 from mm_agrae.grading.accuracy import verify
-from mm_agrae.grading.extraction import extract_answer
 from mm_agrae.grading.formulas import symbolic
-from mm_agrae.grading.notation import as_text, normalise
 from mm_agrae.grading.quantities import Number, agree, number
-from mm_agrae.rewards import Rewarder
-from mm_agrae.rewards.format import follows
-from mm_agrae.types import Completion, Example
 
-# gold answer, answer in the box
-RIGHT = r"""
-0.05               | 5\%
-0.111              | 0,111
-0,5                | 0.5
-33.3               | \frac{100}{3}
-\sqrt[3]{8}        | ∛8
-x^{10}             | x¹⁰
-x_2                | x₂
-\frac{2}{5}        | ⅖
-7*sin(pi*x/5)+1    | 7 \sin(\frac{\pi}{5}x) + 1
+# gold answer | answer in the box | another one …
+EQUAL = r"""
+0.05 | 5\% | 5%
+0.111 | 0,111
+0,5 | 0.5
+33.3 | \frac{100}{3}
+\sqrt[3]{8} | ∛8
+x^{10} | x¹⁰
+x_2 | x₂
+\frac{2}{5} | ⅖
+7*sin(pi*x/5)+1 | 7 \sin(\frac{\pi}{5}x) + 1
 x^0*e^(-8*x)*cos(9*x) | e^{-8x} \cos(9x)
 3*cos(sqrt(980/7)*t) | 3\cos(2\sqrt{35}t)
 \left(\frac{1}{5}, 2\right) | \\left( \\frac{1}{5}, 2 \\right)
-A:B = 1:2          | 1:2
-0 < f(x) < 1       | (0, 1)
-p=5,q=2;p=7,q=2    | (5,2), (7,2)
-(1,2),(3,4)        | (1,2), (3,4), (1, 2)
+A:B = 1:2 | 1:2
+0 < f(x) < 1 | (0, 1)
+p=5,q=2;p=7,q=2 | (5,2), (7,2)
+(1,2),(3,4) | (1,2), (3,4), (1, 2) | (3,4), (1,2)
 \text{no solution} | \emptyset
-3:30 PM            | 3:30
-a = b = 2          | 2
-artery             | arteries
-\alpha + \beta     | β + α
-5                  | 5.0
-5                  | x = 5
-5                  | 5=x
-5                  | +5
-5                  | \text{5}
-5                  | about 5
-5                  | 5.
-5                  | 5%
-0.05               | 5%
-50\%               | 1/2
-50\%               | 0.5
-50\%               | 50
-25                 | 25\%
-\frac12            | \dfrac{1}{2}
-\frac{1}{2}        | 0.5
-\frac{1}{2}        | ½
--\frac{1}{2}       | \frac{-1}{2}
--\frac{1}{2}       | \frac{1}{-2}
--\frac{17}7        | -17/7
-\frac{1}{3}        | 0.333333
-\frac{3}{5}        | 6/10
-4 \frac{4}{11}     | 48/11
-1\frac{12}{13}     | 25/13
-2½                 | 5/2
-1,234              | 1234
-1234567            | 1,234,567
-11,\! 111,\! 100   | 11111100
-32{,}000           | 32000
-10000              | 10 000
-.35625             | 0.35625
-1.5\times 10^{3}   | 1500
-6.02e23            | 6.02 \times 10^{23}
+3:30 PM | 3:30
+a = b = 2 | 2
+artery | arteries
+\alpha + \beta | β + α
+5 | 5.0 | x = 5 | 5=x | +5 | \text{5} | about 5 | 5. | 5%
+50\% | 1/2 | 0.5 | 50
+25 | 25\%
+\frac12 | \dfrac{1}{2}
+\frac{1}{2} | 0.5 | ½
+-\frac{1}{2} | \frac{-1}{2} | \frac{1}{-2}
+-\frac{17}7 | -17/7
+\frac{1}{3} | 0.333333
+\frac{3}{5} | 6/10
+4 \frac{4}{11} | 48/11
+1\frac{12}{13} | 25/13
+2½ | 5/2
+1,234 | 1234
+1234567 | 1,234,567
+11,\! 111,\! 100 | 11111100
+32{,}000 | 32000
+10000 | 10 000
+.35625 | 0.35625
+1.5\times 10^{3} | 1500
+6.02e23 | 6.02 \times 10^{23}
 12345678901234567890 | 12345678901234567890.0
-2^{200}            | 1606938044258990275541962092341162602522202993782792835301376
-10!                | 3628800
-\binom{10}{3}      | 120
-1024               | 2^{10} = 1024
-113                | m + n = 113
-9\pi               | A = \pi r^2 = 9\pi
-90                 | m\angle ABC = 90^\circ
-18.8               | 18.79
-8.246              | \sqrt{68}
-3.14               | 3.1416
-\$18.90            | 18.9
-\$5                | 5 dollars
-\$36               | 36.00
-5 cm               | 5
-5\text{ cm}        | 5cm
-5 m                | 500 cm
-1 hour             | 60 \text{ minutes}
-12\text{ cm}^2     | 12 square centimeters
-12                 | 12 \text{ sq cm}
-60 mph             | 60 \text{ miles per hour}
-24 units           | 24 cm
+2^{200} | 1606938044258990275541962092341162602522202993782792835301376
+10! | 3628800
+\binom{10}{3} | 120
+1024 | 2^{10} = 1024
+113 | m + n = 113
+9\pi | A = \pi r^2 = 9\pi
+90 | m\angle ABC = 90^\circ
+18.8 | 18.79
+8.246 | \sqrt{68}
+3.14 | 3.1416
+\$18.90 | 18.9
+\$5 | 5 dollars
+\$36 | 36.00
+5 cm | 5
+5\text{ cm} | 5cm
+5 m | 500 cm
+1 hour | 60 \text{ minutes}
+12\text{ cm}^2 | 12 square centimeters
+12 | 12 \text{ sq cm}
+60 mph | 60 \text{ miles per hour}
+24 units | 24 cm
 575\text{ students} | 575
-18\text{ ways.}    | 18 \text{ arrangements}
-120^\circ          | 120
-120^\circ          | 120°
-120^\circ          | 120 \text{ degrees}
-329° T             | 329
-329° T             | 329^\circ \text{T}
-20^\circ           | 20^\circ \text{C}
+18\text{ ways.} | 18 \text{ arrangements}
+120^\circ | 120 | 120° | 120 \text{ degrees}
+329° T | 329 | 329^\circ \text{T}
+20^\circ | 20^\circ \text{C}
 Area $=9 \pi \mathrm{cm}^{2}$ | 9\pi
-2\pi               | 2π
-2\pi               | 2*pi
-2\pi               | 6.283185
-\sqrt 2            | \sqrt{2}
-2\sqrt{3}          | 2√3
+2\pi | 2π | 2*pi | 6.283185
+\sqrt 2 | \sqrt{2}
+2\sqrt{3} | 2√3
 \frac{\sqrt{3}}{2} | sqrt(3)/2
-6+9i               | 9i+6
-3i                 | 3\text{i}
-e^{i\pi}           | -1
-\log_2 8           | 3
-\sin 30^\circ      | \frac12
-x^2+2x+1           | (x+1)^2
-x^{0.5}            | \sqrt{x}
-0.5x               | x/2
-ab                 | ba
-|x-2|              | |2-x|
-\tan x             | \frac{\sin x}{\cos x}
-\frac{x+1}{2}      | (x+1)/2
-3s^2               | 3 s^{2}
-1,-2               | -2, 1
-1,2                | x = 1 \text{ or } x = 2
+6+9i | 9i+6
+3i | 3\text{i}
+e^{i\pi} | -1
+\log_2 8 | 3
+\sin 30^\circ | \frac12
+x^2+2x+1 | (x+1)^2
+x^{0.5} | \sqrt{x}
+0.5x | x/2
+ab | ba
+|x-2| | |2-x|
+\tan x | \frac{\sin x}{\cos x}
+\frac{x+1}{2} | (x+1)/2
+3s^2 | 3 s^{2}
+1,-2 | -2, 1
+1,2 | x = 1 \text{ or } x = 2
 6, 8\text{, and }10 | 10, 8, 6
-\{1,2,3\}          | 3, 2, 1
-3 \pm 2\sqrt{2}    | 3-2\sqrt2, 3+2\sqrt2
-(3,4)              | \left( 3, 4 \right)
-(3,4)              | x=3, y=4
-(3,4)              | (x,y) = (3,4)
-x=3, y=4           | y = 4, x = 3
-(1,2),(3,4)        | (3,4), (1,2)
-[0,1)              | 0 \leq x < 1
-x \in [-2,7]       | [-2, 7]
-x \geq 3           | [3, \infty)
-x < 3              | 3 > x
-x \ne 2            | (-\infty,2) \cup (2,\infty)
-(-\infty,2)\cup(3,\infty) | (3,∞) ∪ (-∞,2)
-(-\infty,2)\cup(3,\infty) | x < 2 or x > 3
+\{1,2,3\} | 3, 2, 1
+3 \pm 2\sqrt{2} | 3-2\sqrt2, 3+2\sqrt2
+(3,4) | \left( 3, 4 \right) | x=3, y=4 | (x,y) = (3,4)
+x=3, y=4 | y = 4, x = 3
+[0,1) | 0 \leq x < 1
+x \in [-2,7] | [-2, 7]
+x \geq 3 | [3, \infty)
+x < 3 | 3 > x
+x \ne 2 | (-\infty,2) \cup (2,\infty)
+(-\infty,2)\cup(3,\infty) | (3,∞) ∪ (-∞,2) | x < 2 or x > 3
 \mathbb{R}\setminus\{2\} | (-\infty,2) \cup (2,\infty)
-\emptyset          | \varnothing
-y = 2x+3           | 2x - y + 3 = 0
-y = 2x+3           | 2x+3
-f(x)=x^2           | x^2
-x^2 + y^2 = 1      | 2x^2 + 2y^2 = 2
-y \le 2x+3         | 2x+3 \ge y
+\emptyset | \varnothing
+y = 2x+3 | 2x - y + 3 = 0 | 2x+3
+f(x)=x^2 | x^2
+x^2 + y^2 = 1 | 2x^2 + 2y^2 = 2
+y \le 2x+3 | 2x+3 \ge y
 \begin{pmatrix}1\\2\end{pmatrix} | \begin{bmatrix}1\\2\end{bmatrix}
 \begin{pmatrix} 1/2 & 0 \\ 0 & 1 \end{pmatrix} | \begin{pmatrix} 0.5&0\\0&1\end{pmatrix}
-1101_2             | 1101_{2}
-1101_2             | 1101
-\text{A5}_{11}     | A5_{11}
-5:6                | 10:12
-5:6                | 5/6
-\text{Evelyn}      | evelyn
-\text{even}        | \textbf{Even}
-\text{June 20}     | June 20th
-\text{(B)}         | B
-\text{(B)}         | (b)
-\text{A, D, F}     | D, A, F
-\mbox{four}        | 4
-3:30 p.m.          | 3:30 \text{ PM}
-9\text{ a.m.}      | 9 AM
-The pancreas       | Pancreas
+1101_2 | 1101_{2} | 1101
+\text{A5}_{11} | A5_{11}
+5:6 | 10:12 | 5/6
+\text{Evelyn} | evelyn
+\text{even} | \textbf{Even}
+\text{June 20} | June 20th
+\text{(B)} | B | (b)
+\text{A, D, F} | D, A, F
+\mbox{four} | 4
+3:30 p.m. | 3:30 \text{ PM}
+9\text{ a.m.} | 9 AM
+The pancreas | Pancreas
 Ring-enhancing lesion | ring enhancing lesion
-45613              | 45\,613
-2.75               | 2,75
-10^{-3}            | 10^-3
-\frac{3}{4}        | B_{\max} = 0.75
-t \le 4            | t \leqq 4
-4n+1               | 4n + 1, \ n \in \mathbb{Z}
-7^n                | 7^n \text{ for all } n
-3^k                | 3^k \text{ ways}
-\frac{\pi}{6}      | 30^\circ
-3\pi(1+\sqrt{5})   | 3\pi\bigl(1+\sqrt5\bigr)
-[1, 5)             | \biggl[1, 5\biggr)
-8 - c              | -c + 8
-1 - h              | -h + 1
--x < -2            | x > 2
+45613 | 45\,613
+2.75 | 2,75
+10^{-3} | 10^-3
+\frac{3}{4} | B_{\max} = 0.75
+t \le 4 | t \leqq 4
+4n+1 | 4n + 1, \ n \in \mathbb{Z}
+7^n | 7^n \text{ for all } n
+3^k | 3^k \text{ ways}
+\frac{\pi}{6} | 30^\circ
+3\pi(1+\sqrt{5}) | 3\pi\bigl(1+\sqrt5\bigr)
+[1, 5) | \biggl[1, 5\biggr)
+8 - c | -c + 8
+1 - h | -h + 1
+-x < -2 | x > 2
 \{2\pm\sqrt{3}, 1\} | 1, 2-\sqrt3, 2+\sqrt3
+\begin{pmatrix}4&6\end{pmatrix}
 \begin{pmatrix}4&6\end{pmatrix} | \begin{pmatrix}1&2\end{pmatrix}+\begin{pmatrix}3&4\end{pmatrix}
-f(3) = 7           | 7
-\frac{6}{3} = 2    | 2
+f(3) = 7 | 7
+\frac{6}{3} = 2 | 2
 """
-WRONG = r"""
-1,234              | 1.234
-33.3               | 33
-A:B = 1:2          | 2:1
-p=5,q=2;p=7,q=2    | (5,2), (2,7)
-3:30 PM            | 3:30 AM
-class              | clas
-x^{10}             | x_{10}
-12                 | 1200\%
-4                  | \text{we have to solve } x^2 = 4
-5                  | 500
-5                  | 500%
-5\%                | 500
-5                  | -5
-5                  | 5.0000001
-5                  | 4 or 5
-5                  | 4, 5
-5                  | 5, 5
-5                  | \{4, 5\}
-5                  | 55
-0.8                | 80
-50\%               | 5000
-4                  | x^2 = 4
-4                  | 4 \pm 0.5
-\frac{1}{3}        | 0.33
-\frac{1}{3}        | 0.333
-\frac{1}{2}        | 2
-2\pi               | 6.28
-\sqrt{2}           | 1.414
-18.8               | 19
-18.8               | 18.9
-0.5                | 0.54
-12.5               | 12.54
-3.14               | 3.15
+DIFFERENT = r"""
+1,234 | 1.234
+33.3 | 33
+A:B = 1:2 | 2:1
+p=5,q=2;p=7,q=2 | (5,2), (2,7)
+3:30 PM | 3:30 AM
+class | clas
+x^{10} | x_{10}
+12 | 1200\%
+4 | \text{we have to solve } x^2 = 4 | x^2 = 4 | 4 \pm 0.5 | 4m
+5 | 500 | 500% | -5 | 5.0000001 | 4 or 5 | 4, 5 | 5, 5 | \{4, 5\} | 55
+5\% | 500
+0.8 | 80
+50\% | 5000
+\frac{1}{3} | 0.33 | 0.333
+\frac{1}{2} | 2
+2\pi | 6.28
+\sqrt{2} | 1.414
+18.8 | 19 | 18.9
+0.5 | 0.54
+12.5 | 12.54
+3.14 | 3.15
 12345678901234567890 | 12345678901234567891
 100000000000000000000000 | 100000000000000000000001
-2^{200}            | 1606938044258990275541962092341162602522202993782792835301377
-5 cm               | 5 m
-5 cm               | 5 \text{ apples}
-20\text{ days}     | 20 hours
-12 cm^2            | 12 cm
-9\text{ a.m.}      | 9 p.m.
-3i                 | 3
-3                  | 3i
-i                  | -i
-x^2+2x+1           | (x+2)^2
-\frac{x+1}{2}      | x+1/2
-x                  | |x|
-n^2                | N^2
-x=5                | y=5
-x=3, y=4           | 4, 3
-(1,2)              | (2,1)
-(1,2)              | [1,2]
-[1,2]              | (1,2]
-1,2                | [1,2]
-\{1,2\}            | (1,2)
-1,2                | 1
-1                  | 1, 2
-1,2,3              | 1,2
-1,1,2              | 1,2
-[0,1)              | 0 < x < 1
-x < 3              | y < 3
-x < 3              | x \le 3
+2^{200} | 1606938044258990275541962092341162602522202993782792835301377
+5 cm | 5 m | 5 \text{ apples}
+20\text{ days} | 20 hours
+12 cm^2 | 12 cm
+9\text{ a.m.} | 9 p.m.
+3i | 3
+3 | 3i | x >= 3
+i | -i
+x^2+2x+1 | (x+2)^2
+\frac{x+1}{2} | x+1/2
+x | |x|
+n^2 | N^2
+x=5 | y=5
+x=3, y=4 | 4, 3
+(1,2) | (2,1) | [1,2]
+[1,2] | (1,2]
+1,2 | [1,2] | 1
+\{1,2\} | (1,2)
+1 | 1, 2
+1,2,3 | 1,2
+1,1,2 | 1,2
+[0,1) | 0 < x < 1
+x < 3 | y < 3 | x \le 3
 (-\infty,2)\cup(3,\infty) | (-\infty,2)
-x^2 + y^2 = 1      | x^2 + y^2 = 2
-x^2 + y^2 = 13     | 13
+x^2 + y^2 = 1 | x^2 + y^2 = 2
+x^2 + y^2 = 13 | 13
 \begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix}2\\1\end{pmatrix}
 \begin{pmatrix}1\\2\end{pmatrix} | \begin{pmatrix}1&2\end{pmatrix}
-1101_2             | 1101_3
-1101_2             | 13
-5:6                | 6:5
-\text{even}        | odd
-Left hepatic lobe  | Right hepatic lobe
-no                 | on
-0.56 = 56\%        | 0.56 = 53\%
-1/0                | \frac{1}{0}
-\text{(B)}         | B or C
-\text{(B)}         | not B
-\text{(B)}         | BC
-23                 | 2\,3
-stream             | master
-2                  | 2 \text{ for } n \ge 3, 1 \text{ for } n = 2
-3                  | x >= 3
-4                  | 4m
-5R^2 h             | 5R^2
-1, 2               | 1 < x < 2
-1, 2, 3            | 1, 2, 3, \ldots
-(1, 2)             | x^2 - 3x + 2 < 0
-\alpha = 30^\circ  | \beta = 30^\circ
-2x + 1 = 7         | 7
-6:30               | 2:10
-12:00              | 1:00
+1101_2 | 1101_3 | 13
+5:6 | 6:5
+\text{even} | odd
+Left hepatic lobe | Right hepatic lobe
+no | on
+0.56 = 56\% | 0.56 = 53\%
+1/0 | \frac{1}{0}
+\text{(B)} | B or C | not B | BC
+23 | 2\,3
+stream | master
+2 | 2 \text{ for } n \ge 3, 1 \text{ for } n = 2
+5R^2 h | 5R^2
+1, 2 | 1 < x < 2
+1, 2, 3 | 1, 2, 3, \ldots
+(1, 2) | x^2 - 3x + 2 < 0
+\alpha = 30^\circ | \beta = 30^\circ
+2x + 1 = 7 | 7
+6:30 | 2:10
+12:00 | 1:00
 """
 
 
 def table(text):
-    return [tuple(cell.strip() for cell in line.split(" | ")) for line in text.strip().splitlines()]
+    rows = [[cell.strip() for cell in line.split(" | ")] for line in text.strip().splitlines()]
+    return [(gold, answer) for gold, *answers in rows for answer in answers]
 
 
-@pytest.mark.parametrize(("gold", "answer"), table(RIGHT))
-def test_same_answer_written_otherwise(gold, answer):
+@pytest.mark.parametrize(("gold", "answer"), table(EQUAL))
+def test_equal_answers(gold, answer):
     assert verify(gold, rf"So it is $\boxed{{{answer}}}$.")
 
 
-@pytest.mark.parametrize(("gold", "answer"), table(WRONG))
-def test_other_answer(gold, answer):
+@pytest.mark.parametrize(("gold", "answer"), table(DIFFERENT))
+def test_different_answers(gold, answer):
     assert not verify(gold, rf"So it is $\boxed{{{answer}}}$.")
 
 
@@ -308,7 +253,7 @@ def test_gold_answer_with_and_without_delimiters(gold):
 
 
 @pytest.mark.parametrize(
-    ("gold", "completion", "right"),
+    ("gold", "completion", "correct"),
     [
         ("5", "It could be 4 or 5.", False),
         ("5", "The answer is not 5.", False),
@@ -334,12 +279,12 @@ def test_gold_answer_with_and_without_delimiters(gold):
         ("She has 72 eggs left.\n#### 72", r"\boxed{72}", True),
     ],
 )
-def test_answers_in_sentences(gold, completion, right):
-    assert verify(gold, completion) is right
+def test_answers_in_sentences(gold, completion, correct):
+    assert verify(gold, completion) is correct
 
 
 @pytest.mark.parametrize(
-    ("gold", "answer", "choices", "right"),
+    ("gold", "answer", "choices", "correct"),
     [
         ("B", "B", ("1", "2", "3"), True),
         ("B", "2", ("1", "2", "3"), True),
@@ -374,15 +319,15 @@ def test_answers_in_sentences(gold, completion, right):
         ("B", "Both A and B", (), False),
     ],
 )
-def test_choice(gold, answer, choices, right):
+def test_choice(gold, answer, choices, correct):
     completion = rf"\boxed{{{answer}}}"
-    assert verify(gold, completion, kind="choice", choices=choices) is right
+    assert verify(gold, completion, kind="choice", choices=choices) is correct
     if choices:
-        assert verify(gold, completion, choices=choices) is right
+        assert verify(gold, completion, choices=choices) is correct
 
 
 @pytest.mark.parametrize(
-    ("gold", "answer", "right"),
+    ("gold", "answer", "correct"),
     [
         ("yes", "Yes, there is", True),
         ("Yes", r"\text{yes}", True),
@@ -395,12 +340,12 @@ def test_choice(gold, answer, choices, right):
         ("yes", "yes or no", False),
     ],
 )
-def test_yes_no(gold, answer, right):
-    assert verify(gold, rf"\boxed{{{answer}}}") is right
+def test_yes_no(gold, answer, correct):
+    assert verify(gold, rf"\boxed{{{answer}}}") is correct
 
 
 @pytest.mark.parametrize(
-    ("gold", "answer", "options", "right"),
+    ("gold", "answer", "options", "correct"),
     [
         ("5", "It takes 5 days.", {}, True),
         ("5", "It takes 4 to 5 days.", {}, False),
@@ -415,79 +360,12 @@ def test_yes_no(gold, answer, right):
         ("5 cm", "5 m", {"units": "ignore"}, True),
     ],
 )
-def test_number_settings(gold, answer, options, right):
-    assert verify(gold, rf"\boxed{{{answer}}}", kind="number", **options) is right
+def test_number_settings(gold, answer, options, correct):
+    assert verify(gold, rf"\boxed{{{answer}}}", kind="number", **options) is correct
 
 
 @pytest.mark.parametrize(
-    ("completion", "expected"),
-    [
-        (r"\boxed{5}", "5"),
-        (r"first \boxed{3}, no: it must be \boxed{5}", "5"),
-        (r"\boxed{\frac{1}{\sqrt{2}}} holds", r"\frac{1}{\sqrt{2}}"),
-        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed {5}", "5"),
-        (r"$\boxed 5$.", "5"),
-        (r"\fbox{5}", "5"),
-        (r"\boxed{x = \boxed{5}}", "5"),
-        (r"\boxed{4} or \boxed{5}", "4, 5"),
-        (r"\boxed{\text{(B)}}", r"\text{(B)}"),
-        (r"\boxed{5} <answer>7</answer>", "5"),
-        (r"\boxed{}", None),
-        (r"\boxed{ }", None),
-        (r"\boxed{5} or rather \boxed{6", None),
-        ("The answer is 5.", "5"),
-        ("The final answer is: $\\frac12$. I hope it is correct.", r"$\frac12$"),
-        ("answer is 4. No, the answer is 5 cm, because of that.", "5 cm"),
-        ("**Answer:** 5", "5"),
-        ("The answer to this is $10!$.", "$10!$"),
-        ("Final answer:\n\\[\nx^2\n\\]", "\nx^2\n".strip()),
-        ("so 18 * 2 = 36\n#### 36", "36"),
-        ("Final Answer: The largest such $n$ is 34. I hope it is correct.", "34"),
-        ("Therefore $x = 7$ is the solution.", "x = 7"),
-        (r"\[\boxed{-2} \quad \text{and} \quad \boxed{1}.\]", "-2, 1"),
-        ("<answer> 5 </answer>", "5"),
-        ("42", "42"),
-        ("A sentence that is far too long to be an answer by itself, for it goes on and on.", None),
-        ("one line\n42", "42"),
-        (r"\boxed{1} papers and \boxed{2} bins", "1, 2"),
-        (r"\boxed{5} and adding one gives \boxed{6}", "6"),
-        (r"\boxed{\boxed{7}}", "7"),
-        (r"\boxed{255} to begin with. Final Answer: The final answer is $10,455$.", "$10,455$"),
-        ("### Final Answer\n\n7", "7"),
-        ("The answer is 6.<|im_end|>\n<|im_start|>user\nIs it 7?", "6"),
-        ("So we get\n$$\n5 + 6 = 11.\n$$", "\n5 + 6 = 11.\n".strip()),
-        ("He spent all of it in the end, so the price of the whole set is **$12.50**.", "$12.50"),
-        ("A sum over all of the rows of the table that was given: 3 + 4 = 7.", "7"),
-        ("Because of that there are 12 ways to do what the question asks for here.", "12"),
-        ("Two of the choices are clearly excluded by the picture. I would go with (B) here.", "B"),
-        ("Weighing them all against each other...\n\nC", "C"),
-        ("There are 12 ways to do it, of which 5 are counted twice, as you can see.", None),
-        ("This text was cut off while it was saying that there are 3 groups, each of", None),
-        ("It may well be any of 4 or 5.", "It may well be any of 4 or 5"),
-        ("", None),
-    ],
-)
-def test_where_the_answer_stands(completion, expected):
-    assert extract_answer(completion) == expected
-
-
-def test_places_are_settings():
-    text = r"The answer is 3. <answer>4</answer> \boxed{5}"
-    assert extract_answer(text, answer_in=("tag", "boxed")) == "4"
-    assert extract_answer(text, answer_in=("answer_is",)) == "3"
-    assert extract_answer("<final>6</final>", answer_in=("tag",), answer_tag="final") == "6"
-    assert extract_answer("42", answer_in=("boxed", "answer_is")) is None
-    with pytest.raises(ValueError, match=r"answer_in is 'box'; valid: boxed"):
-        extract_answer(text, answer_in=("box",))
-    with pytest.raises(ValueError, match="kind is 'maths'"):
-        verify("5", "5", kind="maths")
-    with pytest.raises(ValueError, match="units is 'none'"):
-        verify("5", "5", units="none")
-
-
-@pytest.mark.parametrize(
-    ("completion", "right", "right_anywhere"),
+    ("completion", "correct", "correct_anywhere"),
     [
         (r"<think>hm</think> \boxed{5}", True, True),
         (r"<think>\boxed{5}</think> so be it", False, True),
@@ -501,40 +379,9 @@ def test_places_are_settings():
         (r"no tags \boxed{5}", True, True),
     ],
 )
-def test_answer_after_thinking(completion, right, right_anywhere):
-    assert verify("5", completion) is right
-    assert verify("5", completion, after_thinking=False) is right_anywhere
-
-
-@pytest.mark.parametrize(
-    ("completion", "good"),
-    [
-        (r"<think>two and two</think> It is \boxed{4}.", True),
-        (r"  <think>a \boxed{3}?</think>\boxed{\frac{1}{2}}", True),
-        (r"<think></think> \boxed{4}", False),
-        (r"<think> </think> \boxed{4}", False),
-        (r"\boxed{4}", False),
-        (r"Well <think>a</think> \boxed{4}", False),
-        (r"<think>a</think> 4", False),
-        (r"<think>a</think> \boxed{}", False),
-        (r"<think>a</think> \boxed{4", False),
-        (r"<think>a</think> \boxed{4} \boxed{5}", False),
-        (r"<think>a <think>b</think> \boxed{4}", False),
-        (r"<think>a</think> \boxed{4} </think>", False),
-        (r"<think>a \boxed{4}", False),
-        ("", False),
-    ],
-)
-def test_format(completion, good):
-    assert follows(completion) is good
-
-
-def test_format_with_other_tags():
-    completion = r"<reason>a</reason> \boxed{4}"
-    assert follows(completion, open_tag="<reason>", close_tag="</reason>")
-    assert not follows(completion)
-    assert follows(r"opened by the prompt</think> \boxed{4}", open_tag="")
-    assert not follows(r"</think> \boxed{4}", open_tag="")
+def test_answer_after_thinking(completion, correct, correct_anywhere):
+    assert verify("5", completion) is correct
+    assert verify("5", completion, after_thinking=False) is correct_anywhere
 
 
 HARD = ("x^2 + 2x + 1", r"\boxed{(x+1)^2}")  # needs sympy, so a worker process
@@ -636,73 +483,3 @@ def test_a_script_without_a_main_guard(tmp_path):
     )
     assert result.stdout.split() == ["started", "True"], result.stderr
     assert result.stderr == ""
-
-
-# ---------------------------------------------------------------------------------- real data
-
-DATA = Path(os.environ.get("MM_AGRAE_DATA") or Path(__file__).parents[3] / "shared" / "data")
-real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"needs the data sets in {DATA}")
-
-
-@cache
-def rows():
-    """(data set, row), read once."""
-    return [
-        (path.parent.name, json.loads(line))
-        for path in sorted(DATA.glob("*/*.jsonl"))
-        for line in path.open(encoding="utf-8")
-    ]
-
-
-def verdicts(questions):
-    """Success for each (gold, answer, choices), by the reward pool: thousands at once."""
-    examples = [
-        Example(id=str(k), question="", answer=gold, grading={"choices": choices})
-        for k, (gold, _, choices) in enumerate(questions)
-    ]
-    completions = [
-        Completion((), (), rf"Hence $\boxed{{{answer}}}$.", "stop", 0) for _, answer, _ in questions
-    ]
-    with Rewarder(RewardSection(), max_new_tokens=1) as rewarder:
-        scores = rewarder.score(examples, completions)
-    assert [score.error for score in scores if score.error] == []
-    return [score.success for score in scores]
-
-
-@real_data
-def test_every_real_gold_answer_is_right():
-    questions = []
-    for _, row in rows():
-        answer, value = row["answer"], row.get("answer_value")
-        choices = tuple(row.get("choices") or ())
-        questions.append((answer, answer, choices))
-        if value:
-            questions += [(value, value, ()), (answer, value, choices), (value, answer, choices)]
-    found = verdicts(questions)
-    assert [q for q, right in zip(questions, found, strict=True) if not right] == []
-
-
-@real_data
-def test_other_real_answers_are_wrong():
-    by_set: dict[str, set[str]] = {}
-    for name, row in rows():
-        by_set.setdefault(name, set()).add(row.get("answer_value") or row["answer"])
-    draw = random.Random(0)
-    questions = [
-        (*draw.sample(sorted(answers), 2), ()) for answers in by_set.values() for _ in range(150)
-    ]
-    for (gold, other, _), right in zip(questions, verdicts(questions), strict=True):
-        as_words = [as_text(normalise(text.rpartition("=")[2])) for text in (gold, other)]
-        assert not right or as_words[0] == as_words[1], (gold, other)
-
-
-@real_data
-def test_real_solutions_give_their_answer():
-    solved = [(name, row) for name, row in rows() if row.get("solution")]
-    assert len(solved) > 1000
-    for name, row in solved:
-        solution, answer = row["solution"], row["answer"]
-        if name == "gsm8k":
-            solution += f"\n#### {answer}"
-        assert verify(answer, solution), row
-        assert verify(answer, f"<think>{solution}</think> The answer is ${answer}$."), row

@@ -1,4 +1,4 @@
-"""Hostile answers, completions and gold answers: wrong, harmless, and soon done with."""
+"""Hostile answers, completions and gold answers: graded incorrect, quickly and without harm."""
 
 from itertools import product
 
@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mm_agrae.grading.accuracy import verify
-from mm_agrae.rewards.format import follows
+from mm_agrae.rewards.parts import follows_format
 
 MARK = "hostile_code_ran"
 DEPTHS = (30, 200, 450)
@@ -289,7 +289,7 @@ def test_there_are_enough():
 
 
 @pytest.mark.parametrize("turn", range(len(GOLDS)))
-def test_hostile_answers_are_wrong_and_harmless(turn, tmp_path, monkeypatch):
+def test_hostile_answers_are_incorrect_and_harmless(turn, tmp_path, monkeypatch):
     """Each answer against two gold answers, the easily decided "5" and another in turn."""
     monkeypatch.chdir(tmp_path)
     for answer in HOSTILE[turn :: len(GOLDS)]:
@@ -320,7 +320,7 @@ def test_hostile_answers_outside_boxes(form):
 def test_hostile_gold_answers():
     for gold in [*(text for text in HOSTILE if text not in ENDLESS)][::4]:
         assert verify(gold, r"\boxed{17}", time_limit_s=LIMIT_S) is False, gold[:80]
-        # Said to itself it is right if it says anything, and may be too long to be looked at.
+        # Compared to itself it is correct unless it is empty or too long to be considered.
         assert verify(gold, f"\\boxed{{{gold}}}", time_limit_s=LIMIT_S) in (True, False)
 
 
@@ -358,12 +358,12 @@ def test_hostile_completions():
         "a" * million,
     ):
         assert not verify("5", text)
-        assert not follows(text)
+        assert not follows_format(text)
         assert not verify("yes", text)
-        follows("<think>a</think>" + text)  # comes to an end
+        follows_format("<think>a</think>" + text)  # comes to an end
 
 
-def test_a_formula_that_sympy_cannot_decide_in_time_is_wrong():
+def test_a_formula_that_sympy_cannot_decide_in_time_is_incorrect():
     endless = [rf"\sum_{{k=1}}^{{10^{{9}}}} \sqrt{{k + {a}}}" for a in (1, 2)]
     assert not verify(endless[0], rf"\boxed{{{endless[1]}}}", time_limit_s=0.3)
     assert verify("x^2 + 2x + 1", r"\boxed{(x+1)^2}")
@@ -383,4 +383,4 @@ KINDS = st.sampled_from(["auto", "number", "choice", "yes_no", "text"])
 def test_never_raises(gold, completion, kind):
     for text in (completion, rf"\boxed{{{completion}}}"):
         assert verify(gold, text, kind=kind, choices=("12", "x + 1")) in (True, False)
-        assert follows(text) in (True, False)
+        assert follows_format(text) in (True, False)

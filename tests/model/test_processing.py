@@ -16,7 +16,7 @@ from mm_agrae.config import PromptSection
 from mm_agrae.errors import DataError, ModelError
 from mm_agrae.grading.accuracy import verify
 from mm_agrae.model.processing import CHAT_TEMPLATES, TODAY, Processing
-from mm_agrae.rewards.format import follows
+from mm_agrae.rewards.parts import follows_format
 from mm_agrae.tasks.images import encode_png
 from mm_agrae.types import Example
 
@@ -316,7 +316,7 @@ def test_deepseek_distills_begin_inside_the_thinking(base_model):
         text = made.decode(made.tokenizer(written, add_special_tokens=False)["input_ids"])
         assert text == f"<think>\n{written}"
         assert verify("2", text) is correct
-        assert follows(text) is formatted
+        assert follows_format(text) is formatted
     with pytest.raises(DataError, match="control token"):
         made.prompt(Example("a", f"{assistant}I know", "1"))
 

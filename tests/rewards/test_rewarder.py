@@ -1,26 +1,15 @@
-"""Rewards in worker processes: whatever a reward function does, only its own answer suffers."""
+"""The Rewarder: whatever a reward function does, only its own completion is affected."""
 
-import faulthandler
-import gc
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from dataclasses import replace
 
-import psutil
 import pytest
-import torch
+from helpers import child_processes
 from PIL import Image
 
-from mm_agrae.config.schema import OverlongPenalty, RewardSection
+from mm_agrae.config import RewardSection
 from mm_agrae.errors import ConfigError
-from mm_agrae.grading import accuracy
-from mm_agrae.grading.pool import CallFailed, WorkerPool
-from mm_agrae.loss import overlong_penalty
-from mm_agrae.rewards import PARTS, Rewarder
+from mm_agrae.rewards import Rewarder
 from mm_agrae.types import Completion, Example
 
 LIMIT_S = 0.3
@@ -116,13 +105,7 @@ def rewarder(own):
         yield rewarder
 
 
-def children():
-    """Child processes that run, the bookkeeping one of multiprocessing aside."""
-    found = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
-    return {child.pid for child in found if "resource_tracker" not in " ".join(child.cmdline())}
-
-
-def test_failures_cost_only_the_answer_that_caused_them(rewarder, own, caplog):
+def test_failures_cost_only_the_completion_that_caused_them(rewarder, own, caplog):
     before = rewarder.error_counts.copy()
     texts = [text for what in FAILURES for text in (r"\boxed{5}", what)]
     scores = rewarder.score([example()] * len(texts), [completion(text) for text in texts])
@@ -186,51 +169,22 @@ def test_nothing_to_score_and_uneven_lists(rewarder):
         rewarder.score([example()] * 2, [completion("5")])
 
 
-def test_what_own_functions_get(own):
+def test_what_own_functions_get(own, monkeypatch):
     config = RewardSection(
         parts={"accuracy": 0.0, f"{own}:sees": 1.0, "own_rewards:modules": 1.0}, time_limit_s=5.0
     )
     full = example(images=(Image.new("RGB", (4, 4)),), meta={"k": "v"}, grading={"kind": "number"})
-    sys.path.insert(0, str(own.parent))
-    try:
-        with Rewarder(config, 16) as rewarder:
-            score = rewarder.score([full], [completion("5")])[0]
-            unpicklable = replace(full, meta={"k": lambda: 0})
-            good, bad = rewarder.score([full, unpicklable], [completion("5")] * 2)
-    finally:
-        sys.path.remove(str(own.parent))
+    monkeypatch.chdir(own.parent)
+    with Rewarder(config, 16) as rewarder:
+        score = rewarder.score([full], [completion("5")])[0]
+        unpicklable = replace(full, meta={"k": lambda: 0})
+        good, bad = rewarder.score([full, unpicklable], [completion("5")] * 2)
     assert score.error == ""
     assert score.parts == {"accuracy": 1.0, f"{own}:sees": 1.0, "own_rewards:modules": 0.0}
     assert score.reward == 1.0
     assert good.error == ""
     assert not bad.success
     assert "could not be sent to a worker process" in bad.error
-
-
-def test_parts_of_the_package():
-    assert list(PARTS) == ["accuracy", "format"]
-    long = "word " * 50
-    texts = [
-        r"<think>a</think> \boxed{5}",
-        r"<think>\boxed{5}</think> well",
-        r"\boxed{5}",
-        rf"{long} \boxed{{5",
-        rf"{long} \boxed{{5}}",
-    ]
-    completions = [completion(text) for text in texts[:3]]
-    completions += [completion(text, finish_reason="length") for text in texts[3:]]
-    config = RewardSection(parts={"accuracy": 0.9, "format": 0.1})
-    with Rewarder(config, 16) as rewarder:
-        scores = rewarder.score([example()] * 5, completions)
-        assert [score.success for score in scores] == [True, False, True, False, True]
-        assert [score.reward for score in scores] == pytest.approx([1.0, 0.0, 0.9, 0.0, 0.9])
-        wrong_kind = rewarder.score([example(grading={"kind": "maths"})], completions[:1])[0]
-        assert wrong_kind.error.startswith("accuracy raised ValueError: kind is 'maths'; valid:")
-    anywhere = RewardSection(answer_after_thinking=False)
-    with Rewarder(anywhere, 16) as rewarder:
-        examples = [example(), example(grading={"after_thinking": True})]
-        scores = rewarder.score(examples, [completions[1]] * 2)
-        assert [score.success for score in scores] == [True, False]
 
 
 def test_accuracy_that_never_ends_is_named():
@@ -244,29 +198,13 @@ def test_accuracy_that_never_ends_is_named():
     assert scores[0].error == "accuracy: timed out after 1 s"
 
 
-def test_overlong_penalty_is_added():
-    config = RewardSection(
-        parts={"accuracy": 2.0}, overlong=OverlongPenalty(buffer_tokens=4, penalty=0.5)
-    )
-    lengths = [3, 12, 14, 16]
-    with Rewarder(config, max_new_tokens=16) as rewarder:
-        scores = rewarder.score(
-            [example()] * 4, [completion(r"\boxed{5}", tokens) for tokens in lengths]
-        )
-    expected = overlong_penalty(torch.tensor(lengths), 16, 4, 0.5).tolist()
-    assert [score.parts["overlong"] for score in scores] == pytest.approx(expected)
-    assert [score.reward for score in scores] == pytest.approx([2 + x for x in expected])
-    assert expected[0] == 0
-    assert expected[-1] == -0.5
-
-
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("acuracy", "neither a part of the package (accuracy, format) nor a function"),
+        ("acuracy", "neither a built-in part (accuracy, format"),
         ("no_such_module_here:score", "there is no module 'no_such_module_here'"),
-        ("json:no_such_function", "json has no function 'no_such_function'; it has "),
-        ("{own}:not_callable", "has no function 'not_callable'; it has score, modules, sees"),
+        ("json:no_such_function", "json has no function or class 'no_such_function'; it has "),
+        ("{own}:not_callable", "no function or class 'not_callable'; it has score, modules, sees"),
         ("{folder}/absent.py:score", "there is no file "),
         ("{folder}/broken.py:score", "importing it raised SyntaxError"),
         (
@@ -274,7 +212,7 @@ def test_overlong_penalty_is_added():
             "importing it raised ModuleNotFoundError: No module named 'gone'",
         ),
         ("{folder}/leaves.py:score", "importing it raised SystemExit"),
-        ("{folder}/dies.py:score", "importing it ends the process, or does not come to an end"),
+        ("{folder}/dies.py:score", "importing it ends the process, or never finishes"),
     ],
 )
 def test_functions_that_cannot_be_imported(own, name, message):
@@ -284,90 +222,9 @@ def test_functions_that_cannot_be_imported(own, name, message):
     (folder / "leaves.py").write_text("raise SystemExit(1)")
     (folder / "dies.py").write_text("import os; os._exit(1)")
     name = name.format(own=own, folder=folder)
-    before = children()
+    before = child_processes()
     with pytest.raises(ConfigError) as caught:
         Rewarder(RewardSection(parts={"accuracy": 1.0, name: 1.0}), 16)
     assert str(caught.value).startswith(f"reward.parts.{name}: ")
     assert message in str(caught.value)
-    assert children() <= before
-
-
-# ------------------------------------------------------------------------------- the pool
-
-
-def test_pool_calls_and_failures():
-    before = children()
-    with WorkerPool(1, 256, accuracy.prepare_worker) as pool:
-        assert pool.call(max, (3, 5), LIMIT_S) == 5
-        for function, args, message in [
-            (exec, ("while True: pass",), "timed out after 0.3 s"),
-            (bytearray, (10**11,), "ran out of memory"),
-            (faulthandler._sigsegv, (), "signal SIGSEGV"),
-            (time.sleep, (600,), "timed out after 0.3 s"),
-            (int, ("x",), "raised ValueError: invalid literal"),
-            (max, (lambda: 0,), "could not be sent"),
-        ]:
-            with pytest.raises(CallFailed, match=message):
-                pool.call(function, args, LIMIT_S)
-            assert pool.call(max, (3, 5), LIMIT_S) == 5
-        assert len(children() - before) == 1
-    assert children() <= before
-    with pytest.raises(RuntimeError, match="closed"):
-        pool.submit(max, (3, 5), LIMIT_S)
-    pool.close()
-
-
-def test_importing_does_not_count_against_the_limit():
-    with WorkerPool(1, 256, time.sleep, (1.0,)) as pool:
-        assert pool.call(max, (3, 5), 0.05) == 5
-
-
-def test_a_worker_killed_while_idle_is_replaced():
-    before = children()
-    with WorkerPool(1, 256, gc.collect) as pool:
-        assert pool.call(max, (3, 5), LIMIT_S) == 5
-        (worker,) = children() - before
-        os.kill(worker, signal.SIGKILL)
-        time.sleep(0.5)  # the pool notices
-        assert pool.call(max, (3, 5), LIMIT_S) == 5
-
-
-SIGNALLED = """
-import gc, os, signal, threading, time
-from mm_agrae.grading.pool import WorkerPool
-signal.signal(signal.SIGTERM, lambda *_: print("asked to end", flush=True))
-with WorkerPool(1, 256, gc.collect) as pool:
-    pool.call(max, (3, 5), 1.0)
-    threading.Timer(0.5, os.killpg, (0, signal.SIGTERM)).start()
-    print(pool.call(exec, ("import time; time.sleep(1.5)",), 5.0), flush=True)
-"""
-
-
-def test_a_signal_to_the_whole_group_costs_no_answer():
-    result = subprocess.run(
-        [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, start_new_session=True
-    )
-    assert result.stdout.splitlines() == ["asked to end", "None"], result.stderr
-
-
-ORPHAN = """
-import sys, time
-from mm_agrae.grading.pool import WorkerPool
-import gc
-pool = WorkerPool(1, 256, gc.collect)
-pool.call(max, (3, 5), 1.0)
-import psutil
-print(*[child.pid for child in psutil.Process().children()], flush=True)
-time.sleep(600)
-"""
-
-
-def test_workers_end_with_their_parent():
-    parent = subprocess.Popen([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    workers = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
-    assert workers
-    parent.kill()
-    parent.wait()
-    _, alive = psutil.wait_procs(workers, timeout=20)
-    assert alive == []
+    assert child_processes() <= before

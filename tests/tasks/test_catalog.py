@@ -1,76 +1,17 @@
 """The named data sets: every copy of one gives the same examples, and what is missing is said."""
 
-import hashlib
-import io
-import json
-import shutil
-import zipfile
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
 import pytest
-from PIL import Image
+from data_files import contents, embedded, hub_cache, hub_parquet, jsonl, load, png_of
 
 from mm_agrae import tasks
 from mm_agrae.config import DataSource
 from mm_agrae.errors import ConfigError, DataError
-from mm_agrae.tasks import catalog, medical, registry
+from mm_agrae.tasks import catalog, medical
 from mm_agrae.tasks.catalog import CATALOG
-from mm_agrae.tasks.images import open_image
 
-ROOT = Path(__file__).parents[2]
-
-
-def png(value):
-    """A small picture that differs from those of other values."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (16, 16), (value % 256, value // 256 % 256, 90)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def jsonl(folder, name, rows):
-    """Our form: rows in a file, their pictures (here bytes) beside it."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    with (folder / name).open("w") as file:
-        for number, row in enumerate(rows):
-            stored = []
-            for index, picture in enumerate(row.get("images", ())):
-                path = f"images/{Path(name).stem}-{number}-{index}.png"
-                (folder / path).write_bytes(picture)
-                stored.append(path)
-            file.write(
-                json.dumps({**row, **({"images": stored} if "images" in row else {})}) + "\n"
-            )
-    return folder
-
-
-def parquet(folder, name, rows):
-    """The hub's form: Parquet, pictures as `datasets` stores them."""
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), folder / name)
-    return folder
-
-
-def embedded(value):
-    return {"bytes": png(value), "path": f"{value}.png"}
-
-
-def load(task, path, **options):
-    return tasks.load(DataSource(task=task, path=str(path), **options))
-
-
-def contents(task):
-    """All that is asked and graded; the pictures as pixels."""
-    return [
-        (
-            example.question,
-            example.answer,
-            dict(example.grading),
-            [open_image(image).tobytes() for image in example.images],
-        )
-        for example in task
-    ]
+ENTRIES = CATALOG | medical.CATALOG
 
 
 # One entry each: rows in our form, the same rows as the hub stores them, and what must result.
@@ -81,7 +22,7 @@ SAME = {
         "test.jsonl",
         [
             {"problem": "Find x.", "choices": CHOICES, "answer": "B", "answer_value": "15",
-             "images": [png(1)]},
+             "images": [png_of(1)]},
         ],
         "data/test-00000-of-00001.parquet",
         [
@@ -95,7 +36,7 @@ SAME = {
         "test.jsonl",
         [
             {"problem": "Find x.", "choices": CHOICES, "answer": "B", "answer_value": "15",
-             "images": [png(1)]},
+             "images": [png_of(1)]},
         ],
         "data/test-00000-of-00001.parquet",
         [
@@ -143,9 +84,9 @@ SAME = {
         "test_subset.jsonl",
         [
             {"problem": "Which?\n<image1>", "choices": ["A", "B"], "answer": "B",
-             "testmini": True, "images": [png(2)]},
+             "testmini": True, "images": [png_of(2)]},
             {"problem": "<image1> How many?", "choices": [], "answer": "6", "testmini": False,
-             "images": [png(3)]},
+             "images": [png_of(3)]},
         ],
         "data/test-00000-of-00001-3532b8d3f1b4047a.parquet",
         [
@@ -164,9 +105,10 @@ SAME = {
         "testmini_subset.jsonl",
         [
             {"problem": "What is CED?", "choices": ["A:40°", "B:60°"], "answer": "A",
-             "problem_version": "Text Lite", "question_type": "multi_choice", "images": [png(4)]},
+             "problem_version": "Text Lite", "question_type": "multi_choice",
+             "images": [png_of(4)]},
             {"problem": "", "choices": None, "answer": "(-2,1]", "problem_version": "Vision Only",
-             "question_type": "free_form", "images": [png(5)]},
+             "question_type": "free_form", "images": [png_of(5)]},
         ],
         "testmini.parquet",
         [
@@ -186,10 +128,10 @@ SAME = {
     "vqa_rad": (
         "test.jsonl",
         [
-            {"problem": "Normal?", "answer": "Yes", "answer_type": "closed", "images": [png(6)]},
+            {"problem": "Normal?", "answer": "Yes", "answer_type": "closed", "images": [png_of(6)]},
             {"problem": "Where?", "answer": "Left lung", "answer_type": "open",
-             "images": [png(7)]},
-            {"problem": "How big?", "answer": "5mm", "answer_type": "open", "images": [png(7)]},
+             "images": [png_of(7)]},
+            {"problem": "How big?", "answer": "5mm", "answer_type": "open", "images": [png_of(7)]},
         ],
         "data/test-00000-of-00001-e5bc3d208bb4deeb.parquet",
         [
@@ -212,7 +154,7 @@ def test_our_files_and_the_hub_give_the_same_examples(tmp_path, case):
     ours, our_rows, hub, hub_rows, options, want = SAME[case]
     name = case.split()[0]
     first = load(name, jsonl(tmp_path / "ours", ours, our_rows), **options)
-    second = load(name, parquet(tmp_path / "hub", hub, hub_rows), **options)
+    second = load(name, hub_parquet(tmp_path / "hub", hub, hub_rows), **options)
     assert contents(first) == contents(second)
     assert [(e.question, e.answer, dict(e.grading)) for e in first] == want
     # The file itself, and a copy that `datasets` has saved.
@@ -233,7 +175,7 @@ def test_copies_saved_by_datasets_keep_the_names_of_the_hub(tmp_path):
 
 def test_several_files_of_a_split_are_read_in_order(tmp_path):
     for number in (1, 0):
-        parquet(tmp_path, f"main/test-0000{number}-of-00002.parquet",
+        hub_parquet(tmp_path, f"main/test-0000{number}-of-00002.parquet",
                 [{"question": f"{number}?", "answer": f"#### {number}"}])  # fmt: skip
     assert [e.answer for e in load("gsm8k", tmp_path, split="test")] == ["0", "1"]
 
@@ -243,7 +185,9 @@ def test_math500_is_found_in_the_folder_of_math(tmp_path, monkeypatch):
     jsonl(Path("data/downloads/math"), "math500.jsonl", [{"problem": "?", "answer": "1"}])
     assert len(tasks.load(DataSource(task="math500"))) == 1
     assert len(tasks.load(DataSource(task="math", split="test"))) == 1
-    parquet(Path("data/downloads/math"), "data/test-0.parquet", [{"problem": "?", "answer": 1}] * 2)
+    hub_parquet(
+        Path("data/downloads/math"), "data/test-0.parquet", [{"problem": "?", "answer": 1}] * 2
+    )
     assert len(tasks.load(DataSource(task="math500"))) == 1  # not the 5,000 of the hub's test
 
 
@@ -263,25 +207,6 @@ def test_testmini_of_a_file_that_holds_all(tmp_path):
 # Where a data set is looked for
 
 
-def hub_cache(folder, hub):
-    """A cache of huggingface_hub that holds one version of a data set; the folder to fill."""
-    repository = folder / f"datasets--{hub.replace('/', '--')}"
-    (repository / "refs").mkdir(parents=True)
-    (repository / "refs" / "main").write_text("a" * 40)
-    return repository / "snapshots" / ("a" * 40)
-
-
-@pytest.fixture
-def offline(tmp_path, monkeypatch):
-    """A working directory without data, and an empty hub cache without a network."""
-    from huggingface_hub import constants
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    return tmp_path
-
-
 def test_path_then_downloads_then_hub(offline):
     _, rows, hub, hub_rows, _, _ = SAME["aime2024"]
 
@@ -289,7 +214,7 @@ def test_path_then_downloads_then_hub(offline):
         (example,) = tasks.load(DataSource(task="aime2024", **options))
         return example.origin.split(",")[0]
 
-    parquet(hub_cache(offline / "cache", CATALOG["aime2024"].hub), hub, hub_rows)
+    hub_parquet(hub_cache(offline / "cache", CATALOG["aime2024"].hub), hub, hub_rows)
     assert "snapshots" in found()
     jsonl(Path("data/downloads/aime2024"), "test.jsonl", rows)
     assert found() == "data/downloads/aime2024/test.jsonl"
@@ -298,9 +223,9 @@ def test_path_then_downloads_then_hub(offline):
     assert found(path="elsewhere/test.jsonl") == "elsewhere/test.jsonl"
 
 
-@pytest.mark.parametrize("name", [*CATALOG, *medical.CATALOG])
+@pytest.mark.parametrize("name", ENTRIES)
 def test_without_a_network_it_is_said_what_to_fetch(offline, name):
-    entry = (CATALOG | medical.CATALOG)[name]
+    entry = ENTRIES[name]
     folder = f"data/downloads/{(entry.folders or (name,))[0]}"
     for options in ({}, {"path": "gone"}):
         with pytest.raises(DataError) as caught:
@@ -359,13 +284,13 @@ ROW = {"problem": "Find x.", "answer": "15", "images": [embedded(1)]}
         (ROW | {"choices": CHOICES, "ground_truth": "x"}, {"ask": "letter"},
          "neither a letter up to D nor the text of one choice"),
         (ROW | {"images": [{"bytes": None, "path": "img.png"}]}, {}, "image img.png: no such file"),
-        (ROW | {"images": ["https://example.org/x.png"]}, {}, "is a URL"),
+        (ROW | {"images": ["https://example.org/x.png"]}, {}, "x.png: URLs are not fetched"),
     ],
 )  # fmt: skip
 def test_bad_rows_of_every_form_are_named(tmp_path, row, options, words):
     import datasets
 
-    parquet(tmp_path / "hub", "data/train-00000-of-00001.parquet", [row])
+    hub_parquet(tmp_path / "hub", "data/train-00000-of-00001.parquet", [row])
     datasets.DatasetDict({"train": datasets.Dataset.from_list([row])}).save_to_disk(
         str(tmp_path / "saved")
     )
@@ -377,142 +302,26 @@ def test_bad_rows_of_every_form_are_named(tmp_path, row, options, words):
 
 
 def test_a_cut_parquet_file(tmp_path):
-    parquet(tmp_path, "data/train-00000-of-00001.parquet", [ROW])
+    hub_parquet(tmp_path, "data/train-00000-of-00001.parquet", [ROW])
     file = tmp_path / "data" / "train-00000-of-00001.parquet"
     file.write_bytes(file.read_bytes()[:-20])
     with pytest.raises(DataError, match=r"train-00000-of-00001\.parquet: cannot be read"):
         load("geometry3k", tmp_path)
 
 
-# Medical
-
-
-def medical_folder(folder, modalities=("medical_mri", "medical_ct"), pictures=1100):
-    """A bundle as on the hub, unpacked; every tenth picture has a twin under another name."""
-    rows = []
-    (folder / "images").mkdir(parents=True)
-    for name in modalities:
-        for number in range(pictures):
-            file = f"images/{name}{number:06}.png"
-            (folder / file).write_bytes(png(number - number % 10 // 9))
-            rows.append({
-                "image": [file], "question": "What is seen?", "options": ["Lung", "Liver", "Brain"],
-                "answer": "Liver", "dataset": "OmniMedVQA", "subset": medical.SUBSETS[name],
-            })  # fmt: skip
-    for row in rows[::50]:  # not to be graded: the answer is two options, or none
-        row["options"] = ["Liver", "Lung", "Liver"] if row is rows[0] else ["Lung", "Brain"]
-    other = rows[0] | {"dataset": "VQA-RAD", "subset": None, "answer": "not among the options"}
-    (folder / medical.BUNDLE).write_text(json.dumps([other, *rows]))
-    return rows
-
-
-def pixels(task):
-    return {open_image(example.images[0]).tobytes() for example in task}
-
-
-def test_medical_pairs(tmp_path):
-    medical_folder(tmp_path)
-    train = load("medical_mri", tmp_path, split="train")
-    test = load("medical_mri", tmp_path, split="test")
-    assert (len(train), len(test)) == (600, 300)
-    assert len(pixels(train)) == 600
-    assert len(pixels(test)) == 300
-    assert not pixels(train) & pixels(test)
-    assert train[0].question == "What is seen?\n(A) Lung\n(B) Liver\n(C) Brain"
-    assert (train[0].answer, train[0].grading["kind"]) == ("B", "choice")
-    assert len(load("medical_ct", tmp_path)) == 300
-    with pytest.raises(DataError, match="no rows with dataset 'OmniMedVQA' and subset 'X-Ray'"):
-        load("medical_xray", tmp_path)
-    # The choice depends on the names alone, not on the order of the file.
-    rows = json.loads((tmp_path / medical.BUNDLE).read_text())
-    (tmp_path / medical.BUNDLE).write_text(json.dumps(rows[::-1]))
-    again = load("medical_mri", tmp_path, split="train")
-    assert [e.images for e in again] == [e.images for e in train]
-    names = [f"images/medical_mri{number:06}.png" for number in range(1100) if number % 50]
-    in_order = sorted(
-        names, key=lambda name: hashlib.sha256(f"{name}\nWhat is seen?".encode()).hexdigest()
-    )
-    assert str(test[0].images[0]).endswith(in_order[0])
-
-
-def test_medical_test_as_published(tmp_path):
-    rows = medical_folder(tmp_path)
-    listed = [row | {"problem": "…", "solution": "B"} for row in rows[51:91] + rows[1151:1191]]
-    (tmp_path / "published.json").write_text(json.dumps(listed))
-    options = {"test_list": str(tmp_path / "published.json")}
-    test = load("medical_mri", tmp_path, split="test", **options)
-    assert [Path(e.images[0]).name for e in test] == [Path(r["image"][0]).name for r in rows[51:91]]
-    train = load("medical_mri", tmp_path, split="train", limit=9, **options)
-    assert not pixels(train) & pixels(test)
-    (tmp_path / "published.json").write_text(json.dumps([rows[0] | {"question": "Other?"}]))
-    with pytest.raises(DataError, match=r"published\.json, row 0: the pair .* is not in the data"):
-        load("medical_mri", tmp_path, split="test", **options)
-
-
-def test_medical_pictures_still_packed(tmp_path):
-    medical_folder(tmp_path, ["medical_mri"], 20)
-    with pytest.raises(DataError, match="only 17 pairs with pictures of their own for 300"):
-        load("medical_mri", tmp_path, split="test")
-    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
-        for file in sorted((tmp_path / "images").iterdir()):
-            archive.write(file, f"images/{file.name}")
-    shutil.rmtree(tmp_path / "images")
-    with pytest.raises(DataError, match=r"no such file .*unpack the pictures: unzip -q"):
-        load("medical_mri", tmp_path, split="test")
-    with pytest.raises(DataError, match=r"holds neither .*\.json nor test\.jsonl"):
-        load("medical_mri", tmp_path.parent, split="test")
-
-
-@pytest.mark.parametrize("inside", ["images/", ""])
-def test_medical_from_the_hub_unpacks_its_pictures(offline, inside):
-    entry = medical.CATALOG["medical_mri"]
-    folder = hub_cache(offline / "cache", entry.hub)
-    medical_folder(folder, ["medical_mri"], 400)
-    with zipfile.ZipFile(folder / "images.zip", "w") as archive:
-        for file in sorted((folder / "images").iterdir()):
-            archive.write(file, f"{inside}{file.name}")
-    shutil.rmtree(folder / "images")
-    for _ in range(2):
-        assert len(tasks.load(DataSource(task="medical_mri", split="test"))) == 300
-    assert sorted(file.name for file in folder.iterdir()) == [
-        "images",
-        "images.zip",
-        medical.BUNDLE,
-    ]
-
-
-def test_medical_in_our_form(tmp_path):
-    row = {"problem": "What is seen?", "choices": ["Lung", "Liver"], "answer": "B"}
-    jsonl(tmp_path, "test.jsonl", [row | {"images": [png(1)]}])
-    assert contents(load("medical_xray", tmp_path))[0][:2] == (
-        "What is seen?\n(A) Lung\n(B) Liver",
-        "B",
-    )
-
-
 # The catalog itself
 
 
-def test_the_catalog_is_what_the_tasks_are():
-    assert tuple(CATALOG) == registry.NAMED
-    assert tuple(medical.CATALOG) == tasks.MEDICAL
-    for name, entry in (CATALOG | medical.CATALOG).items():
-        assert set(entry.rows) == set(entry.files)
-        assert set(entry.split_where) | set(entry.saved_as) <= set(entry.files)
-        text = tasks.describe(name)
-        for word in (entry.hub, entry.licence, *entry.files):
-            assert word in text
-
-
-def test_every_data_set_has_its_recipe():
-    text = (ROOT / "data" / "README.md").read_text()
-    for name, entry in (CATALOG | medical.CATALOG).items():
-        folder = (entry.folders or (name,))[0]
-        assert f"`{name}`" in text
-        assert (
-            f"hf download {entry.hub} --repo-type dataset --local-dir data/downloads/{folder}"
-            in text
-        )
+@pytest.mark.parametrize("name", ENTRIES)
+def test_entries_are_consistent_and_described(name):
+    entry = ENTRIES[name]
+    assert set(entry.rows) == set(entry.files)
+    assert set(entry.split_where) | set(entry.saved_as) <= set(entry.files)
+    text = tasks.describe(name)
+    folder = (entry.folders or (name,))[0]
+    command = f"hf download {entry.hub} --repo-type dataset --local-dir data/downloads/{folder}"
+    for word in (command, entry.licence, *entry.files):
+        assert word in text
 
 
 @pytest.mark.parametrize(

@@ -87,12 +87,12 @@ def test_wrong_options(options, words):
 
 
 @pytest.mark.parametrize("name", USED)
-def test_gold_answers_of_every_data_set_are_right(name):
+def test_gold_answers_of_every_data_set_are_correct(name):
     for example in load(names=name, size=1, seed=3):
         assert example.question.strip()
         settings = {key: value for key, value in example.grading.items() if key != "grader"}
         if settings["entry"]["answer"] is None:
-            continue  # several are right, none is given
+            continue  # several are correct, none is given
         boxed = gym.score(example, f"<think>no</think> \\boxed{{{example.answer}}}", **settings)
         tagged = gym.score(example, f"<answer>{example.answer}</answer>", **settings)
         assert max(boxed, tagged) == 1.0  # braces in an answer do not survive a box
@@ -242,7 +242,7 @@ def test_a_row_of_data_names_no_grader(tmp_path):
         FileTask(str(file), grading={"grader": "own"})
 
 
-def test_a_run_on_pictures_and_generated_text(tmp_path):
+def test_a_run_on_images_and_generated_text(tmp_path):
     from helpers import run_config
 
     from mm_agrae.progress import Reporter
@@ -250,10 +250,10 @@ def test_a_run_on_pictures_and_generated_text(tmp_path):
     from mm_agrae.trainer import Trainer
 
     generated = {"task": "gym", "names": ["chain_sum", "gcd"], "size": 4}
-    pictures = {"task": "synthetic", "modality": "image", "split": "train", "limit": 4}
+    images = {"task": "synthetic", "modality": "image", "split": "train", "limit": 4}
     config = run_config(
         tmp_path,
-        data={"train": [generated, pictures], "evaluate": [generated | {"seed": 1, "limit": 2}]},
+        data={"train": [generated, images], "evaluate": [generated | {"seed": 1, "limit": 2}]},
         rollout={"prompts_per_step": 12, "completions_per_prompt": 2, "max_new_tokens": 8},
         train={"steps": 1},
     )

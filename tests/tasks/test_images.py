@@ -1,27 +1,13 @@
-import http.server
 import io
 import random
-import threading
 
 import pytest
-from helpers import VL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mm_agrae.config import parse
-from mm_agrae.errors import ConfigError, DataError
-from mm_agrae.tasks import images
-from mm_agrae.tasks.images import (
-    content_hash,
-    encode_png,
-    find_file,
-    is_public,
-    open_image,
-    printable,
-)
-from mm_agrae.types import Example
-from mm_agrae.view.sample import contact_sheet, sample_html, write_samples
+from mm_agrae.errors import DataError
+from mm_agrae.tasks.images import encode_png, find_file, open_image, printable
 
 ROW = "train.jsonl, line 7"
 
@@ -39,8 +25,8 @@ def noise(size=(64, 48), mode="RGB"):
 
 
 @pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "picture.png"
+def image_file(tmp_path):
+    path = tmp_path / "image.png"
     noise().save(path)
     return path
 
@@ -49,7 +35,7 @@ def picture(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["PNG", "WEBP", "BMP", "TIFF", "PPM"])
-def test_path_bytes_and_picture_give_the_same_pixels(tmp_path, form):
+def test_path_bytes_and_image_give_the_same_pixels(tmp_path, form):
     options = {"lossless": True} if form == "WEBP" else {}
     path = tmp_path / f"x.{form.lower()}"
     noise().save(path, form, **options)
@@ -147,7 +133,7 @@ def test_animation_gives_its_first_frame():
     assert open_image(source).getpixel((10, 10)) == (255, 0, 0)
 
 
-def test_result_is_independent_of_the_source_picture():
+def test_result_is_independent_of_the_source_image():
     source = noise()
     open_image(source).paste("black", (0, 0, 64, 48))
     assert source.tobytes() == noise().tobytes()
@@ -194,17 +180,17 @@ def test_corrupt_middle_of_a_png(tmp_path):
 @pytest.mark.parametrize(
     "data", [b"", b"\x89PNG\r\n\x1a\n", b"<html>404</html>", b"%!PS-Adobe-3.0"]
 )
-def test_not_a_picture(tmp_path, data):
+def test_not_an_image(tmp_path, data):
     path = tmp_path / "page.png"
     path.write_bytes(data)
-    refused(str(path), "page.png", "not a picture")
-    refused(data, f"embedded image of {len(data)} bytes", "not a picture")
+    refused(str(path), "page.png", "not an image")
+    refused(data, f"embedded image of {len(data)} bytes", "not an image")
 
 
 def test_postscript_is_never_run(tmp_path):
     path = tmp_path / "x.eps"
     noise().save(path, "EPS")
-    refused(str(path), "x.eps", "not a picture")
+    refused(str(path), "x.eps", "not an image")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -217,18 +203,18 @@ def test_decompression_bomb_is_refused_before_decoding(tmp_path, size):
     assert f"{size[0]:,}×{size[1]:,}" in message or f"{size[0] * size[1]:,} pixels" in message
 
 
-def test_pixel_limit_is_a_parameter(picture):
-    assert open_image(picture, max_pixels=64 * 48).size == (64, 48)
-    refused(picture, "64×48", "3,071", max_pixels=64 * 48 - 1)
+def test_pixel_limit_is_a_parameter(image_file):
+    assert open_image(image_file, max_pixels=64 * 48).size == (64, 48)
+    refused(image_file, "64×48", "3,071", max_pixels=64 * 48 - 1)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (7, 50)])
-def test_tiny_picture(size):
+def test_tiny_image(size):
     refused(encoded(Image.new("RGB", size)), f"{size[0]}×{size[1]}", "too small")
     refused(Image.new("RGB", size), "too small")
 
 
-def test_small_picture_is_accepted():
+def test_small_image_is_accepted():
     assert open_image(Image.new("RGB", (8, 8))).size == (8, 8)
     assert open_image(Image.new("RGB", (1, 1)), min_side=1).size == (1, 1)
 
@@ -250,20 +236,20 @@ def test_strange_paths_give_printable_messages(path):
     message.encode()
 
 
-def test_paths_may_not_leave_the_root(tmp_path, picture):
+def test_paths_may_not_leave_the_root(tmp_path, image_file):
     root = tmp_path / "root"
     (root / "sub").mkdir(parents=True)
     noise().save(root / "sub" / "in.png")
-    (root / "link.png").symlink_to(picture)
+    (root / "link.png").symlink_to(image_file)
     (root / "sub" / "loop.png").symlink_to(root / "sub" / "loop.png")
     assert open_image("sub/in.png", root=root).size == (64, 48)
     assert open_image("sub/../sub/in.png", root=root).size == (64, 48)
     assert open_image(str(root / "sub" / "in.png"), root=root).size == (64, 48)
     for path in (
-        "../picture.png",
-        str(picture),
+        "../image.png",
+        str(image_file),
         "link.png",
-        "sub/../../picture.png",
+        "sub/../../image.png",
         "/etc/passwd",
     ):
         refused(path, "outside", root=root)
@@ -308,110 +294,27 @@ def test_damaged_bytes_raise_nothing_but_our_error(data):
     assert image.mode == "RGB"
 
 
-# URLs
-
-
-@pytest.fixture
-def server():
-    png = encoded(noise())
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path == "/redirect":
-                self.send_response(302)
-                self.send_header("Location", "/x.png")
-                self.end_headers()
-            elif self.path == "/file":
-                self.send_response(302)
-                self.send_header("Location", "file:///etc/passwd")
-                self.end_headers()
-            elif self.path == "/x.png":
-                self.send_response(200)
-                self.end_headers()
-                self.wfile.write(png)
-            else:
-                self.send_error(404)
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-        thread.join()
-
-
-def test_urls(server):
-    refused(f"{server}/x.png", "not fetched")
-    refused(f"{server}/x.png", "private network (127.0.0.1)", allow_urls=True)
-    port = server.rpartition(":")[2]
-    refused(f"http://localhost:{port}/x.png", "private network", allow_urls=True)
-    refused(f"https://localhost:{port}/x.png", "private network", allow_urls=True)
-    options = {"allow_urls": True, "allow_private_urls": True}
-    assert open_image(f"{server}/x.png", **options).tobytes() == noise().tobytes()
-    assert open_image(f"{server}/redirect", **options).tobytes() == noise().tobytes()
-    refused(f"{server}/file", "cannot be fetched", **options)
-    refused(f"{server}/gone.png", "404", **options)
-    refused("ftp://localhost/x.png", "cannot be fetched", **options)
-    refused("http://[bad", "cannot be fetched", **options)
-
-
 @pytest.mark.parametrize(
-    ("address", "public"),
-    [
-        ("8.8.8.8", True),
-        ("2606:4700::1111", True),
-        ("64:ff9b::808:808", True),
-        ("2002:808:808::1", True),
-        *((address, False) for address in (
-            "127.0.0.1", "0.0.0.0", "10.1.2.3", "172.16.0.1", "192.168.0.1", "169.254.169.254",
-            "100.64.0.1", "224.0.0.1", "255.255.255.255", "::", "::1", "fe80::1", "fd00::1",
-            "ff02::1", "::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1",
-            "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "2002:a00:1::1", "2001:db8::1",
-        )),
-    ],
-)  # fmt: skip
-def test_public_addresses(address, public):
-    assert is_public(address) == public
-
-
-@pytest.mark.parametrize("host", ["2130706433", "0x7f.1", "127.1", "[::ffff:127.0.0.1]"])
-def test_other_spellings_of_a_private_address(server, host):
-    refused(f"http://{host}:{server.rpartition(':')[2]}/x.png", "fetched", allow_urls=True)
-
-
-def test_every_hop_of_a_redirect_is_looked_at(server, monkeypatch):
-    """The first address counts as public here; where it sends on to does not."""
-    monkeypatch.setattr(images, "is_public", lambda address, answers=[True, False]: answers.pop(0))
-    refused(f"{server}/redirect", "private network (127.0.0.1)", allow_urls=True)
+    "url", ["http://example.org/x.png", "HTTPS://example.org/x.png", "ftp://example.org/x.png"]
+)
+def test_urls_are_not_fetched_and_the_message_says_what_to_do(tmp_path, url):
+    words = ("x.png: URLs are not fetched; download the image first", f"in {tmp_path}, and put")
+    refused(url, *words, root=tmp_path)
 
 
 def test_messages_hold_no_passwords():
     url = "https://user:hunter2@example.invalid/a.png?signature=hunter2"
-    assert "https://example.invalid/a.png?…" in refused(url, "not fetched")
-    message = refused(url, "a URL with a password in it", allow_urls=True)
-    assert "hunter2" not in message
-    assert "hunter2" not in refused(url.replace("user:hunter2@", ""), allow_urls=True)
+    assert "hunter2" not in refused(url, "https://example.invalid/a.png?…", "not fetched")
 
 
-# Storing and showing
+# Storing
 
 
-def test_png_and_hash():
-    image = open_image(noise())
-    again = open_image(encode_png(image))
-    assert again.tobytes() == image.tobytes()
-    assert content_hash(again) == content_hash(image)
-    other = image.copy()
-    other.putpixel((3, 3), (0, 0, 0))
-    assert content_hash(other) != content_hash(image)
-    flat = Image.new("RGB", (8, 16))
-    assert content_hash(flat) != content_hash(flat.rotate(90, expand=True))
+def test_png_is_lossless():
+    assert open_image(encode_png(noise())).tobytes() == noise().tobytes()
 
 
-def test_metadata_is_not_stored(picture):
+def test_metadata_is_not_stored(image_file):
     image = noise()
     image.info["icc_profile"] = b"profile"
     assert b"iCCP" in encoded(image)
@@ -421,75 +324,3 @@ def test_metadata_is_not_stored(picture):
 def test_printable():
     assert printable("short") == "short"
     assert len(printable("x" * 1000)) == 201
-
-
-def examples():
-    red, blue = Image.new("RGB", (300, 200), "red"), Image.new("RGB", (10, 400), "blue")
-    return [
-        Example("1", "What colour?", "red", (red,)),
-        Example("2", "Compare <image> and <image>. " + "word " * 2000, "x" * 9000, (red, blue)),
-        Example("3", "<script>alert('∠')</script>\n\n" + "y" * 100_000, '<b>4</b> & "5"'),
-    ]
-
-
-def test_contact_sheet_shows_every_picture():
-    sheet = contact_sheet(examples(), columns=2)
-    assert sheet.mode == "RGB"
-    colours = [
-        {colour for _, colour in half.getcolors(maxcolors=10**6)}
-        for half in (sheet.crop((0, 0, 320, 240)), sheet.crop((320, 0, 640, 240)))
-    ]
-    assert (255, 0, 0) in colours[0]
-    assert (0, 0, 255) not in colours[0]
-    assert {(255, 0, 0), (0, 0, 255)} <= colours[1]
-    assert sheet.width == 640
-    assert sheet.height < 1200  # long captions are cut
-    one = contact_sheet(examples()[:1])
-    assert one.width == 320
-    caption = one.crop((0, 252, 320, one.height))
-    assert min(value for _, value in caption.convert("L").getcolors()) < 60
-
-
-def test_page_escapes_everything_and_holds_the_pictures():
-    page = sample_html(examples())
-    assert page.count("data:image/png;base64,") == 3
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
-    assert "&lt;b&gt;4&lt;/b&gt; &amp; &quot;5&quot;" in page
-
-
-def test_sample_names_the_row_of_a_bad_picture():
-    bad = Example("1", "?", "2", ("gone.png",), origin=ROW)
-    for show in (lambda: contact_sheet([bad]), lambda: sample_html([bad])):
-        with pytest.raises(DataError, match=r"line 7: image gone\.png"):
-            show()
-
-
-def sample_config(**sections):
-    source = {"task": "synthetic", "split": "train"}
-    values = {"run_dir": "unused", "model": {"path": VL}, "train": {"steps": 1}}
-    return parse({**values, "data": {"train": [source]}, **sections})
-
-
-def test_write_samples_as_page_and_sheet(tmp_path):
-    options = {"split": "train", "count": 3, "completions": 0}
-    out = write_samples(sample_config(), out=tmp_path / "x.html", **options)
-    page = out.read_text(encoding="utf-8")
-    assert page.count("<article") == page.count("data:image/png;base64,") == 3
-    sheet = Image.open(write_samples(sample_config(), out=tmp_path / "x.png", **options))
-    assert sheet.width == 3 * 320
-    for name, change, words in (
-        ("x.png", {"completions": 1}, "use .html"),
-        ("x.html", {"split": "evaluate"}, "data.evaluate names no data"),
-        ("gone/x.html", {}, "cannot write"),
-    ):
-        with pytest.raises(ConfigError, match=words):
-            write_samples(sample_config(), out=tmp_path / name, **(options | change))
-
-
-def test_write_samples_with_graded_completions(tmp_path):
-    config = sample_config(evaluate={"max_new_tokens": 8})
-    out = write_samples(config, split="train", count=2, completions=3, out=tmp_path / "x.html")
-    page = out.read_text(encoding="utf-8")
-    assert page.count("<article") == 2
-    assert page.count('class="verdict') == page.count("<pre>") == 6

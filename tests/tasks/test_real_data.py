@@ -5,6 +5,7 @@ The small model solves none of it; that the path is whole is the point.
 
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
@@ -18,6 +19,7 @@ from mm_agrae.config import DataSource
 from mm_agrae.errors import DataError
 from mm_agrae.progress import Reporter
 from mm_agrae.run.folder import RunFolder
+from mm_agrae.tasks.files import FileTask
 from mm_agrae.tasks.images import open_image
 from mm_agrae.tasks.rows import read_rows
 from mm_agrae.trainer import Trainer
@@ -45,21 +47,67 @@ ROWS = {
     "mathverse": {"testmini": (570, 449), "testmini_text_only": (121, 0)},
     "vqa_rad": {"train": (1359, 1359), "test": (361, 361)},
 }
-"""Rows and pictures of each split, as the description beside the data counts them."""
+"""Rows and images of each split, as the description beside the data counts them."""
 
 
 @needs_data
 @pytest.mark.parametrize(("name", "split"), [(n, split) for n in ROWS for split in ROWS[n]])
 def test_every_data_set_loads_by_its_name(name, split):
     task = load(name, split=split)
-    rows, pictures = ROWS[name][split]
+    rows, images = ROWS[name][split]
     examples = list(task)
     assert (len(examples), task.skipped) == (rows, [])
-    assert sum(len(example.images) for example in examples) == pictures
+    assert sum(len(example.images) for example in examples) == images
     assert len({example.id for example in examples}) == rows
     for example in examples:
         assert example.question.count("<image>") in (0, len(example.images))
         assert example.question.strip() or example.images
+    for example in examples[:: max(1, rows // 8)]:
+        for image in example.images:
+            assert open_image(image, origin=example.origin).mode == "RGB"
+
+
+@needs_data
+@pytest.mark.parametrize(
+    ("file", "rows", "choices"),
+    [
+        ("geometry3k/train.jsonl", 1311, 1311),
+        ("geometry3k/val.jsonl", 211, 211),
+        ("geometry3k/test.jsonl", 408, 408),
+        ("mathvision/test_subset.jsonl", 509, 268),
+        ("mathverse/testmini_subset.jsonl", 570, 108),
+        ("vqa_rad/test.jsonl", 361, 0),
+    ],
+)
+def test_the_same_files_without_a_catalog_entry(file, rows, choices):
+    task = FileTask(str(REAL_DATA / file))
+    assert (len(task), task.skipped) == (rows, [])
+    assert sum(example.grading.get("kind") == "choice" for example in task) == choices
+
+
+@needs_data
+def test_geometry3k_by_letter_and_by_value():
+    path = str(REAL_DATA / "geometry3k" / "test.jsonl")
+    letter = FileTask(path, limit=1)[0]
+    assert letter.question == (
+        "Find x. Round to the nearest tenth.\n(A) 18.8\n(B) 23.2\n(C) 25.9\n(D) 44.0"
+    )
+    assert (letter.answer, letter.grading["kind"]) == ("A", "choice")
+    value = FileTask(path, limit=1, columns={"answer": "answer_value", "choices": None})[0]
+    assert value.question == "Find x. Round to the nearest tenth."
+    assert (value.answer, value.grading) == ("18.8", {})
+
+
+@needs_data
+def test_vqa_rad_closed_and_open():
+    path = str(REAL_DATA / "vqa_rad" / "test.jsonl")
+    counts = {kind: len(FileTask(path, where={"answer_type": kind})) for kind in ("closed", "open")}
+    assert sum(counts.values()) == 361
+    closed = FileTask(path, where={"answer_type": "closed", "modality": ["CT", "MRI"]})
+    assert Counter(example.answer.lower() for example in closed).most_common(1)[0][0] in (
+        "yes",
+        "no",
+    )
 
 
 @needs_data
@@ -70,7 +118,7 @@ def test_math500_from_the_folder_of_math():
 
 
 @needs_data
-def test_pictures_of_a_data_set_are_as_many_as_described():
+def test_images_of_a_data_set_are_as_many_as_described():
     files = {
         name: {image for split in ROWS[name] for e in load(name, split=split) for image in e.images}
         for name in ("geometry3k", "mathvision", "mathverse", "vqa_rad")
@@ -101,7 +149,7 @@ def test_answers_are_graded_by_the_right_kind():
         load("mathverse", where={"version": "Vision Only"})
 
 
-def picture(row, folder):
+def embedded(row, folder):
     return [
         {"bytes": (folder / path).read_bytes(), "path": Path(path).name} for path in row["images"]
     ]
@@ -114,7 +162,7 @@ def choice_lines(row):
 
 HUB = {
     "geometry3k": ("test", "data/test-00000-of-00001.parquet", lambda row, folder: {
-        "images": picture(row, folder), "problem": "<image>" + row["problem"],
+        "images": embedded(row, folder), "problem": "<image>" + row["problem"],
         "answer": row["answer_value"], "id": int(row["id"].split("-")[1]),
         "choices": row["choices"], "ground_truth": row["answer"],
     }),
@@ -134,17 +182,17 @@ HUB = {
     }),
     "mathvision": ("test", "data/test-00000-of-00001.parquet", lambda row, folder: {
         "id": row["id"], "question": row["problem"], "options": row["choices"],
-        "image": row["images"][0], "decoded_image": picture(row, folder)[0],
+        "image": row["images"][0], "decoded_image": embedded(row, folder)[0],
         "answer": row["answer"], "level": row["level"], "subject": row["subject"],
     }),
     "mathverse": ("testmini", "testmini.parquet", lambda row, folder: {
         "sample_index": row["id"], "problem_version": row["problem_version"],
-        "question": choice_lines(row), "image": (picture(row, folder) or [None])[0],
+        "question": choice_lines(row), "image": (embedded(row, folder) or [None])[0],
         "answer": row["answer"], "question_type": row["question_type"],
         "metadata": {"subject": row["subject"], "subfield": row["subfield"]},
     }),
     "vqa_rad": ("test", "data/test-00000-of-00001.parquet", lambda row, folder: {
-        "image": picture(row, folder)[0], "question": row["problem"], "answer": row["answer"],
+        "image": embedded(row, folder)[0], "question": row["problem"], "answer": row["answer"],
     }),
 }  # fmt: skip
 """Of each data set: a split, the hub's file for it, and a row of ours in the hub's columns."""

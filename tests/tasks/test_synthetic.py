@@ -1,4 +1,4 @@
-"""The synthetic task: exact answers, pictures that agree with them, splits that do not touch."""
+"""The synthetic task: exact answers, images that agree with them, splits that do not touch."""
 
 from __future__ import annotations
 
@@ -15,15 +15,9 @@ import pytest
 
 from mm_agrae.errors import ConfigError
 from mm_agrae.tasks.synthetic import drawing
-from mm_agrae.tasks.synthetic.task import (
-    FAMILIES,
-    FIGURES,
-    LEVELS,
-    SPLITS,
-    SyntheticTask,
-    derive,
-    numbers_of,
-)
+from mm_agrae.tasks.synthetic.figures import FIGURES, derive
+from mm_agrae.tasks.synthetic.problems import numbers_of
+from mm_agrae.tasks.synthetic.task import FAMILIES, LEVELS, SPLITS, SyntheticTask
 
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -183,7 +177,7 @@ def test_every_way_leads_to_the_answer_by_true_equations() -> None:
     assert several > 800
 
 
-def test_shapes_are_as_many_in_the_picture_as_in_the_facts() -> None:
+def test_shapes_are_as_many_in_the_image_as_in_the_facts() -> None:
     task = SyntheticTask(size=150, families=["counting"], seed=2)
     for example in (task[index] for index in range(len(task))):
         shapes = example.meta["drawn"]["shapes"]
@@ -222,7 +216,7 @@ def test_labels_are_free_of_lines_and_each_other() -> None:
     assert crowded == 0
 
 
-def picture_hash(example) -> bytes:
+def content_hash(example) -> bytes:
     digest = hashlib.sha256(example.question.encode())
     for image in example.images:
         digest.update(image.tobytes())
@@ -243,13 +237,13 @@ def test_no_problem_stands_in_two_splits() -> None:
     assert set(Counter(owner.values())) == set(SPLITS)
 
 
-def test_no_picture_or_text_stands_in_two_splits() -> None:
+def test_no_image_or_text_stands_in_two_splits() -> None:
     owner: dict[bytes, str] = {}
     for split in SPLITS:
         for modality in ("image", "text"):
             task = SyntheticTask(split, modality, size=1200)
             for index in range(len(task)):
-                assert owner.setdefault(picture_hash(task[index]), split) == split
+                assert owner.setdefault(content_hash(task[index]), split) == split
 
 
 def test_every_figure_has_problems_at_each_level_in_each_split() -> None:
@@ -262,9 +256,9 @@ def test_items_are_a_function_of_seed_split_and_index() -> None:
     for modality in ("image", "text"):
         one, two = SyntheticTask("test", modality), SyntheticTask("test", modality)
         for index in (0, 5, 3, 511):
-            assert picture_hash(one[index]) == picture_hash(two[index])
+            assert content_hash(one[index]) == content_hash(two[index])
             assert one[index].answer == two[index].answer
-        assert picture_hash(one[-1]) == picture_hash(one[len(one) - 1])
+        assert content_hash(one[-1]) == content_hash(one[len(one) - 1])
         other = SyntheticTask("test", modality, seed=1)
         assert sum(one[k].question == other[k].question for k in range(50)) < 25
     with pytest.raises(IndexError):
@@ -289,8 +283,8 @@ def test_text_and_image_pose_the_same_problems() -> None:
 
 
 @pytest.mark.parametrize(("levels", "most"), [([1, 2, 3], 0.68), ([4], 0.2)])
-def test_the_picture_is_needed(levels: list[int], most: float) -> None:
-    """Who knows the best answer to each question by heart still fails without the picture."""
+def test_the_image_is_needed(levels: list[int], most: float) -> None:
+    """Who knows the best answer to each question by heart still fails without the image."""
     task = SyntheticTask(size=6000, families=["geometry"], levels=levels)
     answers = defaultdict(Counter)
     for index in range(len(task)):

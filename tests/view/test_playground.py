@@ -329,7 +329,7 @@ def test_pictures_are_refused_in_plain_words_without_a_path(tmp_path):
     text.write_text("no picture")
     Image.new("1", (3000, 1500)).save(wide)
     Image.new("RGB", (4, 4)).save(tiny)
-    for path, said in ((text, "not a picture"), (wide, "3,000×1,500"), (tiny, "too small")):
+    for path, said in ((text, "not an image"), (wide, "3,000×1,500"), (tiny, "too small")):
         with pytest.raises(DataError, match=said) as caught:
             read_picture(str(path), max_pixels=1_000_000)
         assert str(tmp_path) not in str(caught.value)

@@ -1,8 +1,8 @@
-"""Pictures for the synthetic task: geometry figures drawn to scale, shapes on a grid, bar charts.
+"""Images of the synthetic task: geometry figures drawn to scale, shapes on a grid, bar charts.
 
 Everything is drawn with Pillow at twice the size and then halved, which smooths the lines. Each
-function gives the picture and a dict of what was drawn, in pixels of the finished picture, so
-that a test can measure the drawing without knowing how the problem was made.
+function returns the image and a dict of what was drawn, in pixels of the finished image, so that
+a test can measure the drawing without knowing how the problem was made.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Diagram:
 
     An angle label (vertex, p, q, text) belongs to the angle that opens counter-clockwise from
     the ray vertex-p to the ray vertex-q, so reflex angles can be labelled too. A side label
-    (p, q, text) stands beside the segment, on the side away from the figure's middle.
+    (p, q, text) is placed beside the segment, on the side away from the figure's centre.
     """
 
     points: dict[str, XY]
@@ -54,9 +54,9 @@ class Diagram:
 def draw_diagram(
     diagram: Diagram, rng: random.Random, px: int, most_turn: float = 180.0
 ) -> tuple[Image.Image, dict[str, Any]]:
-    """Turn (by up to `most_turn` degrees either way) and mirror the figure at random.
+    """Draw the figure, turned at random by up to `most_turn` degrees either way, or mirrored.
 
-    Tries anew, with more turn in the end, until every label has room of its own.
+    Retries until no two labels collide; later attempts may turn further.
     """
     fewest, best = math.inf, None
     for attempt in range(60):
@@ -176,9 +176,9 @@ def _write(
 
 
 def _turned(diagram: Diagram, rng: random.Random, px: int, most_turn: float) -> Diagram:
-    """The figure in picture coordinates (y downwards), at a random turn, mirrored or not.
+    """The figure in image coordinates (y downwards), turned at random, mirrored or not.
 
-    Angle labels keep their meaning: read counter-clockwise as seen in the picture.
+    Angle labels keep their meaning: counter-clockwise as seen in the image.
     """
     turn = math.radians(rng.uniform(-most_turn, most_turn))
     mirror = rng.random() < 0.5
@@ -212,7 +212,7 @@ def _turned(diagram: Diagram, rng: random.Random, px: int, most_turn: float) -> 
 def opening(vertex: XY, p: XY, q: XY) -> tuple[float, float]:
     """Direction of vertex-p and the counter-clockwise angle to vertex-q, both in radians.
 
-    Points are in picture coordinates; counter-clockwise as seen in the picture.
+    Points are in image coordinates; counter-clockwise as seen in the image.
     """
     start = math.atan2(vertex[1] - p[1], p[0] - vertex[0])
     end = math.atan2(vertex[1] - q[1], q[0] - vertex[0])
@@ -220,10 +220,10 @@ def opening(vertex: XY, p: XY, q: XY) -> tuple[float, float]:
 
 
 def _place_labels(figure: Diagram, px: int) -> tuple[list[tuple[str, Box]], int]:
-    """Each label at the nearest place of its own, and how many found none.
+    """Each label at the nearest free position, and how many labels found none.
 
-    A place is free if it lies in the picture, clear of lines, arcs and other labels; an angle's
-    label also stays inside the angle, nearer to its corner than to any other labelled one.
+    A position is free if it lies in the image, clear of lines, arcs and other labels; an angle's
+    label also stays inside the angle, nearer to its vertex than to any other labelled one.
     """
     points, crowded = figure.points, 0
     labels: list[tuple[str, Box]] = []
@@ -234,7 +234,7 @@ def _place_labels(figure: Diagram, px: int) -> tuple[list[tuple[str, Box]], int]
         start, sweep = opening(points[vertex], points[p], points[q])
         middle = start + sweep / 2
         ray = (math.cos(middle), -math.sin(middle))
-        box, free = _free_place(text, points[vertex], ray, 46, labels, lines, ticks, corners, px)
+        box, free = _free_box(text, points[vertex], ray, 46, labels, lines, ticks, corners, px)
         labels.append((text, box))
         crowded += not free
     xs, ys = zip(*points.values(), strict=True)
@@ -244,13 +244,13 @@ def _place_labels(figure: Diagram, px: int) -> tuple[list[tuple[str, Box]], int]
         middle_xy = ((points[p][0] + points[q][0]) / 2, (points[p][1] + points[q][1]) / 2)
         away = dy * (middle_xy[0] - centre[0]) - dx * (middle_xy[1] - centre[1])
         ray = (dy, -dx) if away > 0 else (-dy, dx)
-        box, free = _free_place(text, middle_xy, ray, 15, labels, lines, ticks, [], px)
+        box, free = _free_box(text, middle_xy, ray, 15, labels, lines, ticks, [], px)
         labels.append((text, box))
         crowded += not free
     return labels, crowded
 
 
-def _free_place(
+def _free_box(
     text: str,
     origin: XY,
     ray: XY,
@@ -261,7 +261,7 @@ def _free_place(
     corners: list[XY],
     px: int,
 ) -> tuple[Box, bool]:
-    """The first place for `text` from `origin` along `ray`, and whether it is free."""
+    """The first free position for `text` from `origin` along `ray`, and whether there is one."""
     x0, y0, x1, y1 = _extent(text, _LABEL_PX)
     half_w, half_h = (x1 - x0) / 2 + 1, (y1 - y0) / 2 + 1
     start = (origin[0] + 2 * ray[0], origin[1] + 2 * ray[1])
@@ -348,7 +348,7 @@ def _tick(pen: ImageDraw.ImageDraw, p: XY, q: XY) -> None:
 
 
 def _arrow(pen: ImageDraw.ImageDraw, p: XY, q: XY, share: float) -> None:
-    """The customary mark of parallel lines."""
+    """The usual mark of parallel lines."""
     dx, dy = _along(p, q)
     x, y = p[0] + share * (q[0] - p[0]), p[1] + share * (q[1] - p[1])
     tip = (x + 3 * dx, y + 3 * dy)

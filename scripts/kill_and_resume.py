@@ -350,7 +350,7 @@ def kill_and_resume(
             mine = in_fork(fingerprint, run_dir / "run")
             differs = [name for name in whole[cell] if mine[name] != whole[cell][name]]
         result["differs"] = differs
-        result["reused"] = "took up the rollouts" in (run_dir / "log.txt").read_text()
+        result["reused"] = "from the cache" in (run_dir / "log.txt").read_text()
         found.append(result)
         print(
             f"{number + 1:3}/{runs} {cell:9} every {result['every']} "

@@ -4,10 +4,10 @@
     pip install atheris && python scripts/fuzz.py --cases 5000 --atheris 1000
     python scripts/fuzz.py --target checkpoint --cases 200
 
-For each target as many cases: what comes out must be a result or one of our own errors
-(`UserError`), within 10 seconds. Hypothesis draws cases at random; atheris, where it is installed,
-steers the same generators by the lines of this package that a case has reached. The table
-printed at the end counts what went wrong; each kind of fault is shown once, with its input.
+Every case must end within 10 seconds in a result or in one of our own errors (`UserError`).
+Hypothesis draws cases at random; atheris, if installed, steers the same generators by the lines of
+this package that a case has reached. A line per target counts the faults; each kind of fault is
+shown once, with its input.
 """
 
 from __future__ import annotations
@@ -69,15 +69,8 @@ _YAML = r"""2020-13-45 | 2020-01-01 | &a [*a] | &a {b: *a} | *nothing | 0b | 0x 
 "\x00" | ' | % | @ | ` | - a
 a: b: c | !!set {a, b} | !!omap [a: 1] | !!pairs [a: 1] | &a 1 | ?"""
 YAML = st.sampled_from(
-    [
-        *_YAML.replace("\n", " | ").split(" | "),
-        "|",
-        "\t",
-        "9" * 5000,
-        "[" * 400,
-        "{a: " * 400,
-        f"[&a 1,{_DOUBLED}]",
-    ]
+    [*_YAML.replace("\n", " | ").split(" | "), "|", "\t"]
+    + ["9" * 5000, "[" * 400, "{a: " * 400, f"[&a 1,{_DOUBLED}]"]
 )
 
 
@@ -194,17 +187,7 @@ def read_config(case: tuple[bytes, list[str]]) -> None:
 
 # ---------------------------------------------------------------------------------- the files
 
-FIELDS = [
-    "question",
-    "problem",
-    "answer",
-    "images",
-    "image",
-    "choices",
-    "options",
-    "id",
-    "solution",
-]
+FIELDS = "question problem answer images image choices options id solution".split()
 QUESTIONS = TEXT | st.sampled_from(["What?", "<image> What?", "<image 2><image1>", "(A) 1 (B) 2"])
 GOOD_ROWS = st.fixed_dictionaries(
     {"question": QUESTIONS, "answer": st.sampled_from(["5", "A", 7, 2.5])},

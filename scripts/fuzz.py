@@ -69,9 +69,9 @@ _YAML = r"""2020-13-45 | 2020-01-01 | &a [*a] | &a {b: *a} | *nothing | 0b | 0x 
 "\x00" | ' | % | @ | ` | - a
 a: b: c | !!set {a, b} | !!omap [a: 1] | !!pairs [a: 1] | &a 1 | ?"""
 YAML = st.sampled_from(
-    [*_YAML.replace("\n", " | ").split(" | "), "|", "\t"]
-    + ["9" * 5000, "[" * 400, "{a: " * 400, f"[&a 1,{_DOUBLED}]"]
-)
+    [*_YAML.replace("\n", " | ").split(" | "), "|", "\t", "9" * 5000, "[" * 400, "{a: " * 400,
+     f"[&a 1,{_DOUBLED}]"]
+)  # fmt: skip
 
 
 def damaged_bytes(data: bytes) -> st.SearchStrategy[bytes]:
@@ -187,7 +187,9 @@ def read_config(case: tuple[bytes, list[str]]) -> None:
 
 # ---------------------------------------------------------------------------------- the files
 
-FIELDS = "question problem answer images image choices options id solution".split()
+FIELDS = [
+    "question", "problem", "answer", "images", "image", "choices", "options", "id", "solution",
+]  # fmt: skip
 QUESTIONS = TEXT | st.sampled_from(["What?", "<image> What?", "<image 2><image1>", "(A) 1 (B) 2"])
 GOOD_ROWS = st.fixed_dictionaries(
     {"question": QUESTIONS, "answer": st.sampled_from(["5", "A", 7, 2.5])},

@@ -95,7 +95,7 @@ def test_eval_side_by_side(finished_run, tmp_path):
 
 
 def test_eval_without_a_config_says_so(tmp_path):
-    assert "name a config by --config" in command("eval", VL, "--out", tmp_path / "o", expect=2)
+    assert "pass a config with --config" in command("eval", VL, "--out", tmp_path / "o", expect=2)
 
 
 def test_reports(finished_run, tmp_path):

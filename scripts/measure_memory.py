@@ -61,6 +61,7 @@ def main() -> None:
     policy.zero_grad()
     found = {}
     rows = max(1, config.rollout.batch_completions // group)
+    rows = min(rows, config.rollout.prompts_per_step)
     engine = HFEngine(policy, processing, batch_completions=config.rollout.batch_completions)
     asked = [make_prompt(config, processing, index) for index in range(rows)]
     engine._eos = torch.tensor([-1], device=device)  # no completion stops early

@@ -18,9 +18,10 @@ from mm_agrae.errors import ConfigError, UserError
 if TYPE_CHECKING:
     from mm_agrae.config import Config
 
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 OVERRIDE = "key=value|FILE.yaml"
-"""Both kinds change the config that stands before them."""
+"""Each changes the config that precedes it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # The reader, such as `head`, has what it wanted. What is still unwritten goes nowhere.
+        # A reader such as `head` has closed the pipe; discard what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except KeyboardInterrupt:
@@ -48,7 +49,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if hasattr(arguments, "options"):  # serve parses its own
         arguments.options = rest
         return arguments
-    # argparse gives up on positionals that follow an option; overrides may stand anywhere.
+    # argparse rejects positionals that follow an option, but overrides may appear anywhere.
     overrides = getattr(arguments, "overrides", None)
     if rest and (overrides is None or any(item.startswith("-") for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -65,99 +66,44 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mm-agrae {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train from a config", description=_train.__doc__)
-    train.add_argument("config", help="a YAML file, see configs/")
-    train.add_argument("overrides", nargs="*", metavar=OVERRIDE)
-    train.add_argument(
-        "--overwrite", action="store_true", help="delete the run folder first if it holds a run"
-    )
-    train.add_argument("--plan", action="store_true", help="print the plan and stop")
-    train.set_defaults(command=_train)
-
-    evaluate = commands.add_parser(
-        "eval", help="pass@k of one or more checkpoints", description=_eval.__doc__
-    )
-    evaluate.add_argument("overrides", nargs="+", metavar="MODEL|key=value")
-    evaluate.add_argument("--config", help="config with data.evaluate (default: the checkpoint's)")
-    evaluate.add_argument("--out", default="runs/eval", help="folder for results and all samples")
-    evaluate.set_defaults(command=_eval)
-
-    sample = commands.add_parser(
-        "sample", help="look at a task's pictures and questions", description=_sample.__doc__
-    )
-    sample.add_argument("config", help="a YAML file, see configs/")
-    sample.add_argument("overrides", nargs="*", metavar=OVERRIDE)
-    sample.add_argument("-n", type=int, default=12, help="how many examples")
-    sample.add_argument("--split", choices=["train", "evaluate"], default="train")
-    sample.add_argument("--completions", type=int, default=0, help="also sample so many answers")
-    sample.add_argument("--out", default="sample.html", help="an .html page or a .png sheet")
-    sample.set_defaults(command=_sample)
-
-    report = commands.add_parser(
-        "report", help="one HTML page of a run", description=_report.__doc__
-    )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    report.add_argument("--out", default="compare.html", help="page for several runs")
-    report.set_defaults(command=_report)
-
-    demo = commands.add_parser(
-        "demo", help="look at runs and talk to checkpoints in a browser", description=_demo.__doc__
-    )
-    demo.add_argument("paths", nargs="*", metavar="RUN|MODEL", help="beside the embedded ones")
-    demo.add_argument("--host", default="127.0.0.1", help="address to listen on (default: local)")
-    demo.add_argument("--port", type=int, default=0, help="default: a free one from 7860 on")
-    demo.add_argument("--share", action="store_true", help="open Gradio's public tunnel")
-    demo.add_argument(
-        "--allow-model-paths", action="store_true", help="let the browser name other models"
-    )
-    demo.add_argument("--no-browser", action="store_true", help="do not open a browser")
-    demo.set_defaults(command=_demo)
-
-    export = commands.add_parser(
-        "export", help="a plain Hugging Face checkpoint, LoRA merged", description=_export.__doc__
-    )
-    export.add_argument("source", help="a checkpoint, a LoRA adapter, or a run folder")
-    export.add_argument("out", help="a new folder")
-    export.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto"
-    )
-    export.set_defaults(command=_export)
-
-    serve = commands.add_parser(  # its options are in rollout/serve.py, --help among them
-        "serve", help="a vLLM server for rollout.engine=vllm_server", add_help=False
-    )
-    serve.set_defaults(command=_serve, options=[])
-
-    tasks = commands.add_parser("tasks", help="list tasks and their options")
-    tasks.set_defaults(command=_tasks)
-    rules = commands.add_parser("rules", help="list advantage rules and their settings")
-    rules.set_defaults(command=_rules)
-    doctor = commands.add_parser(
-        "doctor", help="what this machine has, and what a config needs", description=_doctor.__doc__
-    )
-    doctor.add_argument("config", nargs="?", help="a YAML file, see configs/")
-    doctor.add_argument("overrides", nargs="*", metavar=OVERRIDE)
-    doctor.add_argument("--gpus", type=int, help="plan for so many (default: those found here)")
-    doctor.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)"
-    )
-    doctor.add_argument("--fsdp2", action="store_true", help="the model spread over the GPUs")
-    doctor.set_defaults(command=_doctor)
+    for add in (
+        _add_train, _add_eval, _add_sample, _add_report, _add_demo, _add_export, _add_serve,
+        _add_tasks, _add_rules, _add_doctor,
+    ):  # fmt: skip
+        add(commands)
     return parser
 
 
 def _load(path: str, overrides: Sequence[str]) -> Config:
+    """The config, with the names of its tasks and its engine checked before a model is loaded."""
     from mm_agrae import config as configs
     from mm_agrae import tasks
+    from mm_agrae.rollout.engine import engine_class
 
     config = configs.load(path, overrides)
     for source in (*config.data.train, *config.data.evaluate):
         tasks.check(source)
+    engine_class(config.rollout.engine)
     return config
 
 
+def _add_train(commands: Commands) -> None:
+    parser = commands.add_parser("train", help="train from a config", description=_train.__doc__)
+    _add_config(parser)
+    parser.add_argument(
+        "--overwrite", action="store_true", help="delete the run folder first if it holds a run"
+    )
+    parser.add_argument("--plan", action="store_true", help="print the plan and stop")
+    parser.set_defaults(command=_train)
+
+
+def _add_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
+    parser.add_argument("config", nargs=nargs, help="a YAML file, see configs/")
+    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE)
+
+
 def _train(arguments: argparse.Namespace) -> int:
-    """Train a model as a config says; `key=value` changes single settings, FILE.yaml several."""
+    """Train a model from a config; `key=value` changes one setting, FILE.yaml several."""
     config = _load(arguments.config, arguments.overrides)
     if arguments.plan:
         from mm_agrae import config as configs
@@ -181,7 +127,7 @@ def _train(arguments: argparse.Namespace) -> int:
         state = start(config)
         if state.is_main_process:
             _delete_run(run_dir)
-        # Nobody may look for checkpoints in a folder that is about to go.
+        # No process may look for checkpoints in a folder that is about to be deleted.
         state.wait_for_everyone()
     trainer = Trainer(config)
     summary = trainer.train()
@@ -194,13 +140,13 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _delete_run(folder: Path) -> None:
-    """Delete a folder only if it looks like a run of ours."""
+    """Delete a run folder; refuse one that holds anything else."""
     import shutil
 
     if not folder.exists():
         return
     if any(folder.iterdir()) and not (folder / "config.yaml").exists():
-        raise ConfigError(f"run_dir {folder} is not empty and holds no run; it is left alone")
+        raise ConfigError(f"run_dir {folder} is not empty and holds no run; it was not deleted")
     shutil.rmtree(folder)
 
 
@@ -225,6 +171,16 @@ def _show_summary(reporter: Any, summary: dict[str, Any]) -> None:
     reporter.say(f"peak memory {summary['peak_memory_mb']:.0f} MB")
 
 
+def _add_eval(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "eval", help="pass@k of one or more checkpoints", description=_eval.__doc__
+    )
+    parser.add_argument("overrides", nargs="+", metavar="MODEL|key=value")
+    parser.add_argument("--config", help="config with data.evaluate (default: the checkpoint's)")
+    parser.add_argument("--out", default="runs/eval", help="folder for results and all completions")
+    parser.set_defaults(command=_eval)
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     """Evaluate checkpoints side by side: pass@k with intervals, greedy accuracy, entropy, length.
 
@@ -240,8 +196,20 @@ def _eval(arguments: argparse.Namespace) -> int:
     return evaluate_checkpoints(models, arguments.config, overrides, Path(arguments.out), _load)
 
 
+def _add_sample(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "sample", help="show a task's images and questions", description=_sample.__doc__
+    )
+    _add_config(parser)
+    parser.add_argument("-n", type=int, default=12, help="how many examples")
+    parser.add_argument("--split", choices=["train", "evaluate"], default="train")
+    parser.add_argument("--completions", type=int, default=0, help="also sample this many of each")
+    parser.add_argument("--out", default="sample.html", help="an .html page or a .png sheet")
+    parser.set_defaults(command=_sample)
+
+
 def _sample(arguments: argparse.Namespace) -> int:
-    """Show examples of a config's data, pictures with questions and gold answers."""
+    """Show examples of a config's data: images, questions and gold answers."""
     from mm_agrae.view.sample import write_samples
 
     config = _load(arguments.config, arguments.overrides)
@@ -256,6 +224,15 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_report(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "report", help="one HTML page of a run", description=_report.__doc__
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    parser.add_argument("--out", default="compare.html", help="page for several runs")
+    parser.set_defaults(command=_report)
+
+
 def _report(arguments: argparse.Namespace) -> int:
     """Write RUN/report.html; of several runs, one page that compares them."""
     from mm_agrae.view.report import compare_report, write_report
@@ -265,6 +242,21 @@ def _report(arguments: argparse.Namespace) -> int:
     else:
         print(compare_report([Path(run) for run in arguments.runs], Path(arguments.out)))
     return 0
+
+
+def _add_demo(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "demo", help="explore runs and query checkpoints in a browser", description=_demo.__doc__
+    )
+    parser.add_argument("paths", nargs="*", metavar="RUN|MODEL", help="besides the embedded ones")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: local)")
+    parser.add_argument("--port", type=int, default=0, help="default: a free one from 7860 on")
+    parser.add_argument("--share", action="store_true", help="open Gradio's public tunnel")
+    parser.add_argument(
+        "--allow-model-paths", action="store_true", help="let the browser name other models"
+    )
+    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
+    parser.set_defaults(command=_demo)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -294,13 +286,32 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_export(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "export", help="a plain Hugging Face checkpoint, LoRA merged", description=_export.__doc__
+    )
+    parser.add_argument("source", help="a checkpoint, a LoRA adapter, or a run folder")
+    parser.add_argument("out", help="a new folder")
+    parser.add_argument(
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto"
+    )
+    parser.set_defaults(command=_export)
+
+
 def _export(arguments: argparse.Namespace) -> int:
-    """Write a trained policy as transformers and vLLM load it, LoRA merged into the weights."""
+    """Write a trained policy as a checkpoint that transformers and vLLM load, LoRA merged."""
     from mm_agrae.run.export import export
 
     made = export(Path(arguments.source), Path(arguments.out), arguments.dtype)
     print(f"{arguments.out}  {made['parameters']:,} parameters, {made['dtype']}")
     return 0
+
+
+def _add_serve(commands: Commands) -> None:
+    parser = commands.add_parser(  # its options are in rollout/serve.py, --help among them
+        "serve", help="a vLLM server for rollout.engine=vllm_server", add_help=False
+    )
+    parser.set_defaults(command=_serve, options=[])
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -309,12 +320,21 @@ def _serve(arguments: argparse.Namespace) -> int:
     return serve(arguments.options)
 
 
+def _add_tasks(commands: Commands) -> None:
+    commands.add_parser("tasks", help="list tasks and their options").set_defaults(command=_tasks)
+
+
 def _tasks(arguments: argparse.Namespace) -> int:
     from mm_agrae import tasks
 
     for name in tasks.TASKS:
         print(tasks.describe(name))
     return 0
+
+
+def _add_rules(commands: Commands) -> None:
+    parser = commands.add_parser("rules", help="list advantage rules and their settings")
+    parser.set_defaults(command=_rules)
 
 
 def _rules(arguments: argparse.Namespace) -> int:
@@ -327,55 +347,38 @@ def _rules(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _add_doctor(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "doctor", help="what this machine has, and what a config needs", description=_doctor.__doc__
+    )
+    _add_config(parser, nargs="?")
+    parser.add_argument("--gpus", type=int, help="plan for this many (default: those found here)")
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)"
+    )
+    parser.add_argument("--fsdp2", action="store_true", help="the model sharded over the GPUs")
+    parser.set_defaults(command=_doctor)
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
-    """Print versions, devices and what optional parts are missing. With a config: whether this
-    machine has its model, data and disk space, what the run will do, and an estimate of the GPU
-    memory it needs, with settings that fit. Status 1 if something stands in the way of a run.
+    """Print versions, devices and missing optional packages. With a config: whether this machine
+    has its model, data and disk space, what the run will do, and an estimate of the GPU memory it
+    needs, with settings that fit. Status 1 if something would stop the run.
     """
+    from mm_agrae.doctor import examine, show_machine
+
     if arguments.config is None:
-        return _machine()
+        show_machine()
+        return 0
     for name in ("gpus", "gpu_memory"):
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     config = _load(arguments.config, arguments.overrides)
-    from mm_agrae.doctor import examine
-
     problems = examine(
         config, gpus=arguments.gpus, gpu_memory=arguments.gpu_memory, sharded=arguments.fsdp2
     )
     return int(problems > 0)
-
-
-def _machine() -> int:
-    import importlib.util
-    import os
-    import shutil
-
-    import torch
-
-    from mm_agrae.model.compat import prepare
-    from mm_agrae.run.versions import versions
-
-    for name, version in versions().items():
-        print(f"{name:14} {version}")
-    prepare()
-    print(f"{'CPU cores':14} {os.cpu_count()} ({torch.get_num_threads()} threads for torch)")
-    for index in range(torch.cuda.device_count()):
-        properties = torch.cuda.get_device_properties(index)
-        print(f"{f'GPU {index}':14} {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
-    print(f"{'free disk':14} {shutil.disk_usage('.').free / 2**30:.0f} GiB")
-    for name, purpose in {
-        "vllm": "rollouts by vLLM",
-        "gradio": "the demo",
-        "trl": "the comparison with TRL",
-        "tensorboard": "the tensorboard sink",
-        "trackio": "the trackio sink",
-        "wandb": "the wandb sink",
-    }.items():
-        state = "installed" if importlib.util.find_spec(name) else "not installed"
-        print(f"{name:14} {state} ({purpose})")
-    return 0
 
 
 if __name__ == "__main__":

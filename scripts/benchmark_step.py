@@ -1,13 +1,13 @@
-"""Whole training steps, rollout, reward and update: ours beside TRL's GRPOTrainer.
+"""Whole training steps (rollout, reward, update): ours against TRL's GRPOTrainer.
 
-Both train the same model on the same pictures and questions with the same reward function, by
-turns in one process: `Trainer.step` here, `GRPOTrainer.training_step` and the optimiser there.
+Both train the same model on the same images and questions with the same reward function, in
+turn in one process: `Trainer.step` here, `GRPOTrainer.training_step` and the optimiser there.
 Reported are
 
     times     median of TRL's CPU time a step / median of ours (all threads and worker processes)
     memory    peak above the two models at rest, ours / TRL's
 
-    python scripts/benchmark_step.py                # a picture of 196 tokens, 64 new tokens
+    python scripts/benchmark_step.py                # an image of 196 tokens, 64 new tokens
     python scripts/benchmark_step.py --quickstart   # the embedded model, trained by both and graded
 
 With --quickstart both take as many steps as the quickstart config says, under the rule `grpo`,
@@ -46,7 +46,7 @@ from mm_agrae.tasks import load_all
 ROOT = Path(__file__).resolve().parents[1]
 WARM_START = ROOT / "data" / "warm_start" / "vl"
 VOCABULARY = 4096
-PICTURE_PIXELS = 392 * 392
+IMAGE_PIXELS = 392 * 392
 """196 image tokens at patch size 14 and merge size 2."""
 
 
@@ -158,14 +158,14 @@ def step_config(run_dir: Path, model: str, options: argparse.Namespace) -> Confi
         "run_dir": str(run_dir),
         "model": {"path": model, "device": "cpu"},
         "data": {"train": [source]},
-        "prompt": {"system": SYSTEM, "min_pixels": PICTURE_PIXELS, "max_pixels": PICTURE_PIXELS},
+        "prompt": {"system": SYSTEM, "min_pixels": IMAGE_PIXELS, "max_pixels": IMAGE_PIXELS},
         "train": {"steps": 10_000},
         "rollout": {
             "prompts_per_step": options.prompts,
             "completions_per_prompt": options.group,
             "max_new_tokens": options.new_tokens,
         },
-        # A rule and weights under which no group of these random answers is left out.
+        # A rule and weights under which no group of these random completions is left out.
         "advantage": {"rule": "grpo"},
         "reward": {"parts": {"accuracy": 0.0, f"{Path(__file__).resolve()}:some_reward": 1.0}},
         "update": {"learning_rate": 1e-6, "micro_batch_completions": 1024},
@@ -173,7 +173,7 @@ def step_config(run_dir: Path, model: str, options: argparse.Namespace) -> Confi
     })  # fmt: skip
 
 
-SYSTEM = "Think step by step about the picture, then give the final answer in \\boxed{}."
+SYSTEM = "Think step by step about the image, then give the final answer in \\boxed{}."
 
 
 def some_reward(example: Any, completion: Any) -> float:
@@ -282,7 +282,7 @@ def trl_steps(config: Config, folder: Path) -> Callable[[], None]:
     compute_loss = trainer._compute_loss
 
     def check_and_compute(model: Any, inputs: dict[str, Any]) -> Any:
-        """Both sides must see the same prompts and pictures."""
+        """Both sides must see the same prompts and images."""
         from mm_agrae.model.processing import Processing
 
         processing = Processing(config.model.path, config.prompt)

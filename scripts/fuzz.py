@@ -1,13 +1,13 @@
-"""Feeds nonsense to everything that reads files or text from outside, and looks for crashes.
+"""Feeds malformed input to everything that reads files or text from outside, and looks for crashes.
 
     python scripts/fuzz.py                     # hypothesis alone
     pip install atheris && python scripts/fuzz.py --cases 5000 --atheris 1000
     python scripts/fuzz.py --target checkpoint --cases 200
 
-For each target as many cases: what comes out must be a result or one of our own errors
-(`UserError`), within 10 seconds. Hypothesis draws cases at random; atheris, where it is installed,
-steers the same generators by the lines of this package that a case has reached. The table
-printed at the end counts what went wrong; each kind of fault is shown once, with its input.
+Every case must end within 10 seconds in a result or in one of our own errors (`UserError`).
+Hypothesis draws cases at random; atheris, if installed, steers the same generators by the lines of
+this package that a case has reached. A line per target counts the faults; each kind of fault is
+shown once, with its input.
 """
 
 from __future__ import annotations
@@ -69,35 +69,28 @@ _YAML = r"""2020-13-45 | 2020-01-01 | &a [*a] | &a {b: *a} | *nothing | 0b | 0x 
 "\x00" | ' | % | @ | ` | - a
 a: b: c | !!set {a, b} | !!omap [a: 1] | !!pairs [a: 1] | &a 1 | ?"""
 YAML = st.sampled_from(
-    [
-        *_YAML.replace("\n", " | ").split(" | "),
-        "|",
-        "\t",
-        "9" * 5000,
-        "[" * 400,
-        "{a: " * 400,
-        f"[&a 1,{_DOUBLED}]",
-    ]
-)
+    [*_YAML.replace("\n", " | ").split(" | "), "|", "\t", "9" * 5000, "[" * 400, "{a: " * 400,
+     f"[&a 1,{_DOUBLED}]"]
+)  # fmt: skip
 
 
 def damaged_bytes(data: bytes) -> st.SearchStrategy[bytes]:
-    """`data` cut short, with some bytes changed, with a piece put in, or something else."""
+    """`data` cut short, with some bytes changed, with bytes inserted, or unrelated bytes."""
 
-    def change(places: list[tuple[int, int]]) -> bytes:
+    def change(edits: list[tuple[int, int]]) -> bytes:
         changed = bytearray(data)
-        for place, value in places:
-            changed[place % len(changed)] = value
+        for offset, value in edits:
+            changed[offset % len(changed)] = value
         return bytes(changed)
 
-    place = st.integers(0, len(data))
+    offset = st.integers(0, len(data))
     near_start = st.integers(0, min(len(data), 2000))
     return (
-        st.builds(lambda end: data[:end], place)
-        | st.lists(st.tuples(near_start | place, st.integers(0, 255)), min_size=1, max_size=8).map(
+        st.builds(lambda end: data[:end], offset)
+        | st.lists(st.tuples(near_start | offset, st.integers(0, 255)), min_size=1, max_size=8).map(
             change
         )
-        | st.builds(lambda at, piece: data[:at] + piece + data[at:], place, st.binary(max_size=20))
+        | st.builds(lambda at, piece: data[:at] + piece + data[at:], offset, st.binary(max_size=20))
         | st.binary(max_size=200)
     )
 
@@ -143,16 +136,16 @@ KEYS = st.sampled_from(
 )
 OVERRIDES = st.builds("{}={}".format, KEYS | TEXT, YAML | TEXT | SCALARS.map(str)) | TEXT
 PLAUSIBLE = st.sampled_from([1, 2, 8, 0, 0.5, 1.0, True, False, "auto", "x", "a/b", None, [], {}])
-PLACES = st.lists(st.tuples(KEYS, PLAUSIBLE | VALUES), max_size=3)
+REPLACEMENTS = st.lists(st.tuples(KEYS, PLAUSIBLE | VALUES), max_size=3)
 GOOD_OVERRIDES = st.sampled_from(
     ["train.steps=3", "advantage.alpha=1", "model.path=x", "run_dir=r"]
 )
 
 
-def _config_text(places: list[tuple[str, Any]]) -> bytes:
+def _config_text(replacements: list[tuple[str, Any]]) -> bytes:
     """A good config with some values replaced."""
     values = yaml.safe_load(yaml.safe_dump(CONFIG))
-    for key, value in places:
+    for key, value in replacements:
         *parents, last = key.split(".")
         node = values
         for parent in parents:
@@ -168,7 +161,7 @@ def _config_text(places: list[tuple[str, Any]]) -> bytes:
 GOOD_CONFIG = yaml.safe_dump(CONFIG).encode()
 CONFIG_FILES = (
     st.just(GOOD_CONFIG)
-    | PLACES.map(_config_text)
+    | REPLACEMENTS.map(_config_text)
     | st.builds(lambda key, text: GOOD_CONFIG + f"\n{key}: {text}\n".encode(), KEYS, YAML)
     | (YAML | TEXT.map(json.dumps)).map(lambda text: f"base: {text}".encode())
     | YAML.map(str.encode)
@@ -195,16 +188,8 @@ def read_config(case: tuple[bytes, list[str]]) -> None:
 # ---------------------------------------------------------------------------------- the files
 
 FIELDS = [
-    "question",
-    "problem",
-    "answer",
-    "images",
-    "image",
-    "choices",
-    "options",
-    "id",
-    "solution",
-]
+    "question", "problem", "answer", "images", "image", "choices", "options", "id", "solution",
+]  # fmt: skip
 QUESTIONS = TEXT | st.sampled_from(["What?", "<image> What?", "<image 2><image1>", "(A) 1 (B) 2"])
 GOOD_ROWS = st.fixed_dictionaries(
     {"question": QUESTIONS, "answer": st.sampled_from(["5", "A", 7, 2.5])},
@@ -338,10 +323,10 @@ def read_answer(case: tuple[str, str, str, list[str], bool]) -> None:
     assert found is None or isinstance(found, str)
     final_answer(gold)
     follows_format(completion)
-    right = verify(
+    correct = verify(
         gold, completion, kind=kind, choices=choices, after_thinking=thinking, time_limit_s=0.5
     )  # type: ignore[arg-type]
-    assert isinstance(right, bool)
+    assert isinstance(correct, bool)
 
 
 # --------------------------------------------------------------------------- the checkpoint
@@ -375,7 +360,7 @@ def _whole_checkpoint() -> tuple[Path, Any]:
 
 @st.composite
 def _checkpoints(draw: Any) -> tuple[dict[str, bytes | None], bool]:
-    """New contents of some of its files (None: gone), and whether the checksums are mended."""
+    """New contents of some of its files (None: gone), and whether the checksums are updated."""
     folder, _ = _whole_checkpoint()
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     likely = ["mm_agrae.json", "training.pt", "model.safetensors", "mm_agrae.yaml"]
@@ -397,7 +382,7 @@ def read_checkpoint(case: tuple[dict[str, bytes | None], bool]) -> None:
 
     from mm_agrae.run import checkpoint
 
-    changes, mended = case
+    changes, updated = case
     whole, policy = _whole_checkpoint()
     before = {name: tensor.clone() for name, tensor in policy.model.state_dict().items()}
     with tempfile.TemporaryDirectory(dir=workshop()) as parent:
@@ -407,7 +392,7 @@ def read_checkpoint(case: tuple[dict[str, bytes | None], bool]) -> None:
             (folder / name).unlink()
             if content is not None:
                 (folder / name).write_bytes(content)
-        if mended and "mm_agrae.json" not in changes:
+        if updated and "mm_agrae.json" not in changes:
             state = json.loads((folder / "mm_agrae.json").read_text())
             for name, content in changes.items():
                 state["sha256"][name] = hashlib.sha256(content or b"").hexdigest()
@@ -443,7 +428,7 @@ TARGETS: dict[str, tuple[Callable[[], st.SearchStrategy[Any]], Check]] = {
 
 
 class TooLong(BaseException):
-    """A case that hangs. Not an Exception, so that nothing on the way swallows it."""
+    """A case that hangs. Not an Exception, so that no handler swallows it."""
 
 
 @dataclass
@@ -545,7 +530,7 @@ def steered(target: str, cases: int, report: Path) -> None:
 
     _quiet()
     warnings.simplefilter("ignore")
-    # Something to begin with: from nothing, libFuzzer is long in finding its way to whole cases.
+    # An initial corpus: from nothing, libFuzzer takes long to find complete cases.
     corpus = workshop() / "corpus"
     corpus.mkdir()
     for number in range(100):
@@ -554,7 +539,7 @@ def steered(target: str, cases: int, report: Path) -> None:
     atheris.Fuzz()
 
 
-# What is to be steered by must be imported under atheris' eyes.
+# What steers must be imported under atheris' instrumentation.
 STEERED = """
 import sys, atheris
 from pathlib import Path
@@ -599,7 +584,7 @@ def main() -> int:
     args = parser.parse_args()
     if args.atheris and find_spec("atheris") is None:
         parser.error("atheris is not installed: pip install atheris")
-    # A case that asks for too much memory is a fault, and must not take the machine along.
+    # A case that asks for too much memory is a fault, and must not take the machine down.
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_GIB << 30, LIMIT_GIB << 30))
     rows, bad = [], 0
     for target in args.target or TARGETS:

@@ -3,17 +3,17 @@
 
     python scripts/kill_and_resume.py --runs 50
 
-Small runs of the embedded checkpoints: pictures and text, all weights and LoRA with dropout,
-checkpoints at every or every second step, written at once or in the background. Each is killed by
+Small runs of the embedded checkpoints: images and text, all weights and LoRA with dropout,
+checkpoints every step or every second step, written at once or in the background. Each is killed by
 SIGKILL once or twice, in a stage that the run's number decides (sampling, rewards, update, saving,
 evaluation, writing the records, starting) and at a random moment of it, and then resumed. At the
-end its weights, optimiser and schedule, metrics (but for times and memory), every completion with
+end its weights, optimiser and schedule, metrics (except times and memory), every completion with
 its reward and advantages, and the evaluations must equal the uninterrupted run's bit for bit.
 
 What is killed is `mm-agrae train CONFIG`. Most runs are forks of a process that has imported the
-package, which saves the seconds of importing it; every `--fresh`-th is an interpreter of its own.
-The stage is read from outside, from a few shared bytes that the run's stopwatch writes to, and
-after the kill once more: that is the one in the table. Status 1 if a run differs or needs a hand.
+package, which saves the import time; every `--fresh`-th is a new interpreter. The stage is read
+from outside, from a few shared bytes that the run's stopwatch writes to, and read again after the
+kill: the second reading is the one in the table. Status 1 if a run differs or does not finish.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 STAGES = ("rollout", "update", "checkpoint", "reward", "writing", "evaluate", "log", "starting")
-"""What a stopwatch calls them; `writing` is a checkpoint being written in the background."""
+"""The stopwatch's names; `writing` is a checkpoint being written in the background."""
 STEPS = 5
 LIMIT_S = 600.0
 LORA = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
@@ -46,8 +46,8 @@ CELLS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-class Box:
-    """A few bytes that a run writes its stage into, and that outlive it."""
+class StageFile:
+    """A few bytes that a run writes its stage to, and that outlive it."""
 
     def __init__(self, path: Path):
         if not path.exists():
@@ -63,53 +63,53 @@ class Box:
 
 
 def publish(path: Path) -> None:
-    """In the run's process: have the stopwatch and the checkpoint's writer tell where they are."""
+    """In the run's process: have the stopwatch and the checkpoint's writer report their stage."""
     from mm_agrae.run import checkpoint, metrics
 
-    box, counts = Box(path), Counter[str]()
-    box.write(0, "starting 1")
-    box.write(1, "")
+    file, counts = StageFile(path), Counter[str]()
+    file.write(0, "starting 1")
+    file.write(1, "")
     timed, write = metrics.Stopwatch.__call__, checkpoint.Snapshot.write
 
     @contextlib.contextmanager
-    def told(self: Any, stage: str) -> Iterator[None]:
-        outer = box.read(0)
+    def timed_and_published(self: Any, stage: str) -> Iterator[None]:
+        outer = file.read(0)
         counts[stage] += 1
-        box.write(0, f"{stage} {counts[stage]}")
+        file.write(0, f"{stage} {counts[stage]}")
         try:
             with timed(self, stage):
                 yield
         finally:
-            box.write(0, "between 1" if outer.startswith("starting") else outer)
+            file.write(0, "between 1" if outer.startswith("starting") else outer)
 
-    def told_write(self: Any, folder: Path) -> None:
+    def write_and_publish(self: Any, folder: Path) -> None:
         counts["writing"] += 1
-        box.write(1, f"writing {counts['writing']}")
+        file.write(1, f"writing {counts['writing']}")
         try:
             write(self, folder)
         finally:
-            box.write(1, "")
+            file.write(1, "")
 
-    metrics.Stopwatch.__call__ = told  # type: ignore[method-assign]
-    checkpoint.Snapshot.write = told_write  # type: ignore[method-assign]
+    metrics.Stopwatch.__call__ = timed_and_published  # type: ignore[method-assign]
+    checkpoint.Snapshot.write = write_and_publish  # type: ignore[method-assign]
 
 
-def train(config: Path, box: Path) -> int:
+def train(config: Path, stage_file: Path) -> int:
     from mm_agrae import cli
 
-    publish(box)
+    publish(stage_file)
     return cli.main(["train", str(config)])
 
 
 class Run:
-    """A run's process, forked from this one or an interpreter of its own."""
+    """A run's process, a fork of this one or a new interpreter."""
 
     def __init__(self, folder: Path, *, fresh: bool):
         self.folder = folder
-        self.box_path = folder / "stage"
-        self.box_path.unlink(missing_ok=True)
-        self.box = Box(self.box_path)
-        self.box.write(0, "starting 1")
+        self.stage_path = folder / "stage"
+        self.stage_path.unlink(missing_ok=True)
+        self.stage_file = StageFile(self.stage_path)
+        self.stage_file.write(0, "starting 1")
         config, log = folder / "config.yaml", folder / "log.txt"
         self.started = time.monotonic()
         if fresh:
@@ -117,7 +117,7 @@ class Run:
             code += "sys.exit(k.train(p.Path(sys.argv[1]), p.Path(sys.argv[2])))"
             with log.open("ab") as file:
                 self.process = subprocess.Popen(
-                    [sys.executable, "-c", code, str(config), str(self.box_path)],
+                    [sys.executable, "-c", code, str(config), str(self.stage_path)],
                     stdout=file,
                     stderr=file,
                     env=os.environ
@@ -133,7 +133,7 @@ class Run:
                 os.dup2(output, 2)
                 status = 1
                 try:
-                    status = train(config, self.box_path)
+                    status = train(config, self.stage_path)
                 finally:
                     sys.stdout.flush()
                     sys.stderr.flush()
@@ -156,8 +156,8 @@ class Run:
         return status
 
     def kill_in(self, stage: str, count: int, delay: float) -> str | None:
-        """SIGKILL `delay` seconds into the count-th such stage; the stage it struck, or None if
-        the run ended before."""
+        """SIGKILL `delay` seconds into the count-th such stage; the stage that was hit, or
+        None if the run ended before."""
         half = 1 if stage == "writing" else 0
         while not self._reached(stage, count, half):
             if (status := self.ended()) is not None:
@@ -169,15 +169,15 @@ class Run:
         os.kill(self.pid, signal.SIGKILL)
         if self.finish() == 0:
             return None
-        return self.box.read(1).split(" ")[0] or self.box.read(0).split(" ")[0]
+        return self.stage_file.read(1).split(" ")[0] or self.stage_file.read(0).split(" ")[0]
 
     def _reached(self, stage: str, count: int, half: int) -> bool:
-        name, _, number = self.box.read(half).partition(" ")
+        name, _, number = self.stage_file.read(half).partition(" ")
         return name == stage and number.isdigit() and int(number) >= count
 
 
 def end_process(status: int) -> None:
-    """End a fork: threads are waited for, but what its parent is to do at exit is not done."""
+    """End a fork: wait for its threads, but skip its parent's exit handlers."""
     import threading
 
     for thread in threading.enumerate():
@@ -232,7 +232,7 @@ def values(run_dir: Path, path: str, model: dict, every: int, background: bool) 
 
 
 def fingerprint(run_dir: Path) -> dict[str, Any]:
-    """Digests of everything of a finished run that must not depend on interruptions."""
+    """Digests of everything in a finished run that must not depend on interruptions."""
     import hashlib
 
     import torch
@@ -294,23 +294,23 @@ def durations(run_dir: Path) -> dict[str, float]:
 def one(
     number: int, cell: str, stage: str, folder: Path, seconds: dict[str, float], fresh: bool
 ) -> dict[str, Any]:
-    """Kill and resume run number so-and-so: what it is, where it was struck, how it ended."""
-    draw = random.Random(number)
-    background = stage == "writing" or (stage != "checkpoint" and draw.random() < 0.5)
-    every = draw.choice((1, 2))
+    """Kill and resume one run: its settings, the stages it was killed in, and its exit status."""
+    rng = random.Random(number)
+    background = stage == "writing" or (stage != "checkpoint" and rng.random() < 0.5)
+    every = rng.choice((1, 2))
     write_config(folder, values(folder / "run", *CELLS[cell], every, background))
     hits = []
-    for target in [stage, *draw.choices(STAGES, k=draw.random() < 0.4)]:
+    for target in [stage, *rng.choices(STAGES, k=rng.random() < 0.4)]:
         most = STEPS - 1
         if target in ("checkpoint", "writing"):
             most = max(1, STEPS // every - 1)
         elif target in ("evaluate", "starting"):
             most = 1
         hit = Run(folder, fresh=fresh).kill_in(
-            target, draw.randint(1, most), draw.random() * seconds[target]
+            target, rng.randint(1, most), rng.random() * seconds[target]
         )
         if hit is None:
-            break  # it had ended; once more the same command must do no harm
+            break  # it had finished; the same command again must change nothing
         hits.append(hit)
     return {
         "number": number, "cell": cell, "every": every,
@@ -327,28 +327,30 @@ def write_config(folder: Path, made: dict[str, Any]) -> None:
 def kill_and_resume(
     runs: int, cells: Sequence[str], fresh_every: int, folder: Path
 ) -> list[dict[str, Any]]:
-    """What became of each run; `differs` names what is not as in the uninterrupted run."""
+    """The outcome of each run; `differs` names what is unequal to the uninterrupted run."""
     whole, seconds = {}, {}
     for cell in cells:
-        place = folder / cell
-        write_config(place, values(place / "run", *CELLS[cell], 1, False))
-        if Run(place, fresh=False).finish() != 0:
-            raise RuntimeError(f"the uninterrupted run failed:\n{(place / 'log.txt').read_text()}")
-        whole[cell] = in_fork(fingerprint, place / "run")
-        seconds[cell] = in_fork(durations, place / "run")
+        cell_dir = folder / cell
+        write_config(cell_dir, values(cell_dir / "run", *CELLS[cell], 1, False))
+        if Run(cell_dir, fresh=False).finish() != 0:
+            raise RuntimeError(
+                f"the uninterrupted run failed:\n{(cell_dir / 'log.txt').read_text()}"
+            )
+        whole[cell] = in_fork(fingerprint, cell_dir / "run")
+        seconds[cell] = in_fork(durations, cell_dir / "run")
     found = []
     for number in range(runs):
         cell = cells[number % len(cells)]
         stage = STAGES[number // len(cells) % len(STAGES)]
-        place = folder / f"run_{number:03d}"
+        run_dir = folder / f"run_{number:03d}"
         fresh = fresh_every > 0 and number % fresh_every == fresh_every - 1
-        result = one(number, cell, stage, place, seconds[cell], fresh)
+        result = one(number, cell, stage, run_dir, seconds[cell], fresh)
         differs = ["did not end by itself"]
         if result["status"] == 0:
-            mine = in_fork(fingerprint, place / "run")
+            mine = in_fork(fingerprint, run_dir / "run")
             differs = [name for name in whole[cell] if mine[name] != whole[cell][name]]
         result["differs"] = differs
-        result["took_up"] = "took up the rollouts" in (place / "log.txt").read_text()
+        result["reused"] = "from the cache" in (run_dir / "log.txt").read_text()
         found.append(result)
         print(
             f"{number + 1:3}/{runs} {cell:9} every {result['every']} "
@@ -365,11 +367,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument(
-        "--fresh", type=int, default=5, help="every so-and-so-many-th run is no fork"
+        "--fresh", type=int, default=5, help="every n-th run is a new interpreter, not a fork"
     )
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--out", type=Path, default=Path("runs/kill_and_resume.json"))
-    parser.add_argument("--keep", type=Path, help="a folder for the runs, which are else deleted")
+    parser.add_argument("--keep", type=Path, help="a folder for the runs (default: deleted)")
     arguments = parser.parse_args()
     if arguments.out.is_dir():
         parser.error(f"--out {arguments.out} is a folder; name a file")
@@ -384,11 +386,11 @@ def main() -> int:
         print(f"{stage:12} {row['kills']:5} {row['runs']:5} {row['equal']:6}")
     equal = sum(not result["differs"] for result in found)
     kills = sum(len(result["killed_in"]) for result in found)
-    taken = sum(result["took_up"] for result in found)
-    print(f"{equal} of {len(found)} runs equal after {kills} kills; {taken} took up rollouts")
+    taken = sum(result["reused"] for result in found)
+    print(f"{equal} of {len(found)} runs equal after {kills} kills; {taken} reused cached rollouts")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     summary = {
-        "runs": len(found), "equal": equal, "kills": kills, "took_up_rollouts": taken,
+        "runs": len(found), "equal": equal, "kills": kills, "reused_rollouts": taken,
         "seconds": round(time.monotonic() - started, 1), "by_stage": table, "each": found,
     }  # fmt: skip
     arguments.out.write_text(json.dumps(summary, indent=1))
@@ -396,7 +398,7 @@ def main() -> int:
 
 
 def by_stage(found: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Kills in each stage, how many runs had one there, and how many of those ended equal."""
+    """Kills in each stage, how many runs had one there, and how many of those were equal."""
     table: dict[str, dict[str, int]] = {}
     for result in found:
         for stage, kills in Counter(result["killed_in"]).items():
@@ -408,7 +410,7 @@ def by_stage(found: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 
 
 def preload() -> None:
-    """Import what a run imports, so that its forks need not; nothing here starts a thread."""
+    """Import what a run imports, for its forks; nothing here starts a thread."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import torch

@@ -59,7 +59,7 @@ SPECIAL_IDS = {
     "<|image_pad|>": 151655,
     "<|video_pad|>": 151656,
 }
-# Qwen2.5-VL's conversation format: its default system message, pictures between their markers.
+# Qwen2.5-VL's conversation format: its default system message, images between their markers.
 CHAT_TEMPLATE = (
     "{%- if messages[0]['role'] != 'system' -%}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif -%}"
@@ -71,7 +71,7 @@ CHAT_TEMPLATE = (
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
 PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 16384}
-"""The published checkpoints' own budget: at most 16,384 image tokens a picture."""
+"""The published checkpoints' own budget: at most 16,384 tokens per image."""
 
 
 def main() -> None:

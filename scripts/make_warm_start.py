@@ -1,18 +1,19 @@
-"""Make the two small warm-start checkpoints from nothing: data/warm_start/vl and .../text.
+"""Make the two small warm-start checkpoints from scratch: data/warm_start/vl and .../text.
 
     python scripts/make_warm_start.py --out data/warm_start
 
-Both are real transformers classes with random weights at first: Qwen2_5_VLForConditionalGeneration
-and Qwen2ForCausalLM, one byte-level tokenizer for the two. They are taught, by plain supervised
-learning on the training split of the synthetic task and on bare sums, to write
+Both are real transformers classes, initialised at random: Qwen2_5_VLForConditionalGeneration and
+Qwen2ForCausalLM, with one byte-level tokenizer for both. Supervised learning on the training split
+of the synthetic task and on bare sums teaches them to write
 
     <think>Given 70, 40. Exterior angle: 70+40=110.</think> \\boxed{110}
 
-The teacher reads and calculates rightly but is deliberately unsure of the rule: it uses the right
-one with a probability that differs by figure (`SKILL`) and otherwise one of a few wrong ones. So
-the checkpoint mostly calculates right and mostly chooses badly, which is what reinforcement
-learning is then to mend. At the end the script measures pass@1 and pass@16 on the test split, and
-pass@1 with the picture blanked or swapped for another's: what is left is guessing.
+The teacher reads and calculates correctly but is deliberately unsure of the rule: it uses the
+correct one with a probability that differs by figure (`SKILL`) and otherwise one of a few incorrect
+ones. So the checkpoint mostly calculates correctly and mostly chooses badly, which leaves something
+to learn for reinforcement learning. At the end the script measures pass@1 and pass@16 on the test
+split, and pass@1 with the image blanked or swapped for another problem's, which shows how much is
+guessing.
 """
 
 from __future__ import annotations
@@ -42,15 +43,9 @@ prepare()
 
 VOCABULARY = 768
 SPECIAL = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-]
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>",
+    "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+]  # fmt: skip
 # Qwen2.5's own pattern: each digit is a token, words keep their leading space.
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -74,17 +69,17 @@ PATCH, MERGE = 14, 2
 STAGES = ("text", "vision", "join")
 
 SKILL = {1: (0.35, 0.7), 2: (0.25, 0.6), 3: (0.08, 0.35), 4: (0.15, 0.5)}
-"""Level -> range of the probability that the teacher uses the right rule, spread over figures."""
+"""Level -> range of the probability that the teacher uses the correct rule, over figures."""
 BLUNDERS = {
     ("side", 2): ("Two equal sides: s=2*b, a-s", "Rest: a-b", "Rectangle: a/2"),
     ("x", 3): ("Triangle: s=a+b, 180-s", "Exterior angle: a+b", "Full turn: s=a+b+c, 360-s"),
 }
-"""What is asked, how many numbers are given -> wrong rules beside those of other figures."""
+"""What is asked, how many numbers are given -> incorrect rules besides those of other figures."""
 NAME_IT, READ_IT = "Name the figure.", "Read the picture."
 CALCULATE, REPEAT = "Calculate.", "Repeat"
 
 Turn = tuple[str, list[tuple[str, float]]]
-"""A question and its reply, in pieces with the weight that each has in the loss."""
+"""A question and its reply, in pieces with their weights in the loss."""
 
 
 def skill(figure: str, level: int) -> float:
@@ -95,7 +90,7 @@ def skill(figure: str, level: int) -> float:
 
 
 def mistakes(problem: Problem) -> list[tuple[str, str]]:
-    """Derivations and answers by wrong rules, a favourite of this figure first."""
+    """Derivations and answers by incorrect rules, in an order that depends on the figure."""
     figure = FIGURES[problem.figure]
     kind = (figure.asks, figure.arity)
     rules = [other.ways[0] for other in FIGURES.values() if (other.asks, other.arity) == kind]
@@ -120,13 +115,13 @@ def teach(problem: Problem, rng: random.Random) -> str:
 
 
 def reading(problem: Problem) -> str:
-    """What is to be read from the picture, whatever the question."""
+    """The numbers in the image, whatever the question."""
     if problem.family == "counting":
         return ", ".join(f"{kind}s {n}" for kind, n in zip(KINDS, problem.numbers, strict=True))
     if problem.family == "charts":
         bars = zip("ABCD", problem.numbers, strict=False)
         return ", ".join(f"{name} {value}" for name, value in bars)
-    hidden = int(FIGURES[problem.figure].asks == "side")  # The perimeter stands in the question.
+    hidden = int(FIGURES[problem.figure].asks == "side")  # The perimeter is in the question.
     return ", ".join(map(str, problem.numbers[hidden:]))
 
 
@@ -135,10 +130,10 @@ def naming(problem: Problem) -> str:
 
 
 def drill(rng: random.Random) -> Turn:
-    """Copying numbers, or calculating with them; of an equation only what follows = is learnt.
+    """Copying numbers, or calculating with them; only what follows "=" has weight in the loss.
 
-    The numbers are all that the figures can have, in bare sums without any figure: a problem of
-    the test split is as new as before, but its numbers are no strangers.
+    The numbers are all that figures can have, in bare sums without a figure: problems of the test
+    split stay unseen, but their numbers do not.
     """
     if rng.random() < 0.3:
         most = rng.choice((12, 180))
@@ -166,15 +161,15 @@ def every_number(figure: str) -> list[tuple[int, ...]]:
 
 
 def lesson(
-    task: SyntheticTask, index: int, rng: random.Random, pictures: float
+    task: SyntheticTask, index: int, rng: random.Random, images: float
 ) -> tuple[list[Turn], Any]:
-    """One conversation and its picture (or None).
+    """One conversation and its image (or None).
 
-    Naming and reading, of which the teacher is sure, are drills in seeing; they stand beside
-    the problem in one conversation, so that the picture is encoded once for all of them.
+    Naming and reading, of which the teacher is sure, train vision; they share a conversation with
+    the problem, so that the image is encoded once for all of them.
     """
     problem, state = task.problem(index)
-    if rng.random() > pictures:
+    if rng.random() > images:
         if rng.random() < 0.5:
             return [drill(rng)], None
         return [(problem.described, [(teach(problem, rng), 1.0)])], None
@@ -252,7 +247,7 @@ def make_processor(tokenizer: Any) -> Any:
 
 
 def make_model(kind: str, tokenizer: Any, args: argparse.Namespace) -> Any:
-    """A fresh model; heads are 32 wide, the least that vLLM takes."""
+    """A fresh model; heads are 32 wide, the least that vLLM supports."""
     from transformers import (
         GenerationConfig,
         Qwen2_5_VLConfig,
@@ -315,7 +310,7 @@ def make_model(kind: str, tokenizer: Any, args: argparse.Namespace) -> Any:
 
 
 def pixels(images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the image processor yields for pictures of one size, many times faster."""
+    """What the image processor returns for images of one size, many times faster."""
     array: Any = np.stack([np.asarray(image, dtype=np.float32) for image in images])
     count, height, width, _ = array.shape
     rows, columns, block = height // PATCH, width // PATCH, MERGE
@@ -331,7 +326,7 @@ def pixels(images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
 def batch(
     rows: Sequence[tuple[Sequence[Turn], Any]], tokenizer: Any, left: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Model inputs of (turns, picture) rows; `weights` on the replies alone.
+    """Model inputs of (turns, image) rows; `weights` on the replies alone.
 
     With `left`, the last reply is left open and the rows are padded on the left.
     """
@@ -372,8 +367,8 @@ def batch(
     return inputs
 
 
-def seeing(model: Any, tokenizer: Any, problems: int = 64) -> str:
-    """How often pictures of the test split are named and read rightly, greedily."""
+def vision_accuracy(model: Any, tokenizer: Any, problems: int = 64) -> str:
+    """How often images of the test split are named and read correctly, greedily."""
     task = SyntheticTask("test", size=problems, seed=5)
     score: dict[str, list[bool]] = defaultdict(list)
     for ask, truth in ((NAME_IT, naming), (READ_IT, reading)):
@@ -383,19 +378,19 @@ def seeing(model: Any, tokenizer: Any, problems: int = 64) -> str:
             if ask == READ_IT or problem.family == "geometry":
                 score[f"{ask} {problem.family}"].append(texts[0] == truth(problem))
     model.train()
-    return ", ".join(f"{name} {np.mean(right):.2f}" for name, right in score.items())
+    return ", ".join(f"{name} {np.mean(hits):.2f}" for name, hits in score.items())
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate: a short rise, a long level, and down to 3 % in the end."""
+    """Factor of the learning rate: short warm-up, constant, then decay to 3 %."""
     fade = max(0.0, (step - 0.4 * steps) / (0.6 * steps))
     return min(1.0, (step + 1) / 40) * (1 - 0.97 * fade)
 
 
 def train(
-    model: Any, processor: Any, args: argparse.Namespace, steps: int, pictures: float, folder: Path
+    model: Any, processor: Any, args: argparse.Namespace, steps: int, images: float, folder: Path
 ) -> None:
-    """AdamW over fresh samples, a share `pictures` of them with a picture."""
+    """AdamW over fresh samples, a share `images` of them with a image."""
     tokenizer = getattr(processor, "tokenizer", processor)
     task = SyntheticTask(size=10**9, seed=args.seed + 1)
     decay = [p for p in model.parameters() if p.dim() > 1]
@@ -410,8 +405,8 @@ def train(
     started, index, running = time.time(), 0, 0.0
     waiting: list[Any] = []
     for step in range(steps):
-        if not waiting:  # Rows of like length share a batch: less padding.
-            rows = [lesson(task, index + k, rng, pictures) for k in range(8 * args.batch)]
+        if not waiting:  # Rows of similar length share a batch: less padding.
+            rows = [lesson(task, index + k, rng, images) for k in range(8 * args.batch)]
             index += len(rows)
             rows.sort(key=lambda row: len(str(row[0])))
             waiting = [rows[k : k + args.batch] for k in range(0, len(rows), args.batch)]
@@ -434,18 +429,18 @@ def train(
         if step % 10 == 9 or step + 1 == steps:
             progress(step + 1, steps, started, f"loss {running:.3f}")
         if step % args.save_every == args.save_every - 1 or step + 1 == steps:
-            if pictures:
-                print(f"\nstep {step + 1}: {seeing(model, tokenizer)}", flush=True)
+            if images:
+                print(f"\nstep {step + 1}: {vision_accuracy(model, tokenizer)}", flush=True)
             save(model, processor, folder)
 
 
 def train_vision(tower: Any, width: int, args: argparse.Namespace) -> None:
-    """The vision tower by itself, with linear heads that are thrown away afterwards.
+    """Train the vision tower alone, with linear heads that are discarded afterwards.
 
-    From the features that the language model will get: the figure's name and the numbers that
-    stand in it (from the mean over the picture), the shape in each of the 4 x 4 fields (from that
-    field's feature) and the heights of the bars (from all features). Learnt directly, this takes
-    a fraction of the samples that it takes through the language model.
+    They predict, from the features that the language model will get: the figure's name and its
+    numbers (from the mean over the image), the shape in each of the 4 x 4 fields (from that field's
+    feature) and the heights of the bars (from all features). Learnt directly, this takes a fraction
+    of the samples that it takes through the language model.
     """
     names = {name: index for index, name in enumerate(FIGURES)}
     heads = torch.nn.ModuleDict(
@@ -504,12 +499,12 @@ def train_vision(tower: Any, width: int, args: argparse.Namespace) -> None:
         optimizer.step()
         optimizer.zero_grad()
         for key, (guess, truth) in said.items():
-            right = (guess.argmax(-1) == truth).float().mean().item()
-            accuracy[key] = 0.97 * accuracy[key] + 0.03 * right
+            correct = (guess.argmax(-1) == truth).float().mean().item()
+            accuracy[key] = 0.97 * accuracy[key] + 0.03 * correct
         running = loss.item() if step == 0 else 0.97 * running + 0.03 * loss.item()
         if step % 20 == 19 or step + 1 == args.vision_steps:
             note = ", ".join(f"{key} {value:.2f}" for key, value in accuracy.items())
-            progress(step + 1, args.vision_steps, started, f"loss {running:.2f}, right: {note}")
+            progress(step + 1, args.vision_steps, started, f"loss {running:.2f}, accuracy: {note}")
 
 
 def progress(done: int, total: int, started: float, note: str) -> None:
@@ -528,7 +523,7 @@ def progress(done: int, total: int, started: float, note: str) -> None:
 def sample(
     model: Any, tokenizer: Any, rows: Sequence[tuple[str, Any]], samples: int, temperature: float
 ) -> list[list[str]]:
-    """`samples` replies to each (question, picture)."""
+    """`samples` replies to each (question, image)."""
     model.eval()
     replies: list[list[str]] = []
     stride = max(1, 128 // samples)
@@ -552,7 +547,7 @@ def sample(
 
 
 def final_answer(reply: str) -> str:
-    """What stands in the last box after the thinking, "" if the form is not kept."""
+    """The content of the last box after the thinking, "" if the format is not followed."""
     thinking, _, rest = reply.partition("</think>")
     if not thinking.startswith("<think>") or "\\boxed{" not in rest:
         return ""
@@ -560,24 +555,24 @@ def final_answer(reply: str) -> str:
 
 
 def measure(model: Any, tokenizer: Any, modality: str, problems: int, samples: int) -> None:
-    """Print pass@1 and pass@k by family, level and figure, and with the picture taken away."""
+    """Print pass@1 and pass@k by family, level and figure, and without the image."""
     from PIL import Image
 
     task = SyntheticTask("test", modality=modality, size=problems)
     examples = [task[index] for index in range(problems)]
-    pictures: list[Any] = [e.images[0] if e.images else None for e in examples]
+    images: list[Any] = [e.images[0] if e.images else None for e in examples]
     started = time.time()
 
-    def solve(pictures: Sequence[Any], samples: int) -> tuple[list[list[str]], np.ndarray]:
-        rows = list(zip((e.question for e in examples), pictures, strict=True))
+    def solve(images: Sequence[Any], samples: int) -> tuple[list[list[str]], np.ndarray]:
+        rows = list(zip((e.question for e in examples), images, strict=True))
         replies = sample(model, tokenizer, rows, samples, 1.0)
-        right = [
+        correct = [
             [final_answer(text) == example.answer for text in texts]
             for example, texts in zip(examples, replies, strict=True)
         ]
-        return replies, np.array(right)
+        return replies, np.array(correct)
 
-    replies, right = solve(pictures, samples)
+    replies, correct = solve(images, samples)
     groups: dict[str, list[int]] = defaultdict(list)
     for row, example in enumerate(examples):
         meta = example.meta
@@ -589,24 +584,24 @@ def measure(model: Any, tokenizer: Any, modality: str, problems: int, samples: i
     length = [len(tokenizer(text).input_ids) + 1 for text in texts]
     formed = np.mean([bool(final_answer(text)) for text in texts])
     print(f"{modality}: {problems} test problems x {samples}, {time.time() - started:.0f} s")
-    print(f"  form kept {formed:.3f}, tokens {np.mean(length):.1f} (most {max(length)})")
+    print(f"  format followed {formed:.3f}, tokens {np.mean(length):.1f} (most {max(length)})")
     for name, rows in sorted(groups.items()):
-        one, many = right[rows].mean(), right[rows].any(1).mean()
+        one, many = correct[rows].mean(), correct[rows].any(1).mean()
         print(f"  {name:26s} n {len(rows):4d}  pass@1 {one:.3f}  pass@{samples} {many:.3f}")
-    eight = right[:, :8].mean(1)
+    eight = correct[:, :8].mean(1)
     none, every = (eight == 0).mean(), (eight == 1).mean()
-    print(f"  groups of 8: none right {none:.2f}, all right {every:.2f}")
+    print(f"  groups of 8: none correct {none:.2f}, all correct {every:.2f}")
     if modality == "image":
-        blank = Image.new("RGB", pictures[0].size, "white")
+        blank = Image.new("RGB", images[0].size, "white")
         for name, others in (
             ("blank", [blank] * problems),
-            ("swapped", pictures[1:] + pictures[:1]),
+            ("swapped", images[1:] + images[:1]),
         ):
-            print(f"  picture {name}: pass@1 {solve(others, 4)[1].mean():.3f}")
+            print(f"  image {name}: pass@1 {solve(others, 4)[1].mean():.3f}")
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
-    """In half precision to keep it small; the config says float32, as which it is loaded."""
+    """Save in half precision to keep it small; the config says float32, as which it is loaded."""
     from safetensors.torch import load_file, save_file
 
     fresh = folder.with_name(folder.name + ".new")
@@ -652,7 +647,7 @@ def main() -> None:
         train_vision(vl.model.visual, args.width, args)
         torch.save(vl.model.visual.state_dict(), tower)
     if "join" in args.stages:
-        # As larger ones are made: a language model, a vision tower, then both together.
+        # As larger models are made: a language model, a vision tower, then both together.
         text = type(text).from_pretrained(args.out / "text")
         vl.model.language_model.load_state_dict(text.model.state_dict())
         vl.model.visual.load_state_dict(torch.load(tower))

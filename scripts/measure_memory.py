@@ -1,11 +1,11 @@
-"""Doctor's estimate of memory beside what one rollout and one update really take.
+"""The memory estimate of `mm-agrae doctor` against what a rollout and an update really take.
 
     python scripts/measure_memory.py CONFIG [key=value | FILE.yaml ...]
 
-Prompts are noise of exactly prompt.max_tokens, for a vision-language model mostly a picture;
-completions are as long as they may be. So the estimate's assumptions hold, and what is compared is
-its arithmetic. A phase is measured as the peak of what torch's allocator gave out above what it
-held before: by its own statistics on a GPU, by the profiler's events on a CPU.
+Prompts are noise of exactly prompt.max_tokens tokens, mostly image tokens for a vision-language
+model, and completions are as long as allowed: the estimate's assumptions hold, so only its
+arithmetic is compared. A phase is measured as the peak of torch's allocator above what it held
+before, from its own statistics on a GPU and from the profiler's events on a CPU.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import torch
 from PIL import Image
 
 from mm_agrae import config as configs
-from mm_agrae import doctor
 from mm_agrae.loss import Denominator, policy_loss
+from mm_agrae.model.memory import estimate, micro_batch_tokens
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
+from mm_agrae.model.size import find_model_config, measure
 from mm_agrae.rollout.hf import HFEngine
 from mm_agrae.types import Example, MicroBatch, Prompt
 
@@ -42,8 +43,8 @@ def main() -> None:
     config = configs.load(options.config, options.overrides)
     device = "cuda" if torch.cuda.is_available() and config.model.device != "cpu" else "cpu"
     processing = Processing(config.model.path, config.prompt)
-    model_config, _ = doctor.find_config(config.model.path)
-    expected = doctor.estimate(config, doctor.measure(config, model_config), device=device)
+    model_config, _ = find_model_config(config.model.path)
+    expected = estimate(config, measure(config, model_config), device=device)
     policy = Policy(
         config.model,
         processing,
@@ -52,42 +53,43 @@ def main() -> None:
         device=device,
     )
     optimizer = torch.optim.AdamW(policy.trainable_parameters(), lr=0.0)
-    row = doctor.row_tokens(config)
-    prompts = [make_prompt(config, processing, index) for index in range(row.prompts)]
+    batch = micro_batch_tokens(config)
+    prompts = [make_prompt(config, processing, index) for index in range(batch.prompts)]
     group = config.rollout.completions_per_prompt
-    # What a first use allocates once belongs to no phase.
+    # One-off allocations of a first use belong to no phase.
     update(policy, prompts[:1], 1, 8, config)
     policy.zero_grad()
     found = {}
     rows = max(1, config.rollout.batch_completions // group)
+    rows = min(rows, config.rollout.prompts_per_step)
     engine = HFEngine(policy, processing, batch_completions=config.rollout.batch_completions)
     asked = [make_prompt(config, processing, index) for index in range(rows)]
-    engine._eos = torch.tensor([-1], device=device)  # nobody stops early
+    engine._eos = torch.tensor([-1], device=device)  # no completion stops early
     with Peak(device) as peak:
         engine.generate(asked, group, config.rollout, list(range(rows)))
     found["rollout"] = peak.bytes
     with Peak(device) as peak:
-        completions = row.predicted // config.rollout.max_new_tokens
+        completions = batch.predicted // config.rollout.max_new_tokens
         update(policy, prompts, completions, config.rollout.max_new_tokens, config)
     found["update"] = peak.bytes
     with Peak(device) as peak:
         optimizer.step()
     found["optimiser step"] = peak.bytes
-    print(f"{config.model.path}: {row.tokens} tokens in a row of {row.prompts} prompts, {device}")
+    size = f"{batch.tokens} tokens of {batch.prompts} prompts"
+    print(f"{config.model.path}: micro-batches of {size}, {device}")
     print(f"{'phase':16}{'estimate':>12}{'measured':>12}{'ratio':>8}")
-    for name, measured in found.items():
-        parts = dict(expected.phases[name])
+    for name, peak_bytes in found.items():
+        entries = dict(expected.phases[name])
         if name == "optimiser step":  # the gradients are there already; Adam's state is new
-            parts.pop("gradients")
-            parts["optimiser"] = expected.always["optimiser (Adam)"]
-        total = sum(parts.values())
-        print(
-            f"{name:16}{total / MB:9.0f} MB{measured / MB:9.0f} MB{total / max(1, measured):8.2f}"
-        )
+            entries.pop("gradients")
+            entries["optimiser"] = expected.always["optimiser (Adam)"]
+        total = sum(entries.values())
+        ratio = total / max(1, peak_bytes)
+        print(f"{name:16}{total / MB:9.0f} MB{peak_bytes / MB:9.0f} MB{ratio:8.2f}")
 
 
 def make_prompt(config: Any, processing: Processing, seed: int) -> Prompt:
-    """Noise of exactly prompt.max_tokens tokens, with a picture if the model sees."""
+    """Noise of exactly prompt.max_tokens tokens, with an image if the model takes images."""
     want = config.prompt.max_tokens
     images: tuple[Any, ...] = ()
     if processing.is_multimodal:

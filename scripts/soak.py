@@ -1,20 +1,20 @@
 #!/usr/bin/env python
-"""Train small steps for an hour and watch what the process holds on to.
+"""Train small steps for an hour and watch for leaks of memory, file handles and threads.
 
     python scripts/soak.py --minutes 60
 
-A real run in this process: pictures, rollouts, rewards in worker processes, checkpoints written in
-the background every few steps, evaluations now and then, all records kept. After each step it notes
+A real run in this process: images, rollouts, rewards in worker processes, checkpoints written in
+the background every few steps, occasional evaluations, all records kept. After each step it records
 the process's own memory (resident and not backed by a file, which is what a leak fills), all
-resident memory, the proportional memory of the process and its workers (PSS), open file handles
-and threads. What a process holds on to shows at its quiet moments, so each window of some steps
-counts by its lowest value. Written are OUT.json, OUT.png, and a line a quantity: its growth an
-hour, a straight line fitted after the warm-up, with a 95 % interval by a bootstrap of blocks of
-residuals (neighbouring windows are alike). Status 1 if the process's own memory grows by more than
---limit MB an hour, that is if the whole interval lies above, or if handles or threads grow.
+resident memory, the proportional memory of the process and its workers (PSS), open file handles and
+threads. A leak shows in the lowest values, so each window of some steps counts by its minimum.
+Written are OUT.json, OUT.png, and a line per quantity: its growth per hour, a straight line fitted
+after the warm-up, with a 95 % interval by a bootstrap of blocks of residuals (neighbouring windows
+are correlated). Status 1 if the process's own memory grows by more than --limit MB per hour, that
+is if the whole interval lies above, or if handles or threads grow.
 
-Resident memory falls by itself when other programs need memory: the system then takes back pages
-of files, such as those of libraries.
+Resident memory falls by itself when other programs need memory: the system then drops pages of
+files, such as those of libraries.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ WINDOWS = 100
 
 
 class Watched(Trainer):
-    """A trainer that notes what it holds after each step, and ends when time is up."""
+    """A trainer that records its memory after each step, and ends when time is up."""
 
-    # Eight bytes a number, so that the notes do not grow with what they are about.
+    # Eight bytes a number, so that the records themselves hardly grow.
     samples: array[float]
     end: float
 
@@ -66,7 +66,7 @@ class Watched(Trainer):
                 handles += process.num_fds()
                 threads += process.num_threads()
                 processes += 1
-            except psutil.Error:  # a worker that is just ending
+            except psutil.Error:  # a worker that is just exiting
                 continue
         memory, megabyte = own.memory_full_info(), 2**20
         return (
@@ -156,7 +156,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/soak"), help="without suffix")
     parser.add_argument("--model", type=Path, default=ROOT / "data" / "warm_start" / "vl")
     parser.add_argument("--warm-up", type=float, default=0.15, help="share of the time left out")
-    parser.add_argument("--limit", type=float, default=2.0, help="MB an hour that are borne")
+    parser.add_argument("--limit", type=float, default=2.0, help="tolerated growth, MB per hour")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = run_config(Path(folder) / "run", arguments.model)
@@ -165,6 +165,8 @@ def main() -> int:
         trainer.end = time.monotonic() + 60 * arguments.minutes
         trainer.train()
     samples = np.array(trainer.samples).reshape(-1, len(COLUMNS))
+    if len(samples) < 10:
+        parser.error(f"only {len(samples)} steps in {arguments.minutes:g} minutes; use --minutes")
     samples[:, 0] -= samples[0, 0]
     found = summarise(samples, arguments.warm_up)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Which of the named data sets are in a folder: rows, pictures, and how long loading takes.
+"""Which of the named data sets are in a folder: rows, images, and how long loading takes.
 
     python scripts/table_of_tasks.py data/downloads
 
-Prints a table in Markdown. Seconds are for checking every row, and for going through all
-examples once without decoding pictures; each data set is read a second time, so disks are warm.
+Prints a Markdown table. Seconds are for checking every row, and for iterating over all examples
+without decoding images; each data set is read twice, so the disk cache is warm.
 """
 
 from __future__ import annotations
@@ -23,18 +23,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("folder", type=Path, help="holds a folder for each data set")
     folder = parser.parse_args().folder
-    print(
-        "| task | split | rows | rows on the hub | pictures | hub id | folder | load s | read s |"
-    )
+    print("| task | split | rows | rows on the hub | images | hub id | folder | load s | read s |")
     print("|---|---|---:|---:|---:|---|---|---:|---:|")
     for name, entry in (catalog.CATALOG | medical.CATALOG).items():
-        places = [place for place in entry.folders or (name,) if (folder / place).is_dir()]
+        folders = [each for each in entry.folders or (name,) if (folder / each).is_dir()]
         for split in entry.files:
-            cells = _measure(name, split, folder / places[0]) if places else ["-"] * 4
-            rows, pictures, load_s, read_s = cells
-            place = f"{places[0]}/" if places else "not here"
+            cells = _measure(name, split, folder / folders[0]) if folders else ["-"] * 4
+            rows, images, load_s, read_s = cells
+            found = f"{folders[0]}/" if folders else "not here"
             known = f"{entry.rows[split]:,}"
-            line = [name, split, rows, known, pictures, entry.hub, place, load_s, read_s]
+            line = [name, split, rows, known, images, entry.hub, found, load_s, read_s]
             print(f"| {' | '.join(line)} |")
 
 
@@ -48,9 +46,9 @@ def _measure(name: str, split: str, path: Path) -> list[str]:
     start = time.perf_counter()
     task = tasks.load(source)
     loaded = time.perf_counter()
-    pictures = sum(len(task[index].images) for index in range(len(task)))
+    images = sum(len(task[index].images) for index in range(len(task)))
     read = time.perf_counter()
-    return [f"{len(task):,}", f"{pictures:,}", f"{loaded - start:.2f}", f"{read - loaded:.2f}"]
+    return [f"{len(task):,}", f"{images:,}", f"{loaded - start:.2f}", f"{read - loaded:.2f}"]
 
 
 if __name__ == "__main__":

@@ -1,8 +1,16 @@
 #!/usr/bin/env bash
-# Installs and runs every check: lint, format, types, tests. Arguments go to pytest; without any,
-# the tests of vLLM, of the verl plug-in and of DeepSpeed run too, in environments of their own
-# (MM_AGRAE_VLLM=0, MM_AGRAE_VERL=0 and MM_AGRAE_DEEPSPEED=0 leave them out).
+# Installs and runs the checks: lint, format, types, tests.
+#
+#   ./scripts/test.sh                        everything but the optional engines, in one environment
+#   ./scripts/test.sh tests/tasks -k csv     arguments go to pytest
+#   ./scripts/test.sh --all                  also the tests of vLLM and verl, in environments of their
+#                                            own, and the numeric tests under other CPU kernels
 source "$(dirname "$0")/environment.sh"
+all=
+if [ "$*" = --all ]; then
+    all=yes
+    shift
+fi
 prepare_environment dev
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1 # two test processes, one thread each
@@ -10,14 +18,21 @@ ruff check .
 ruff format --check .
 mypy
 python -m pytest --numprocesses 2 "$@"
-if [ $# -eq 0 ] && [ "${MM_AGRAE_VLLM:-1}" != 0 ] && prepare_vllm; then
+[ "$all" ] || exit 0
+
+# Results may depend on the processor only by rounding: the same tests with other kernels.
+numeric=(tests/model tests/rollout/test_rollout_hf.py tests/test_advantage.py tests/test_loss.py
+    tests/test_loss_trl.py tests/test_mixed_batches.py tests/view/test_playground.py)
+for kernels in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
+    "ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2"; do
+    echo "numeric tests with $kernels"
+    # shellcheck disable=SC2086
+    env $kernels python -m pytest --quiet --numprocesses 2 "${numeric[@]}"
+done
+if prepare_vllm; then
     # The tests of a file share engines and servers, and their order matters.
-    "$(vllm_environment)/bin/python" -m pytest --numprocesses 2 --dist loadfile \
-        tests/rollout/test_rollout_vllm.py tests/rollout/test_rollout_vllm_server.py tests/rollout/test_training_vllm.py
+    "$vllm_venv/bin/python" -m pytest --numprocesses 2 --dist loadfile tests/rollout/*vllm*.py
 fi
-if [ $# -eq 0 ] && [ "${MM_AGRAE_VERL:-1}" != 0 ]; then
-    scripts/test_verl.sh
-fi
-if [ $# -eq 0 ] && [ "${MM_AGRAE_DEEPSPEED:-1}" != 0 ]; then
-    scripts/test_deepspeed.sh
+if prepare_verl; then
+    "$verl_venv/bin/python" -m pytest tests/adapters/test_adapter_verl.py
 fi

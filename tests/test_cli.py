@@ -1,5 +1,7 @@
-"""The commands as a person types them, in processes of their own."""
+"""The commands as a person types them: training in a process of its own, the others in this one."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -10,13 +12,27 @@ import pytest
 import yaml
 from helpers import TEXT, VL, run_config
 
+from mm_agrae import cli
 from mm_agrae import config as configs
 
 
-def command(*arguments, expect=0, cwd=None):
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def command(*arguments, expect=0):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        status = cli.main([str(argument) for argument in arguments])
+    assert status == expect, output.getvalue()
+    return output.getvalue()
+
+
+def command_in_a_process(*arguments, expect=0):
     result = subprocess.run(
         [sys.executable, "-m", "mm_agrae.cli", *map(str, arguments)],
-        capture_output=True, text=True, timeout=600, cwd=cwd,
+        capture_output=True, text=True, timeout=600,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200"},
     )  # fmt: skip
     assert result.returncode == expect, result.stdout + result.stderr
@@ -28,8 +44,7 @@ def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     config = run_config(folder / "run", train={"steps": 2})
     (folder / "config.yaml").write_text(configs.dump(config))
-    output = command("train", folder / "config.yaml")
-    return folder, output
+    return folder, command_in_a_process("train", folder / "config.yaml")
 
 
 def test_train_says_what_it_does(finished_run):
@@ -80,7 +95,7 @@ def test_eval_side_by_side(finished_run, tmp_path):
 
 
 def test_eval_without_a_config_says_so(tmp_path):
-    assert "name a config by --config" in command("eval", VL, "--out", tmp_path / "o", expect=2)
+    assert "pass a config with --config" in command("eval", VL, "--out", tmp_path / "o", expect=2)
 
 
 def test_reports(finished_run, tmp_path):
@@ -123,7 +138,7 @@ def test_doctor_looks_at_a_config(tmp_path):
     assert "--gpus is 0" in command("doctor", path, "--gpus", 0, expect=2)
 
 
-def test_a_second_file_is_laid_over_the_first(tmp_path):
+def test_a_second_file_overrides_the_first(tmp_path):
     (tmp_path / "c.yaml").write_text(configs.dump(run_config(tmp_path / "run")))
     (tmp_path / "over.yaml").write_text("advantage: {rule: dr_grpo}\n")
     assert "dr_grpo / grpo" in command(
@@ -134,6 +149,7 @@ def test_a_second_file_is_laid_over_the_first(tmp_path):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
+        ({"rollout": {"engine": "hg", "prompts_per_step": 4}}, "did you mean 'hf'"),
         ({"modle": {}}, "did you mean 'model'"),
         ({"model": {"path": "no/such/model"}}, "model.path 'no/such/model'"),
         ({"data": {"train": [{"task": "synthetic", "spilt": "train"}]}}, "did you mean 'split'"),
@@ -144,6 +160,7 @@ def test_a_second_file_is_laid_over_the_first(tmp_path):
 def test_a_mistake_is_one_clear_line(tmp_path, change, expected):
     values = yaml.safe_load(configs.dump(run_config(tmp_path / "run", TEXT))) | change
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
-    output = command("train", tmp_path / "c.yaml", expect=2)
+    run = command_in_a_process if "modle" in change else command
+    output = run("train", tmp_path / "c.yaml", expect=2)
     assert expected in output
     assert "Traceback" not in output

@@ -1,4 +1,4 @@
-"""Doctor's counts against what a model really holds, and its report on what is and isn't there."""
+"""The memory estimate against what a model really holds; doctor's report on what is missing."""
 
 import json
 from pathlib import Path
@@ -9,8 +9,9 @@ from helpers import TEXT, VL, engine, examples, policy, processing, run_config
 
 from mm_agrae import config as configs
 from mm_agrae import doctor
-from mm_agrae.model import activations
+from mm_agrae.model import activations, memory
 from mm_agrae.model.policy import Policy
+from mm_agrae.model.size import find_model_config, measure
 from mm_agrae.types import MicroBatch
 
 SHAPES = Path(__file__).parent.parent / "data" / "model_shapes"
@@ -33,8 +34,8 @@ SETTINGS = {
 }
 
 
-def shape_of(config):
-    return doctor.measure(config, doctor.find_config(config.model.path)[0])
+def size_of(config):
+    return measure(config, find_model_config(config.model.path)[0])
 
 
 def batch_of(made, path, completions=2, length=6):
@@ -53,9 +54,9 @@ def batch_of(made, path, completions=2, length=6):
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     file = SHAPES / f"{name.replace('/', '--')}.json"
-    found, source = doctor.find_config(name)
+    found, source = find_model_config(name)
     assert source == "the published shape"
-    assert doctor.measure(run_config("x", name), found).parameters == PUBLISHED[name]
+    assert measure(run_config("x", name), found).parameters == PUBLISHED[name]
     assert json.loads(file.read_text())["architectures"][0] == type_of(found)
 
 
@@ -72,17 +73,17 @@ def type_of(found):
 def test_weights_gradients_and_optimiser_are_exact(name, tmp_path):
     config = run_config(tmp_path, VL, model=SETTINGS[name])
     made = policy(VL, **config.model.model_dump(exclude={"path"}, mode="python"))
-    shape = shape_of(config)
+    size = size_of(config)
     parameters = list(made.model.parameters())
-    assert shape.parameters == sum(p.numel() for p in parameters)
-    assert shape.trainable == sum(p.numel() for p in made.trainable_parameters())
-    assert shape.weight_bytes == sum(p.numel() * p.element_size() for p in parameters)
+    assert size.parameters == sum(p.numel() for p in parameters)
+    assert size.trainable == sum(p.numel() for p in made.trainable_parameters())
+    assert size.weight_bytes == sum(p.numel() * p.element_size() for p in parameters)
     optimizer = torch.optim.AdamW(made.trainable_parameters())
     logp_BT, _ = made(batch_of(made, VL))
     logp_BT.sum().backward()
     optimizer.step()
     gradients = [p.grad for p in parameters if p.grad is not None]
-    found = doctor.estimate(config, shape, device="cpu")
+    found = memory.estimate(config, size, device="cpu")
     assert found.update["gradients"] == sum(g.numel() * g.element_size() for g in gradients)
     moments = [
         value
@@ -90,8 +91,8 @@ def test_weights_gradients_and_optimiser_are_exact(name, tmp_path):
         for key, value in state.items()
         if key.startswith("exp_avg")
     ]
-    size = sum(m.numel() * m.element_size() for m in moments)
-    assert found.always["optimiser (Adam)"] == size
+    held = sum(m.numel() * m.element_size() for m in moments)
+    assert found.always["optimiser (Adam)"] == held
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "bf16", "bf16_lora"])
@@ -108,9 +109,9 @@ def test_the_cache_is_exact(path, name, tmp_path):
         for layer in cache.layers
         for part in (layer.keys, layer.values)
     )
-    shape = shape_of(config)
-    size = doctor.kv_element_bytes(config, shape)
-    assert doctor.kv_cache_bytes(shape, 3, len(prompt), size) == held
+    size = size_of(config)
+    element = memory.kv_element_bytes(config, size)
+    assert memory.kv_cache_bytes(size, 3, len(prompt), element) == held
 
 
 def test_a_sliding_window_keeps_no_more_than_itself():
@@ -122,12 +123,12 @@ def test_a_sliding_window_keeps_no_more_than_itself():
         num_key_value_heads=1, head_dim=16, vocab_size=64, sliding_window=8, layer_types=kinds,
     )  # fmt: skip
     model = Gemma3ForCausalLM(found).eval()
-    shape = doctor.measure(run_config("x", TEXT), found)
+    size = measure(run_config("x", TEXT), found)
     for length in (5, 20):
         with torch.no_grad():
             cache = model(torch.ones(2, length, dtype=torch.long), use_cache=True).past_key_values
         held = sum(4 * (la.keys.numel() + la.values.numel()) for la in cache.layers)
-        assert doctor.kv_cache_bytes(shape, 2, length, 4) == held
+        assert memory.kv_cache_bytes(size, 2, length, 4) == held
 
 
 @pytest.fixture(scope="module")
@@ -179,35 +180,35 @@ def test_kept_activations(name, checkpointing, qwen, tmp_path, monkeypatch):
     monkeypatch.setattr(activations, "_pack", counting)
     made(batch)
     measured = sum(size for address, size in held.items() if address not in weights)
-    shape = shape_of(config)
-    row = doctor.row_tokens(config)
-    assert row.tokens == 256 + group * length
-    assert row.predicted == group * length
-    expected = doctor.kept_activations(config, shape, row, cuda=False)
+    size = size_of(config)
+    tokens = memory.micro_batch_tokens(config)
+    assert tokens.tokens == 256 + group * length
+    assert tokens.predicted == group * length
+    expected = memory.kept_activations(config, size, tokens, cuda=False)
     if config.model.dtype == "bfloat16" and not checkpointing:
-        expected += 2 * shape.cast_parameters
+        expected += 2 * size.cast_parameters
     assert measured == pytest.approx(expected, rel=0.15)
 
 
 def test_more_processes_and_a_reference_take_more(tmp_path):
     config = run_config(tmp_path, VL)
-    shape = shape_of(config)
-    one = doctor.estimate(config, shape)
-    many = doctor.estimate(config, shape, processes=8)
+    size = size_of(config)
+    one = memory.estimate(config, size)
+    many = memory.estimate(config, size, processes=8)
     # DDP's buckets hold the gradients, in the rollout as well.
     added = sum(many.always.values()) - sum(one.always.values())
-    assert added == 4 * shape.trainable == one.update["gradients"]
+    assert added == 4 * size.trainable == one.update["gradients"]
     assert sum(many.update.values()) + added == sum(one.update.values())
     anchored = run_config(tmp_path, VL, update={"kl_coef": 0.01})
-    assert doctor.estimate(anchored, shape).peak - one.peak == shape.weight_bytes
+    assert memory.estimate(anchored, size).peak - one.peak == size.weight_bytes
     adapted = run_config(tmp_path, VL, update={"kl_coef": 0.01}, model=LORA)
-    assert "reference model" not in doctor.estimate(adapted, shape_of(adapted)).always
+    assert "reference model" not in memory.estimate(adapted, size_of(adapted)).always
 
 
 def test_vllm_takes_its_share_asleep_or_not(tmp_path):
     def found(**vllm):
         config = run_config(tmp_path, VL, rollout={"engine": "vllm", "vllm": vllm})
-        return doctor.estimate(config, shape_of(config), device_bytes=1000)
+        return memory.estimate(config, size_of(config), device_bytes=1000)
 
     asleep, awake = found(memory_fraction=0.5), found(memory_fraction=0.5, sleep=False)
     assert 500 in asleep.rollout.values()
@@ -221,30 +222,30 @@ def test_vllm_takes_its_share_asleep_or_not(tmp_path):
      "geometry3k_qwen2.5_vl_7b"],
 )  # fmt: skip
 def test_the_lora_variants_fit(name):
-    shape = None
+    size = None
     for gib in (24, 80):
         config = configs.load(
             PAPER / f"{name}.yaml", [str(PAPER.parent / "with" / f"lora_{gib}gb.yaml")]
         )
-        shape = shape or shape_of(config)
-        assert shape.rank == config.model.lora.rank
-        found = doctor.estimate(config, shape, device_bytes=gib * doctor.GIB)
-        assert found.peak < gib * doctor.GIB * (1 - doctor.RESERVE)
+        size = size or size_of(config)
+        assert size.rank == config.model.lora.rank
+        found = memory.estimate(config, size, device_bytes=gib * doctor.GIB)
+        assert found.peak < memory.usable_bytes(gib * doctor.GIB)
 
 
 def test_suggestions_fit_and_none_is_superfluous():
     config = configs.load(PAPER / "geometry3k_qwen2.5_vl_3b.yaml", ["rollout.engine=hf"])
-    shape, memory = shape_of(config), 80 * doctor.GIB
-    limit = memory * (1 - doctor.RESERVE)
-    assert doctor.estimate(config, shape, processes=8).peak > limit
-    changes, after = doctor.suggest(config, shape, processes=8, device_bytes=memory)
+    size, device_bytes = size_of(config), 80 * doctor.GIB
+    limit = memory.usable_bytes(device_bytes)
+    assert memory.estimate(config, size, processes=8).peak > limit
+    changes, after = memory.suggest(config, size, processes=8, device_bytes=device_bytes)
     assert after.peak <= limit
 
     def peak(overrides):
         changed = configs.load(
             PAPER / "geometry3k_qwen2.5_vl_3b.yaml", ["rollout.engine=hf", *overrides]
         )
-        return doctor.estimate(changed, shape_of(changed), processes=8, device_bytes=memory).peak
+        return memory.estimate(changed, size_of(changed), processes=8).peak
 
     assert peak(changes) == after.peak
     for left_out in changes:
@@ -253,8 +254,8 @@ def test_suggestions_fit_and_none_is_superfluous():
 
 def test_nothing_is_suggested_where_nothing_helps():
     config = configs.load(PAPER / "math_qwen2.5_math_7b.yaml")
-    memory = 8 * doctor.GIB
-    assert doctor.suggest(config, shape_of(config), processes=1, device_bytes=memory) is None
+    device_bytes = 8 * doctor.GIB
+    assert memory.suggest(config, size_of(config), processes=1, device_bytes=device_bytes) is None
 
 
 def report(capsys, config, **options):
@@ -282,7 +283,7 @@ def test_everything_that_is_missing_is_named_at_once(capsys, tmp_path, monkeypat
     for expected in (
         "hf download Qwen/Qwen2.5-VL-3B-Instruct", "3,754,622,976 parameters",
         "train geometry3k:", "evaluate mathverse:", "pip install 'mm-agrae[vllm]'",
-        "per step: 512 prompts × 5 completions = 2560 on 8 processes", "problems to mend",
+        "per step: 512 prompts × 5 completions = 2560 on 8 processes", "problems to fix",
     ):  # fmt: skip
         assert expected in text
 
@@ -327,9 +328,9 @@ def test_an_adapter_is_counted_on_its_base(tmp_path, capsys):
     made.model.save_pretrained(folder)
     processing(VL).save(str(folder))
     found = run_config(tmp_path / "run", str(folder))
-    shape = doctor.measure(found, doctor.find_config(VL)[0])
-    assert shape.rank == 4
-    assert shape.trainable == sum(p.numel() for p in made.trainable_parameters())
+    size = measure(found, find_model_config(VL)[0])
+    assert size.rank == 4
+    assert size.trainable == sum(p.numel() for p in made.trainable_parameters())
     assert "LoRA of rank 4" in report(capsys, found)[1]
 
 
@@ -342,23 +343,23 @@ def test_more_tokens_than_positions_is_noted(capsys, tmp_path):
 def test_shards_are_what_fsdp2_would_keep(name, tmp_path):
     config = run_config(tmp_path, VL, model=SETTINGS[name])
     made = policy(VL, **config.model.model_dump(exclude={"path"}, mode="python"))
-    shape = shape_of(config)
+    size = size_of(config)
 
-    def size(parameters):
+    def total(parameters):
         return sum(p.numel() * p.element_size() for p in parameters)
 
     tower = [] if made.update_runs_vision else list(made.backbone.visual.parameters())
-    assert shape.unsharded == size(tower)
+    assert size.unsharded == total(tower)
     in_layers = {id(p) for layer in layers_of(made) for p in layer.parameters()}
     rest = {p for p in made.model.parameters() if id(p) not in in_layers} - set(tower)
-    assert shape.root.bytes == size(rest)
-    assert shape.layer.bytes == max(
-        size(set(layer.parameters()) - set(tower)) for layer in layers_of(made)
+    assert size.root.bytes == total(rest)
+    assert size.layer.bytes == max(
+        total(set(layer.parameters()) - set(tower)) for layer in layers_of(made)
     )
-    found = doctor.estimate(config, shape, processes=2, device="cpu", sharded=True)
-    assert found.always["weights"] == (shape.weight_bytes - shape.unsharded) // 2 + shape.unsharded
-    assert found.always["optimiser (Adam)"] == 4 * shape.trainable
-    assert found.rollout["gathered weights"] + shape.unsharded == shape.weight_bytes
+    found = memory.estimate(config, size, processes=2, device="cpu", sharded=True)
+    assert found.always["weights"] == (size.weight_bytes - size.unsharded) // 2 + size.unsharded
+    assert found.always["optimiser (Adam)"] == 4 * size.trainable
+    assert found.rollout["gathered weights"] + size.unsharded == size.weight_bytes
 
 
 def layers_of(made):
@@ -368,11 +369,11 @@ def layers_of(made):
 
 def test_full_tuning_of_7b_fits_only_if_it_is_spread(capsys):
     config = configs.load(PAPER / "geometry3k_qwen2.5_vl_7b.yaml")
-    shape = shape_of(config)
-    usable = int(80 * doctor.GIB * (1 - doctor.RESERVE))
+    size = size_of(config)
+    usable = memory.usable_bytes(80 * doctor.GIB)
     peaks = [
-        doctor.estimate(
-            config, shape, processes=8, device_bytes=80 * doctor.GIB, sharded=sharded
+        memory.estimate(
+            config, size, processes=8, device_bytes=80 * doctor.GIB, sharded=sharded
         ).peak
         for sharded in (False, True)
     ]

@@ -1,6 +1,8 @@
-"""The advantage rules inside other trainers: verl (`adapters.verl`) and TRL (`adapters.trl`).
+"""The advantage rules in other trainers.
 
-Those trainers hand over rewards alone, so success is read off a reward: see `success_of`.
+In: the rewards of a step, as TRL (`trl.py`) or verl (`verl.py`) hold them. Out: advantages. Begin
+with `trl.py`. Those trainers pass on nothing but rewards, so success is a reward above a threshold
+(`success_of`).
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def success_of(reward: Tensor, threshold: float) -> Tensor:
 def needs_success(rule: str, settings: dict[str, Any]) -> bool:
     """Whether the rule, with these settings, looks at success. Raises ValueError as `levels`."""
     reward_PG, length_PG = [[0.0, 1.0]], [[1.0, 1.0]]
-    levels(rule, reward_PG, reward_PG, length_PG, **settings)  # the settings are right, then
+    levels(rule, reward_PG, reward_PG, length_PG, **settings)  # raises for invalid settings
     try:
         levels(rule, reward_PG, None, length_PG, **settings)
     except ValueError:
@@ -38,7 +40,7 @@ def needs_success(rule: str, settings: dict[str, Any]) -> bool:
 
 
 def scale_warning(rule: str, settings: dict[str, Any], reward: Tensor) -> str | None:
-    """What to say about rewards whose mean cannot serve as ω, or None if they can."""
+    """A warning about rewards whose mean cannot serve as ω, or None."""
     if rule != "agrae" or settings.get("omega_from", "reward") != "reward":
         return None
     low, high = float(reward.min()), float(reward.max())

@@ -6,8 +6,8 @@
     )
     trainer.train()
 
-Everything but the advantages is TRL's own: sampling, losses, logging, several processes. Needs
-TRL 1.16 (the extra `trl`).
+Everything but the advantages is TRL's: sampling, losses, logging, distribution. Needs TRL 1.16 (the
+extra `trl`).
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ class AGRAEGRPOTrainer(GRPOTrainer):
 
     rule               a name of `mm_agrae.advantage.RULES`
     settings           those of the rule, such as {"alpha": 0.5}
-    success_from       name of the reward function that tells right answers from wrong ones, or
-                       several names: the first that has a value for a completion counts. Not
-                       needed where there is one reward function, or the rule uses no success
-    success_threshold  a completion is right where that function gives at least this
+    success_from       name of the reward function that tells correct completions from incorrect
+                       ones, or several names: the first that has a value for a completion counts.
+                       Not needed with one reward function, or if the rule does not use success
+    success_threshold  a completion is correct if that function returns at least this
 
-    The advantages, in the loss as in the logged table of completions, are those of all processes'
-    completions of a generation batch, on the sum of rewards that TRL logs. A prompt with a
-    completion that has no reward (every function returned None) or no success gets the advantage
-    0 and does not count in ω. Logged beside TRL's metrics: agrae/omega, agrae/success,
+    The advantages, in the loss and in the logged table of completions, are computed over a whole
+    generation batch (all processes) from the weighted sum of rewards that TRL logs. If a completion
+    has no reward (every function returned None) or no success, its prompt gets the advantage 0 and
+    does not count in ω. Logged besides TRL's metrics: agrae/omega, agrae/success,
     agrae/unscored_prompts.
 
-    Raises ValueError for unknown rules and settings, for a `success_from` that is missing or no
-    reward function, and for TRL settings that belong to its own advantage: scale_rewards,
+    Raises ValueError for unknown rules and settings, for a `success_from` that is missing or not a
+    reward function, and for TRL settings of its own advantage: scale_rewards,
     multi_objective_aggregation.
     """
 
@@ -71,11 +71,11 @@ class AGRAEGRPOTrainer(GRPOTrainer):
         self.success_columns = _columns(names, self.reward_func_names, self.uses_success)
         self.success_threshold = success_threshold
         self._gathered: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._warned: set[str] = set()
+        self._warned = False
         if settled.steps_per_generation < settled.gradient_accumulation_steps:
             logger.warning(
                 "steps_per_generation=%d is less than gradient_accumulation_steps=%d: the step's "
-                "completions come in parts, and ω is the mean reward of a part",
+                "completions come in parts, and ω is the mean reward of one part",
                 settled.steps_per_generation,
                 settled.gradient_accumulation_steps,
             )
@@ -83,7 +83,7 @@ class AGRAEGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any
     ) -> torch.Tensor:
-        """TRL's rewards [all completions, functions], remembered for the advantages."""
+        """TRL's rewards [all completions, functions], kept for the advantages."""
         reward_BF = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         lengths = [max(1, len(ids)) for ids in completion_ids_list]
         length_B = gather(torch.tensor(lengths, device=self.accelerator.device))
@@ -91,7 +91,7 @@ class AGRAEGRPOTrainer(GRPOTrainer):
         return reward_BF
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """TRL's batch with our advantages, of which it gets this process's share."""
+        """TRL's batch of this process, with our advantages."""
         output = super()._generate_and_score_completions(inputs)
         assert self._gathered is not None
         advantage_B = self._advantages(*self._gathered)
@@ -99,7 +99,7 @@ class AGRAEGRPOTrainer(GRPOTrainer):
         rows = len(inputs)
         first = self.accelerator.process_index * rows
         output["advantages"] = advantage_B[first : first + rows].to(output["advantages"])
-        # TRL has logged its own ones, on every process, and the log has a length limit.
+        # TRL has logged its own advantages, on every process, and the log is a bounded deque.
         logged: Any = self._logs["advantages"]
         for _ in range(min(len(advantage_B), len(logged))):
             logged.pop()
@@ -107,7 +107,7 @@ class AGRAEGRPOTrainer(GRPOTrainer):
         return output
 
     def _advantages(self, reward_BF: torch.Tensor, length_B: torch.Tensor) -> torch.Tensor:
-        """Advantages [B] of the completions of all processes, which TRL keeps group by group."""
+        """Advantages [B] of the completions of all processes, which TRL orders by group."""
         model: Any = self.model
         training = model.training
         group = int((self.num_generations if training else self.num_generations_eval) or 0)
@@ -145,7 +145,7 @@ class AGRAEGRPOTrainer(GRPOTrainer):
 
     def _warn_once(self, message: str | None) -> None:
         if message and not self._warned:
-            self._warned.add(message)
+            self._warned = True
             logger.warning(message)
 
 
@@ -153,7 +153,7 @@ def _refuse_contradictions(args: Any) -> None:
     if args.scale_rewards != "group":
         raise ValueError(
             f"scale_rewards={args.scale_rewards!r} belongs to TRL's own advantage, which the rule "
-            "replaces; leave it out. For rewards that are not divided by their standard deviation "
+            "replaces; leave it out. For rewards that are not divided by their standard deviation, "
             "use settings={'base': 'dr_grpo'} with rule='agrae', or rule='dr_grpo'"
         )
     if args.multi_objective_aggregation != "sum_then_normalize":
@@ -173,8 +173,8 @@ def _columns(names: list[str], functions: list[str], needed: bool) -> list[int]:
             )
     if not names and needed and len(functions) > 1:
         raise ValueError(
-            "this rule needs to know which answers are right: name the reward function that tells, "
-            f"with success_from=...; there are: {listed}"
+            "this rule needs to know which completions are correct: name the reward function that "
+            f"tells by success_from=...; there are: {listed}"
         )
     if not names and len(functions) == 1:
         return [0]

@@ -1,7 +1,6 @@
 """The advantage rules as `algorithm.adv_estimator` of verl.
 
-verl loads this module by itself where mm-agrae is installed (entry point group `verl.plugins`).
-Then
+verl loads this module by itself if mm-agrae is installed (entry point group `verl.plugins`). Then
 
     algorithm.adv_estimator=agrae +algorithm.mm_agrae.alpha=0.5
 
@@ -29,11 +28,11 @@ SECTION = "mm_agrae"
 """Settings are read from this section of verl's `algorithm`."""
 
 ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
-    # verl never looks up the name "grpo": its own function is called at once.
+    # verl never looks up the name "grpo" but calls its own function.
     **{"mm_grpo" if name == "grpo" else name: (name, {}) for name in RULES},
     "agrae_dr_grpo": ("agrae", {"base": "dr_grpo"}),
 }
-"""Name in verl: our rule and the settings that the name stands for."""
+"""Name in verl -> our rule, and the settings that the name implies."""
 
 
 def token_advantages(
@@ -45,9 +44,9 @@ def token_advantages(
 ) -> Tensor:
     """Advantages [B, T] of a batch as verl's driver holds it, by an estimator of `ESTIMATORS`.
 
-    token_level_rewards [B, T]  their sum over a row is its reward, wherever the tokens lie
-    response_mask [B, T]        1 for tokens of the model, 0 for padding and tools' answers
-    index                       B prompt ids (verl's uid): rows of one id are a group, in any order
+    token_level_rewards [B, T]  a row's reward is their sum, wherever they stand
+    response_mask [B, T]        1 for tokens of the model, 0 for padding and tool output
+    index                       B prompt ids (verl's uid): rows with one id form a group
     config                      verl's `algorithm` config; settings come from its `mm_agrae`
 
     Raises ValueError, naming the uid, for groups of different sizes or of one row and for rewards
@@ -86,7 +85,7 @@ def register() -> list[str]:
 
     names = []
     for estimator in ESTIMATORS:
-        # A name that verl or another plug-in has taken stays theirs.
+        # Names already registered by verl or another plug-in are not overwritten.
         name = f"mm_{estimator}" if estimator in ADV_ESTIMATOR_REGISTRY else estimator
         if name != estimator:
             logger.warning("verl has an estimator %s already; ours is %s", estimator, name)
@@ -112,7 +111,7 @@ def _verl_function(estimator: str) -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _groups(index: Sequence[Hashable] | None, rows: int) -> dict[Hashable, list[int]]:
-    """Rows of each uid, in the order of their first rows. All groups are of one size."""
+    """Rows of each uid, ordered by their first row. All groups have the same size."""
     if index is None:
         raise ValueError("the batch has no uid, so its rows cannot be grouped by prompt")
     if len(index) != rows:
@@ -128,7 +127,7 @@ def _groups(index: Sequence[Hashable] | None, rows: int) -> dict[Hashable, list[
         if size != usual:
             raise ValueError(
                 f"uid {uid!r} has {size} completion{'s' * (size != 1)}, other prompts have "
-                f"{usual}: all groups of a step must be of one size. Completions were lost or "
+                f"{usual}: all groups of a step must have the same size. Completions were lost or "
                 "added on the way; leave out whole prompts, not single completions"
             )
     return groups
@@ -160,15 +159,15 @@ def _settings(estimator: str, config: Any) -> tuple[dict[str, Any], float]:
     standardises = rule != "dr_grpo" and (fixed | given).get("base") != "dr_grpo"
     if standardises and "eps" in valid and config.get("norm_adv_by_std_in_grpo", True) is False:
         raise ValueError(
-            f"algorithm.norm_adv_by_std_in_grpo=False is not heard by {estimator!r}, which divides "
-            "by the standard deviation; use adv_estimator=agrae_dr_grpo or dr_grpo, or leave the "
-            "setting at True"
+            f"algorithm.norm_adv_by_std_in_grpo=False has no effect on {estimator!r}, which "
+            "divides by the standard deviation; use adv_estimator=agrae_dr_grpo or dr_grpo, or "
+            "leave the setting at True"
         )
     if threshold is None and config.get("use_kl_in_reward") and needs_success(rule, fixed | given):
         raise ValueError(
             "algorithm.use_kl_in_reward=True mixes a penalty into the rewards that success is "
-            f"read from; set +algorithm.{SECTION}.success_threshold=0.5 if right and wrong answers "
-            "still lie apart, or use the KL term of the loss"
+            f"read from; set +algorithm.{SECTION}.success_threshold=0.5 if correct and incorrect "
+            "completions still lie apart, or use the KL term of the loss"
         )
     return given, SUCCESS_THRESHOLD if threshold is None else float(threshold)
 
@@ -179,7 +178,7 @@ def _with_uid(message: str, uids: list[Hashable]) -> str:
 
 
 def _warn_once(message: str) -> None:
-    """A message of this kind once a process: it would come at every step."""
+    """Warn once per process, as the same warning would come at every step."""
     if not _warned:
         _warned.append(message)
         logger.warning(message)
@@ -188,10 +187,10 @@ def _warn_once(message: str) -> None:
 _warned: list[str] = []
 
 if importlib.util.find_spec("verl") is not None:
-    # A plug-in of verl is a module that registers itself when it is imported.
+    # A verl plug-in registers itself when it is imported.
     try:
         register()
     except Exception as error:
-        # verl drops an exception of a plug-in silently and then knows no such estimator.
+        # verl silently drops a plug-in's exception and then knows no such estimator.
         logger.warning("mm-agrae could not register with this version of verl: %r", error)
         raise

@@ -25,11 +25,11 @@ from mm_agrae.adapters.trl import AGRAEGRPOTrainer
 from mm_agrae.advantage import compute, levels
 
 G = 4
-MIXED = {"success_from": "right", "settings": {"alpha": 0.5}}
+MIXED = {"success_from": "correct", "settings": {"alpha": 0.5}}
 
 
-def right(completions, **columns):
-    """Anything that a text decides and that differs within a group."""
+def correct(completions, **columns):
+    """Depends on the text alone, and differs within a group."""
     return [float(len(message[0]["content"]) % 2) for message in completions]
 
 
@@ -38,11 +38,11 @@ def tidy(completions, **columns):
 
 
 def no_reward_for(prompts_with, only_first=False):
-    """`right` with None for the completions of some prompts, or for the first of them."""
+    """`correct` with None for the completions of some prompts, or for the first of them."""
 
     def partly(prompts, completions, **columns):
         values, seen = [], set()
-        for prompt, value in zip(prompts, right(completions), strict=True):
+        for prompt, value in zip(prompts, correct(completions), strict=True):
             left_out = prompts_with in prompt[0]["content"]
             if only_first:
                 left_out = left_out and prompt[0]["content"] not in seen
@@ -50,12 +50,12 @@ def no_reward_for(prompts_with, only_first=False):
             values.append(None if left_out else value)
         return values
 
-    partly.__name__ = "right"
+    partly.__name__ = "correct"
     return partly
 
 
 class Watched(AGRAEGRPOTrainer):
-    """Keeps what each part of TRL handed to the next one."""
+    """Records what goes from one stage of TRL to the next."""
 
     def __init__(self, *args, **kwargs):
         self.scored, self.in_loss = [], []
@@ -79,7 +79,7 @@ def dataset(path, count=8):
     return Dataset.from_list(rows)
 
 
-def build(folder, path=TEXT, rewards=(right, tidy), arguments=None, **settings):
+def build(folder, path=TEXT, rewards=(correct, tidy), arguments=None, **settings):
     args = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 8,
@@ -117,8 +117,8 @@ def pairs(part):
 
 def expected(logged, rule="agrae", settings=None):
     """From the rewards in TRL's table, which are those of all processes, group by group."""
-    total = torch.tensor((logged["right"] + logged["tidy"]).to_numpy()).float().view(-1, G)
-    success = torch.tensor(logged["right"].to_numpy()).view(-1, G)
+    total = torch.tensor((logged["correct"] + logged["tidy"]).to_numpy()).float().view(-1, G)
+    success = torch.tensor(logged["correct"].to_numpy()).view(-1, G)
     return levels(rule, total, success, torch.full_like(total, 12), **(settings or {}))
 
 
@@ -130,7 +130,7 @@ def expected(logged, rule="agrae", settings=None):
                 "max_steps": 4}),
         (VL, {}),
     ],
-    ids=["text", "several updates a generation", "pictures"],
+    ids=["text", "several updates per generation", "images"],
 )  # fmt: skip
 def test_a_run_uses_and_logs_our_advantages(path, arguments, tmp_path):
     trainer = build(tmp_path, path, arguments=arguments, **MIXED)
@@ -141,7 +141,7 @@ def test_a_run_uses_and_logs_our_advantages(path, arguments, tmp_path):
     assert len(trainer.scored) == generations
     for number, scored in enumerate(trainer.scored, 1):
         logged = table(tmp_path, number * trainer.args.max_steps // generations)
-        assert logged["right"].nunique() == 2
+        assert logged["correct"].nunique() == 2
         wanted = expected(logged, settings=MIXED["settings"])
         torch.testing.assert_close(scored["advantages"], wanted.advantage_PG.flatten())
         assert logged["advantage"].tolist() == pytest.approx(scored["advantages"].tolist())
@@ -166,22 +166,25 @@ def rewards(trainer, *columns):
     return trainer._advantages(reward_BF, lengths).view(-1, G)
 
 
-RIGHT = [1.0, 0, 0, 1, 0, 0, 0, 1]
+CORRECT = [1.0, 0, 0, 1, 0, 0, 0, 1]
 TIDY = [0.1, 0.2, 0, 0, 0.1, 0, 0.2, 0]
 
 
 @pytest.mark.parametrize("rule", ["grpo", "dr_grpo", "agrae", "w_reinforce", "grpo_lead", "nsr"])
 def test_rules_get_reward_success_and_length(rule, tmp_path):
-    trainer = build(tmp_path, rule=rule, success_from="right")
-    total = (torch.tensor(RIGHT) + torch.tensor(TIDY)).view(-1, G)
-    success, length = torch.tensor(RIGHT).view(-1, G), torch.arange(1, 9).view(-1, G)
-    torch.testing.assert_close(rewards(trainer, RIGHT, TIDY), compute(rule, total, success, length))
+    needed = rule not in ("grpo", "dr_grpo")  # the others need to know what success is
+    trainer = build(tmp_path, rule=rule, success_from="correct" if needed else None)
+    total = (torch.tensor(CORRECT) + torch.tensor(TIDY)).view(-1, G)
+    success, length = torch.tensor(CORRECT).view(-1, G), torch.arange(1, 9).view(-1, G)
+    torch.testing.assert_close(
+        rewards(trainer, CORRECT, TIDY), compute(rule, total, success, length)
+    )
 
 
 def test_reward_weights_are_trls_and_the_only_function_tells_success(tmp_path):
-    trainer = build(tmp_path, rewards=[right], arguments={"reward_weights": [0.5]})
-    total, success = 0.5 * torch.tensor(RIGHT).view(-1, G), torch.tensor(RIGHT).view(-1, G)
-    torch.testing.assert_close(rewards(trainer, RIGHT), compute("agrae", total, success))
+    trainer = build(tmp_path, rewards=[correct], arguments={"reward_weights": [0.5]})
+    total, success = 0.5 * torch.tensor(CORRECT).view(-1, G), torch.tensor(CORRECT).view(-1, G)
+    torch.testing.assert_close(rewards(trainer, CORRECT), compute("agrae", total, success))
     trainer = build(tmp_path, rewards=[tidy], success_threshold=0.2)
     success = (torch.tensor(TIDY) > 0.15).view(-1, G)
     torch.testing.assert_close(
@@ -192,29 +195,29 @@ def test_reward_weights_are_trls_and_the_only_function_tells_success(tmp_path):
 NONE = float("nan")  # as TRL keeps it
 
 
-def test_a_prompt_without_rewards_stands_aside(tmp_path):
+def test_a_prompt_without_rewards_is_left_out(tmp_path):
     """Its advantages are 0, and ω is that of the others."""
     trainer = build(tmp_path, **MIXED)
-    alone = rewards(trainer, RIGHT[:4], TIDY[:4])[0]
+    alone = rewards(trainer, CORRECT[:4], TIDY[:4])[0]
     for second in ([NONE] * 4, [NONE, 1, 1, 1]):
         tidy_too = [NONE if value != value else 0.1 for value in second]
-        both = rewards(trainer, RIGHT[:4] + second, TIDY[:4] + tidy_too)
+        both = rewards(trainer, CORRECT[:4] + second, TIDY[:4] + tidy_too)
         torch.testing.assert_close(both, torch.stack([alone, torch.zeros(4)]))
     assert trainer._metrics["train"]["agrae/unscored_prompts"] == [0, 1, 1]
     assert rewards(trainer, [NONE] * 4, [NONE] * 4).tolist() == [[0, 0, 0, 0]]
     # One of several rewards may be missing, but not the one that tells success.
-    no_tidy = rewards(trainer, RIGHT[:4], [NONE] * 4)
+    no_tidy = rewards(trainer, CORRECT[:4], [NONE] * 4)
     settings = {"alpha": 0.5}
-    wanted = compute("agrae", [RIGHT[:4]], [RIGHT[:4]], **settings)
+    wanted = compute("agrae", [CORRECT[:4]], [CORRECT[:4]], **settings)
     torch.testing.assert_close(no_tidy, wanted.float())
     assert rewards(trainer, [NONE] * 4, TIDY[:4]).tolist() == [[0, 0, 0, 0]]
 
 
 def test_success_may_come_from_several_functions(tmp_path):
     """Tasks of different kinds in one data set, each with a reward function of its own."""
-    trainer = build(tmp_path, success_from=["right", "tidy"])
-    first, second = [*RIGHT[:4], *[NONE] * 4], [*[NONE] * 4, 1, 0, 0, 0]
-    total = torch.tensor([RIGHT[:4], [1.0, 0, 0, 0]])
+    trainer = build(tmp_path, success_from=["correct", "tidy"])
+    first, second = [*CORRECT[:4], *[NONE] * 4], [*[NONE] * 4, 1, 0, 0, 0]
+    total = torch.tensor([CORRECT[:4], [1.0, 0, 0, 0]])
     torch.testing.assert_close(rewards(trainer, first, second), compute("agrae", total, total))
 
 
@@ -229,9 +232,9 @@ def test_reward_functions_that_return_none_in_a_run(tmp_path):
     logged = table(tmp_path, 1)
     of_it = [prompt[0]["content"] == question for prompt in logged["prompt"]]
     assert sum(of_it) == G
-    assert logged["right"][of_it].isna().sum() == 1
+    assert logged["correct"][of_it].isna().sum() == 1
     assert (logged["advantage"][of_it] == 0).all()
-    others = torch.tensor(logged["right"][[not it for it in of_it]].to_numpy()).view(-1, G)
+    others = torch.tensor(logged["correct"][[not it for it in of_it]].to_numpy()).view(-1, G)
     wanted = compute("agrae", others, others).flatten()
     got = logged["advantage"][[not it for it in of_it]].tolist()
     assert got == pytest.approx(wanted.tolist(), rel=1e-5)
@@ -246,8 +249,8 @@ def test_evaluation(group, tmp_path):
     assert ("eval_agrae/omega" in metrics) == (group > 1)
     assert len(trainer.scored) == group
     logged = table(tmp_path, 0)
-    total = torch.tensor((logged["right"] + logged["tidy"]).to_numpy()).float().view(-1, 8)
-    success = torch.tensor(logged["right"].to_numpy()).view(-1, 8)
+    total = torch.tensor((logged["correct"] + logged["tidy"]).to_numpy()).float().view(-1, 8)
+    success = torch.tensor(logged["correct"].to_numpy()).view(-1, 8)
     for part, scored in enumerate(trainer.scored):
         shape = (-1, group)
         wanted = torch.zeros(8)
@@ -263,8 +266,8 @@ REFUSED = {
     "rule": ({"rule": "agrea"}, "did you mean 'agrae'"),
     "setting": ({"settings": {"alfa": 1}}, "did you mean 'alpha'"),
     "range": ({"settings": {"alpha": 2}}, "alpha must be"),
-    "no success": ({}, "success_from=.*right, tidy"),
-    "wrong name": ({"success_from": "accuracy"}, "'accuracy' is not the name.*right, tidy"),
+    "no success": ({}, "success_from=.*correct, tidy"),
+    "wrong name": ({"success_from": "accuracy"}, "'accuracy' is not the name.*correct, tidy"),
     "scale": (MIXED | {"arguments": {"scale_rewards": "none"}}, "scale_rewards='none'.*dr_grpo"),
     "batch": (MIXED | {"arguments": {"scale_rewards": "batch"}}, "scale_rewards='batch'"),
     "objectives": (
@@ -281,44 +284,39 @@ def test_contradictions_are_refused_before_anything_runs(name, tmp_path):
         build(tmp_path, **settings)
 
 
-def test_rules_without_success_need_no_name(tmp_path):
-    trainer = build(tmp_path, rule="grpo")
-    total = (torch.tensor(RIGHT) + torch.tensor(TIDY)).view(-1, G)
-    torch.testing.assert_close(rewards(trainer, RIGHT, TIDY), compute("grpo", total, None))
-
-
 def test_warnings(tmp_path, caplog):
     trainer = build(tmp_path, arguments={"generation_batch_size": 8}, **MIXED)
-    assert "ω is the mean reward of a part" in caplog.text
+    assert "ω is the mean reward of one part" in caplog.text
     for _ in range(2):
-        rewards(trainer, [2 * value - 1 for value in RIGHT], [0.0] * 8)
+        rewards(trainer, [2 * value - 1 for value in CORRECT], [0.0] * 8)
     assert caplog.text.count("rewards of this step are in [-1, 1]") == 1
 
 
 TWO_PROCESSES = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
 import conftest
-from test_adapter_trl import MIXED, build
+from adapters.test_adapter_trl import MIXED, build
 
-folder = Path({folder!r})
-arguments = {{"per_device_train_batch_size": 3, "max_steps": 1}}
+folder = Path(sys.argv[1])
+arguments = {"per_device_train_batch_size": 3, "max_steps": 1}
 trainer = build(folder, arguments=arguments, **MIXED)
 trainer.train()
 used = trainer.scored[0]["advantages"].tolist()
-(folder / f"{{trainer.accelerator.process_index}}.json").write_text(json.dumps(used))
+(folder / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(used))
 """
 
 
 def test_two_processes_share_the_groups(tmp_path):
     """12 completions in groups of 4 on two processes: the second group lies on both."""
     script = tmp_path / "run.py"
-    script.write_text(TWO_PROCESSES.format(tests=str(ROOT / "tests"), folder=str(tmp_path)))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    script.write_text(TWO_PROCESSES)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     done = subprocess.run(
-        [sys.executable, *launch], capture_output=True, text=True, timeout=300,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        [sys.executable, *launch, str(script), str(tmp_path)],
+        capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     used = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]

@@ -1,6 +1,6 @@
 """verl's plug-in: the function by itself, and inside the real verl where that is installed.
 
-`scripts/test_verl.sh` makes an environment with verl and runs this file there; without verl the
+`./scripts/test.sh --all` makes an environment with verl and runs this file there; without verl the
 second half is skipped.
 """
 
@@ -25,10 +25,10 @@ NAMES = {rule: name for name, (rule, fixed) in ESTIMATORS.items() if not fixed}
 
 
 def batch(case, seed=0, dtype=torch.float32):
-    """A golden case as verl's driver holds it: rows of all prompts mixed up, ragged responses.
+    """A golden case as verl's driver holds it: rows in random order, ragged responses.
 
-    Every third token of a response is a tool's (mask 0), and so is the one that bears the reward.
-    Returns token_level_rewards [B, T], response_mask [B, T], uid and each row's place in [P, G].
+    Every third token of a response is a tool's (mask 0), and so is the one that holds the reward.
+    Returns token_level_rewards [B, T], response_mask [B, T], uid and each row's index in [P, G].
     """
     prompts, size = len(case["reward"]), len(case["reward"][0])
     reward = torch.tensor(case["reward"], dtype=dtype).flatten()
@@ -66,7 +66,7 @@ def check(advantage_BT, mask_BT, order, expected_PG, tolerance=1e-6):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 1e-4)])
 @pytest.mark.parametrize("column", GOLDEN["rules"])
-def test_golden_cases_with_rows_mixed_up(column, dtype, tolerance):
+def test_golden_cases_with_shuffled_rows(column, dtype, tolerance):
     cases = [case for case in CASES if column in case["advantage"]]
     assert len(cases) >= 17
     for seed, case in enumerate(cases):
@@ -77,7 +77,7 @@ def test_golden_cases_with_rows_mixed_up(column, dtype, tolerance):
         check(result, mask, order, case["advantage"][column], tolerance)
 
 
-def test_every_rule_has_a_name_that_verl_does_not_keep_for_itself():
+def test_every_rule_has_a_name_that_verl_does_not_reserve():
     assert {rule for rule, _ in ESTIMATORS.values()} == set(RULES)
     assert not {"grpo", "gae"} & set(ESTIMATORS)
     assert NAMES["grpo"] == "mm_grpo"
@@ -96,10 +96,10 @@ def test_success_is_a_reward_of_at_least_the_threshold():
     reward = torch.tensor([0.9, 0.3, 0.0, 0.0])
     mask = torch.ones(4, 1)
     nine = {"mm_agrae": {"success_threshold": 0.9}}
-    for config, right in [({}, [1, 0, 0, 0]), (nine, [1, 0, 0, 0]),
+    for config, correct in [({}, [1, 0, 0, 0]), (nine, [1, 0, 0, 0]),
                           ({"mm_agrae": {"success_threshold": 0.3}}, [1, 1, 0, 0])]:  # fmt: skip
         result = token_advantages("agrae", reward[:, None], mask, ["a"] * 4, config)
-        torch.testing.assert_close(result[:, 0], compute("agrae", reward[None], [right])[0])
+        torch.testing.assert_close(result[:, 0], compute("agrae", reward[None], [correct])[0])
 
 
 def test_a_response_without_tokens_has_no_advantage_but_counts():
@@ -132,7 +132,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_used_is_refused_by_name(name):
+def test_unusable_batches_and_settings_are_refused_by_name(name):
     rewards, uid, config, message = BAD[name]
     with pytest.raises(ValueError, match=message):
         token_advantages("agrae", rewards, torch.ones_like(rewards), uid, config)
@@ -143,7 +143,7 @@ def test_masks_of_another_shape_are_refused():
         token_advantages("agrae", ROWS, torch.ones(4, 2), [*"aabb"])
 
 
-def test_what_the_estimator_does_not_use_is_not_in_its_way():
+def test_settings_that_do_not_concern_the_estimator_are_accepted():
     free = {"norm_adv_by_std_in_grpo": False, "use_kl_in_reward": True}
     token_advantages("dr_grpo", ROWS, torch.ones(4, 1), [*"aabb"], free)
     kl = {"use_kl_in_reward": True, "mm_agrae": {"success_threshold": 0.5, "alpha": None}}
@@ -151,7 +151,7 @@ def test_what_the_estimator_does_not_use_is_not_in_its_way():
     token_advantages("mm_grpo", ROWS, torch.ones(4, 1), [*"aabb"], {"use_kl_in_reward": True})
 
 
-def test_rewards_of_minus_one_and_one_are_warned_of_once(caplog, monkeypatch):
+def test_one_warning_about_rewards_of_minus_one_and_one(caplog, monkeypatch):
     monkeypatch.setattr(adapter, "_warned", [])
     for _ in range(2):
         token_advantages("agrae", 2 * ROWS - 1, torch.ones(4, 1), [*"aabb"])
@@ -162,7 +162,7 @@ def test_rewards_of_minus_one_and_one_are_warned_of_once(caplog, monkeypatch):
     ]
 
 
-def test_what_a_name_stands_for_cannot_be_changed():
+def test_the_setting_in_a_name_cannot_be_changed():
     config = {"mm_agrae": {"base": "grpo"}}
     with pytest.raises(ValueError, match="'agrae_dr_grpo' has no such setting"):
         token_advantages("agrae_dr_grpo", ROWS, torch.ones(4, 1), [*"aabb"], config)
@@ -171,7 +171,7 @@ def test_what_a_name_stands_for_cannot_be_changed():
 # ------------------------------------------------------------------------- inside verl
 
 needs_verl = pytest.mark.skipif(
-    find_spec("verl") is None, reason="verl is not installed here; run scripts/test_verl.sh"
+    find_spec("verl") is None, reason="verl is not installed here; run ./scripts/test.sh --all"
 )
 
 
@@ -190,10 +190,10 @@ def data_proto(case, seed=0):
     from verl import DataProto
 
     rewards, mask, uid, order = batch(case, seed)
-    pictures = np.array([{"pixel_values": torch.zeros(4, 3)} for _ in uid], dtype=object)
+    images = np.array([{"pixel_values": torch.zeros(4, 3)} for _ in uid], dtype=object)
     data = DataProto.from_dict(
         tensors={"token_level_rewards": rewards, "response_mask": mask},
-        non_tensors={"uid": np.array(uid, dtype=object), "multi_modal_inputs": pictures},
+        non_tensors={"uid": np.array(uid, dtype=object), "multi_modal_inputs": images},
     )
     return data, order
 
@@ -256,7 +256,7 @@ def test_reordering_the_batch_as_verl_balances_it_changes_nothing():
 
 @needs_verl
 def test_beside_verls_own_grpo():
-    """verl divides by the sample standard deviation, and subtracts the mean where told so."""
+    """verl divides by the sample standard deviation, and subtracts only the mean if set to."""
     case = CASES[0]
     size = len(case["reward"][0])
 

@@ -81,13 +81,13 @@ def test_each_algorithm_is_one_override(path, overlay):
     plain = configs.load(path)
     config = configs.load(path, [str(WITH / f"{overlay}.yaml")] if overlay else [])
     rule, base, loss, low, high = RULES[overlay]
-    advantage, update = config.advantage, config.update
-    assert (advantage.rule, advantage.base, update.loss) == (rule, base, loss)
+    advantage, update = config.advantage.model_dump(), config.update
+    assert (advantage["rule"], advantage.get("base"), update.loss) == (rule, base, loss)
     assert (update.clip_low, update.clip_high, update.kl_coef) == (low, high, 0.0)
-    assert advantage.alpha == (plain.advantage.alpha if rule == "agrae" else None)
+    assert advantage.get("alpha") == (plain.advantage.alpha if rule == "agrae" else None)
     assert config.rollout.dynamic_sampling is None
     assert config.reward.overlong is None
-    # Nothing else differs: runs of two algorithms can be compared.
+    # Nothing else differs, so runs of two algorithms can be compared.
     same = {"advantage": plain.advantage, "update": plain.update}
     assert config.model_copy(update=same) == plain
 
@@ -143,9 +143,8 @@ def test_a_base_is_relative_to_its_file_and_merged_key_by_key(write):
     assert config.model.path == "some/model"
 
 
-def test_lists_are_replaced_and_null_takes_a_setting_back(write):
-    over = "data: {train: [{task: files, path: x.jsonl}]}\nrollout: null\n"
-    file = write("over.yaml", "base: minimal.yaml\n" + over.replace("rollout: null\n", ""))
+def test_lists_are_replaced(write):
+    file = write("over.yaml", "base: minimal.yaml\ndata: {train: [{task: files, path: x.jsonl}]}")
     assert [source.task for source in configs.load(file).data.train] == ["files"]
 
 
@@ -194,7 +193,7 @@ def test_a_missing_override_file_is_named(write):
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
-    """The scripts' virtual environment: this one, said to be installed already."""
+    """The scripts' virtual environment: this one, marked as installed."""
     folder = tmp_path_factory.mktemp("venv")
     (folder / "bin").mkdir()
     (folder / "bin" / "activate").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
@@ -210,18 +209,18 @@ def environment(tmp_path_factory):
     }  # fmt: skip
 
 
-def script(name, *arguments, env):
+def script(name, *arguments, env, expect=0):
     result = subprocess.run(
         [str(ROOT / "scripts" / name), *map(str, arguments)],
         capture_output=True, text=True, timeout=500, env=env, cwd=ROOT,
     )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    return result.stdout
+    assert result.returncode == expect, result.stdout + result.stderr
+    return result.stdout if expect == 0 else result.stderr
 
 
 SHORT = ["train.steps=1", "rollout.prompts_per_step=4", "rollout.completions_per_prompt=2",
          "rollout.max_new_tokens=16", "data.evaluate.0.limit=2", "evaluate.samples=2",
-         "evaluate.max_new_tokens=16"]  # fmt: skip
+         "evaluate.max_new_tokens=16", "evaluate.before=false", "evaluate.after=false"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["train_vlm.sh", "train_llm.sh", "evaluate.sh"])
@@ -251,16 +250,23 @@ def test_train_and_evaluate_on_this_machine(environment, tmp_path):
     assert {r.name for r in RunFolder(tmp_path / "eval").read_evaluations()} == {"vl", "run"}
 
 
-def test_two_processes_start_anew_over_an_old_run(environment, tmp_path):
+def test_an_unknown_strategy_is_refused(environment):
+    for name, message in (("zero3", "PARALLEL=fsdp2_offload"), ("x", "no configs/accelerate/x")):
+        env = environment | {"PARALLEL": name}
+        assert message in script("train_llm.sh", "configs/quickstart.yaml", env=env, expect=2)
+
+
+def test_two_offloaded_processes_start_anew_over_an_old_run(environment, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     for name in ("config.yaml", "old"):
         (run / name).write_text("an old run\n")
     out = script(
         "train_llm.sh", "configs/quickstart_text.yaml", *SHORT, f"model.path={TEXT}",
-        f"run_dir={run}", "evaluate.before=false", "evaluate.after=false", "--overwrite",
-        env=environment | {"PROCESSES": "2"},
+        f"run_dir={run}", "--overwrite",
+        env=environment | {"PROCESSES": "2", "PARALLEL": "fsdp2_offload"},
     )  # fmt: skip
+    assert "processes: 2 (fsdp2_offload)" in out
     assert "on 2 processes" in out
     assert out.count("step 1/1") == 1
     assert not (run / "old").exists()

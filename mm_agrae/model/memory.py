@@ -1,0 +1,324 @@
+"""How much GPU memory a run takes, phase by phase, worked out from its config and `ModelSize`.
+
+Weights, gradients, optimiser state and KV cache follow exactly from the counts of `size.measure`.
+Activations are summed over the tensors that a layer keeps for its backward pass (`_layer_bytes`),
+derived from Qwen2.5 layers; other families differ somewhat. Prompts and completions are assumed to
+reach their limits, so a run usually needs less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from mm_agrae import config as configs
+from mm_agrae.config import Config
+from mm_agrae.config.reading import apply_override
+from mm_agrae.model.size import ModelSize, measure
+from mm_agrae.model.vocab_head import CHUNK_BYTES
+
+RESERVED = 0.06
+"""Share of a GPU's memory that is left to the driver, libraries and fragmentation."""
+
+
+def usable_bytes(device_bytes: int) -> int:
+    """What a run may use of a GPU's memory."""
+    return int(device_bytes * (1 - RESERVED))
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device, by what takes them: `always`, and in each phase, one at a time."""
+
+    always: dict[str, int]
+    rollout: dict[str, int]
+    update: dict[str, int]
+    optimiser: dict[str, int]
+
+    @property
+    def phases(self) -> dict[str, dict[str, int]]:
+        return {"rollout": self.rollout, "update": self.update, "optimiser step": self.optimiser}
+
+    @property
+    def peak(self) -> int:
+        return sum(self.always.values()) + max(sum(p.values()) for p in self.phases.values())
+
+
+def estimate(
+    config: Config,
+    size: ModelSize,
+    *,
+    processes: int = 1,
+    device: str = "cuda",
+    device_bytes: int | None = None,
+    sharded: bool = False,
+) -> MemoryEstimate:
+    """Memory of one process. `device_bytes`, the GPU's memory, is what vLLM takes a share of.
+
+    `sharded`: the model is spread over the processes by FSDP2.
+    """
+    shards = processes if sharded else 1
+    bf16, cuda = config.model.dtype == "bfloat16", device == "cuda"
+    gradient_bytes = 4 * size.trainable // shards
+    always = {
+        "weights": (size.weight_bytes - size.unsharded) // shards + size.unsharded,
+        "optimiser (Adam)": 8 * size.trainable // shards,
+    }
+    gradients = {"gradients": gradient_bytes}
+    if processes > 1 and not sharded:
+        always["gradients (DDP's buckets)"], gradients = gradient_bytes, {}
+    tokens = micro_batch_tokens(config)
+    casts = 2 * size.cast_parameters if bf16 else 0
+    update = gradients | {
+        "16-bit copies of weights": casts,
+        # Lookup and head of tied embeddings each make a whole gradient, which are added at the end
+        # of the backward pass, when the activations are gone.
+        "activations": max(_activations(config, size, tokens, cuda), 4 * size.tied),
+        "vocabulary head": _vocabulary_head(size, tokens.predicted, device),
+    }
+    rollout = _rollout(config, size, casts, device_bytes)
+    if sharded:
+        # One layer in use, the next one being gathered, the last one's gradient being summed.
+        update["gathered weights"] = size.root.bytes + 2 * size.layer.bytes
+        update["whole gradients"] = 4 * (2 * size.root.trainable + 2 * size.layer.trainable)
+        if bf16 and config.model.gradient_checkpointing:
+            # Otherwise autograd holds the copies of all layers until their backward pass.
+            update["16-bit copies of weights"] = 2 * size.layer.trainable
+        if config.rollout.engine == "hf":
+            rollout["gathered weights"] = size.weight_bytes - size.unsharded
+    if config.update.kl_coef > 0 and not size.rank:
+        if sharded:
+            # The reference's weights take the place of the policy's, which are set aside.
+            always["reference model"] = update["weights set aside"] = gradient_bytes
+        else:
+            always["reference model"] = size.weight_bytes
+    if not config.rollout.vllm.sleep:
+        always |= _vllm(config, device_bytes)
+    # AdamW's fused form, used on a GPU, needs none; on a CPU it goes from parameter to parameter.
+    temporary = 0 if cuda else 8 * size.largest // shards
+    step = gradients | {"temporaries of the step": temporary}
+    return MemoryEstimate(always, rollout, update, step)
+
+
+@dataclass(frozen=True)
+class MicroBatchTokens:
+    """Tokens of one micro-batch at its limits."""
+
+    tokens: int
+    """All that go through the text layers."""
+    predicted: int
+    """Those of completions."""
+    prompts: int
+    shared: bool
+    """Whether the prompt of a group goes through the model once."""
+
+
+def micro_batch_tokens(config: Config) -> MicroBatchTokens:
+    update, rollout = config.update, config.rollout
+    prompt, completion = config.prompt.max_tokens, rollout.max_new_tokens
+    group = rollout.completions_per_prompt
+    shared = update.shared_prompt != "off" and config.model.attn_implementation == "sdpa"
+    if update.micro_batch_tokens is None:
+        completions = update.micro_batch_completions
+        prompts = -(-completions // group)
+    else:
+        whole = prompt + group * completion
+        prompts = max(1, update.micro_batch_tokens // whole)
+        room = update.micro_batch_tokens - prompts * prompt
+        completions = max(1, min(room // completion, prompts * group))
+    tokens = (prompts if shared else completions) * prompt + completions * completion
+    return MicroBatchTokens(tokens, completions * completion, prompts, shared)
+
+
+def _layer_bytes(
+    tokens: int, hidden: int, inner: int, query: int, key: int, *, bf16: bool, rank: int
+) -> int:
+    """What one layer keeps for its backward pass, elementwise results recomputed.
+
+    Inputs of both norms, queries, keys, values, attention's output, gate and up. In 16 bits also
+    the cast copies, and with adapters their inputs.
+    """
+    if bf16 and rank:
+        each = 20 * hidden + 4 * query + 4 * key + 6 * inner + 14 * rank
+    elif bf16:
+        each = 18 * hidden + 4 * query + 4 * key + 4 * inner
+    elif rank:
+        each = 16 * hidden + 8 * query + 8 * key + 8 * inner + 28 * rank
+    else:
+        each = 8 * hidden + 8 * query + 8 * key + 8 * inner
+    return tokens * each
+
+
+def kept_activations(config: Config, size: ModelSize, batch: MicroBatchTokens, cuda: bool) -> int:
+    """What the text layers and the last norm hold between forward and backward."""
+    text, rank = size.text, size.rank
+    bf16 = config.model.dtype == "bfloat16"
+    element = 2 if bf16 else 4
+    stream = batch.tokens * text.hidden_size * (2 if bf16 and rank else 4)
+    last = batch.tokens * text.hidden_size * 4
+    if config.model.gradient_checkpointing:
+        return text.num_hidden_layers * stream + last
+    query = text.num_attention_heads * size.head_dim
+    layer = _layer_bytes(
+        batch.tokens, text.hidden_size, _inner(text), query, size.kv_size, bf16=bf16, rank=rank
+    )
+    if not batch.shared:
+        layer *= 2  # elementwise results are recomputed only where the prompt is shared
+    elif cuda:
+        # Completions attend to [prompt keys; own keys], which are copied for each of them.
+        completions = batch.predicted // config.rollout.max_new_tokens
+        keys = completions * (config.prompt.max_tokens + config.rollout.max_new_tokens)
+        layer += element * 2 * (keys * size.kv_size + batch.predicted * query)
+    return text.num_hidden_layers * layer + last
+
+
+def _activations(config: Config, size: ModelSize, batch: MicroBatchTokens, cuda: bool) -> int:
+    text = size.text
+    kept = kept_activations(config, size, batch, cuda)
+    if config.model.gradient_checkpointing:  # one layer at a time is computed again
+        plain = _changed(config, ["model.gradient_checkpointing=false"])
+        kept += kept_activations(plain, size, batch, cuda) // text.num_hidden_layers
+    # In the backward pass of a layer: gradients of gate, up and their product, and of the stream.
+    element = 2 if config.model.dtype == "bfloat16" else 4
+    working = batch.tokens * (3 * _inner(text) * element + 2 * text.hidden_size * 4)
+    return kept + working + _vision(config, size, batch)
+
+
+def _inner(section: Any) -> int:
+    return getattr(section, "intermediate_size", None) or 4 * section.hidden_size
+
+
+def _vision(config: Config, size: ModelSize, batch: MicroBatchTokens) -> int:
+    """Activations of the vision tower, whose tokens are patches; only if it is trained."""
+    vision = getattr(size.config, "vision_config", None)
+    if vision is None or not size.trained_modules & {"vision", "merger"}:
+        return 0
+    depth: int = getattr(vision, "depth", None) or getattr(vision, "num_hidden_layers", None) or 0
+    patches = 4 * batch.prompts * config.prompt.max_tokens  # as if prompts were all image
+    hidden = vision.hidden_size
+    bf16 = config.model.dtype == "bfloat16"
+    layer = _layer_bytes(patches, hidden, _inner(vision), hidden, hidden, bf16=bf16, rank=size.rank)
+    if config.model.gradient_checkpointing:
+        return depth * patches * hidden * 4 + layer
+    return depth * layer
+
+
+def _vocabulary_head(size: ModelSize, predicted: int, device: str) -> int:
+    chunk = max(CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]), predicted * 256 * 4)
+    return 2 * chunk + predicted * size.text.hidden_size * 12
+
+
+def _rollout(
+    config: Config, size: ModelSize, casts: int, device_bytes: int | None
+) -> dict[str, int]:
+    rollout = config.rollout
+    if rollout.engine != "hf":
+        return _vllm(config, device_bytes) if rollout.vllm.sleep else {}
+    group = rollout.completions_per_prompt
+    rows = min(max(1, rollout.batch_completions // group) * group, rollout.prompts_per_step * group)
+    length = config.prompt.max_tokens + rollout.max_new_tokens
+    return {
+        "16-bit copies of weights": casts,
+        "KV cache": kv_cache_bytes(size, rows, length, kv_element_bytes(config, size)),
+        # Logits, and what temperature, softmax and the sum over it make of them.
+        "sampling": 6 * 4 * rows * size.text.vocab_size,
+    }
+
+
+def _vllm(config: Config, device_bytes: int | None) -> dict[str, int]:
+    """What the engine vllm takes for its own copy of the weights and its cache."""
+    rollout = config.rollout
+    if rollout.engine != "vllm":
+        return {}
+    share = rollout.vllm.memory_fraction
+    return {f"vLLM ({share:.0%} of the GPU)": int(share * (device_bytes or 0))}
+
+
+def kv_element_bytes(config: Config, size: ModelSize) -> int:
+    """Bytes of one number in the KV cache of the engine hf.
+
+    Rotary embeddings multiply keys in the precision of the residual stream, which autocast leaves
+    alone, and the cache stores values in the precision of keys.
+    """
+    return 2 if config.model.dtype == "bfloat16" and size.rank else 4
+
+
+def kv_cache_bytes(size: ModelSize, rows: int, length: int, element: int) -> int:
+    """Cache of `rows` sequences of `length` tokens; a sliding window keeps no more than itself."""
+    text = size.text
+    kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+    window = getattr(text, "sliding_window", None) or length
+    cached = sum(
+        min(length, max(1, window - 1)) if kind == "sliding_attention" else length for kind in kinds
+    )
+    return 2 * rows * cached * size.kv_size * element
+
+
+# --------------------------------------------------------------------------- settings that fit
+
+
+def suggest(
+    config: Config, size: ModelSize, *, processes: int, device_bytes: int, sharded: bool = False
+) -> tuple[list[str], MemoryEstimate] | None:
+    """Overrides that make the run fit into `device_bytes`, as few as will do; None if none do."""
+    limit = usable_bytes(device_bytes)
+    sizes = {_counted(config): size}
+
+    def result(changes: Iterable[str]) -> MemoryEstimate:
+        changed = _changed(config, changes)
+        key = _counted(changed)
+        if key not in sizes:
+            sizes[key] = measure(changed, size.config)
+        return estimate(
+            changed, sizes[key], processes=processes, device_bytes=device_bytes, sharded=sharded
+        )
+
+    chosen: dict[str, str] = {}
+    for key, value in _candidates(config, size):
+        if result(chosen.values()).peak <= limit:
+            break
+        chosen[key] = f"{key}={value}"
+    if result(chosen.values()).peak > limit:
+        return None
+    for key in list(chosen):
+        fewer = [change for other, change in chosen.items() if other != key]
+        if result(fewer).peak <= limit:
+            del chosen[key]
+    return list(chosen.values()), result(chosen.values())
+
+
+def _candidates(config: Config, size: ModelSize) -> Iterator[tuple[str, str]]:
+    """Changes in order of their cost, each made on top of the ones before it."""
+    rollout, update = config.rollout, config.update
+    if not config.model.gradient_checkpointing:
+        yield "model.gradient_checkpointing", "true"
+    least = config.prompt.max_tokens + rollout.max_new_tokens
+    tokens = update.micro_batch_tokens or micro_batch_tokens(config).tokens
+    while tokens // 2 >= least:
+        tokens //= 2
+        yield "update.micro_batch_tokens", str(tokens)
+    if rollout.engine == "hf":
+        batch = rollout.batch_completions
+        while batch // 2 >= rollout.completions_per_prompt:
+            batch //= 2
+            yield "rollout.batch_completions", str(batch)
+    if rollout.engine == "vllm":
+        yield "rollout.vllm.memory_fraction", "0.25"
+    if not size.rank:
+        if hasattr(size.config, "vision_config") and not config.model.freeze:
+            yield "model.freeze", "[vision, embeddings]"
+        yield "model.freeze", "[]"
+        yield "model.lora", "{rank: 32, alpha: 64}"
+
+
+def _counted(config: Config) -> str:
+    """The settings that change what is counted on the module."""
+    return repr((config.model.freeze, config.model.lora))
+
+
+def _changed(config: Config, changes: Iterable[str]) -> Config:
+    values = config.model_dump(mode="json")
+    for change in changes:
+        apply_override(values, change)
+    return configs.parse(values)

@@ -14,11 +14,15 @@ fi
 prepare_environment dev
 export HF_HUB_OFFLINE=1
 export OMP_NUM_THREADS=1 # two test processes, one thread each
-ruff check .
-ruff format --check .
-mypy
-python -m pytest --numprocesses 2 "$@"
-[ "$all" ] || exit 0
+failed=0
+stage() { # a command; the others run all the same if it fails
+    "$@" || failed=1
+}
+stage ruff check .
+stage ruff format --check .
+stage mypy
+stage python -m pytest --numprocesses 2 "$@"
+[ "$all" ] || exit "$failed"
 
 # Results may depend on the processor only by rounding: the same tests with other kernels.
 numeric=(tests/model tests/rollout/test_rollout_hf.py tests/test_advantage.py tests/test_loss.py
@@ -27,12 +31,13 @@ for kernels in ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
     "ONEDNN_MAX_CPU_ISA=AVX2 MKL_CBWR=AVX2"; do
     echo "numeric tests with $kernels"
     # shellcheck disable=SC2086
-    env $kernels python -m pytest --quiet --numprocesses 2 "${numeric[@]}"
+    stage env $kernels python -m pytest --quiet --numprocesses 2 "${numeric[@]}"
 done
 if prepare_vllm; then
     # The tests of a file share engines and servers, and their order matters.
-    "$vllm_venv/bin/python" -m pytest --numprocesses 2 --dist loadfile tests/rollout/*vllm*.py
+    stage "$vllm_venv/bin/python" -m pytest --numprocesses 2 --dist loadfile tests/rollout/*vllm*.py
 fi
 if prepare_verl; then
-    "$verl_venv/bin/python" -m pytest tests/adapters/test_adapter_verl.py
+    stage "$verl_venv/bin/python" -m pytest tests/adapters/test_adapter_verl.py
 fi
+exit "$failed"

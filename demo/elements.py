@@ -29,9 +29,9 @@ def error(message: object) -> Html:
     return el("p", message, class_="error", role="alert")
 
 
-def html(elem_id: str) -> gr.HTML:
+def html(elem_id: str | None = None, value: str | None = None) -> gr.HTML:
     """A place for `area`, without Gradio's own styles or scripts."""
-    return gr.HTML(elem_id=elem_id, apply_default_css=False, js_on_load=None)
+    return gr.HTML(value, elem_id=elem_id, apply_default_css=False, js_on_load=None)
 
 
 class CardList:

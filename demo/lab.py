@@ -10,7 +10,7 @@ from mm_agrae.view import lab
 from mm_agrae.view.demo_settings import DemoSettings
 from mm_agrae.view.page import el, note
 
-from .elements import area
+from .elements import area, html
 
 
 class LabTab:
@@ -21,9 +21,9 @@ class LabTab:
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
                 self._choose(start)
-                self.words = gr.HTML(_words(start), elem_id="lab-words")
+                self.words = html("lab-words", _words(start))
             with gr.Column(scale=2, min_width=300):
-                self.figures = gr.HTML(_figures(start), elem_id="lab-figures")
+                self.figures = html("lab-figures", _figures(start))
         # A slider must not be written to while it is being moved: it would jump under the cursor.
         quick: dict[str, Any] = {
             "queue": False,

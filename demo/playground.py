@@ -25,7 +25,7 @@ from mm_agrae.view.playground import (
 from mm_agrae.view.playground_checkpoints import CheckpointCache
 from mm_agrae.view.playground_traces import CheckpointTraces, Trace, progress_line
 
-from .elements import area, error
+from .elements import area, error, html
 
 LEVEL_NAMES = ["any level", *(f"level {level}" for level in LEVELS)]
 FIRST = 4
@@ -41,7 +41,7 @@ class PlaygroundTab:
 
     def __init__(self, settings: DemoSettings) -> None:
         if not settings.models and not settings.allow_model_paths:
-            gr.HTML(area(empty("No checkpoint here. Name one: mm-agrae demo PATH")))
+            html(value=area(empty("No checkpoint here. Name one: mm-agrae demo PATH")))
             return
         self.settings = settings
         self.checkpoints = CheckpointCache(
@@ -78,8 +78,8 @@ class PlaygroundTab:
                     elem_id="pg-path",
                 )
                 self.add = gr.Button("Add", scale=1, min_width=80)
-            self.added = gr.HTML()
-        self.note = gr.HTML(self._note(chosen), elem_id="pg-note")
+            self.added = html()
+        self.note = html("pg-note", self._note(chosen))
 
     def _choose_question(self, start: Problem) -> None:
         self.image = gr.Image(
@@ -130,9 +130,9 @@ class PlaygroundTab:
             )
 
     def _place_completions(self) -> None:
-        self.status = gr.HTML(elem_id="pg-status")
+        self.status = html("pg-status")
         hint = "Choose checkpoints and press Generate. Completions appear here as they are written."
-        self.traces = gr.HTML(area(empty(hint)), elem_id="pg-traces")
+        self.traces = html("pg-traces", area(empty(hint)))
         with gr.Row():
             self.which = gr.Dropdown(label="Tokens of", choices=[], elem_id="pg-which")
             self.by = gr.Radio(
@@ -141,7 +141,7 @@ class PlaygroundTab:
                 label="Coloured by",
                 elem_id="pg-by",
             )
-        self.tokens = gr.HTML(area(view.tokens(None, view.PROBABILITY)), elem_id="pg-tokens")
+        self.tokens = html("pg-tokens", area(view.tokens(None, view.PROBABILITY)))
 
     def _connect_form(self) -> None:
         self.names.change(self._note, self.names, self.note, **QUICK)

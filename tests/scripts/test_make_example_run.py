@@ -57,7 +57,7 @@ def test_an_example_run_takes_no_folder_that_holds_something_else(tmp_path):
     (tmp_path / "thesis" / "text").write_text("precious")
     done = cut(run, tmp_path / "thesis")
     assert (done.returncode, done.stderr) == (
-        2, f"error: {tmp_path / 'thesis'} is there and holds no run; it is left alone\n"
+        2, f"error: {tmp_path / 'thesis'} exists and is not a run folder; it is left alone\n"
     )  # fmt: skip
     done = cut(run, tmp_path / "small", "--limit-kb", "0")
     assert done.returncode == 2

@@ -1,1 +1,1 @@
-"""The demo: one Gradio app over the package. What it computes stands in `mm_agrae`."""
+"""The demo: Gradio pages. What they show is made in `mm_agrae.view`."""

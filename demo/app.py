@@ -1,4 +1,4 @@
-"""The app: four tabs over one `DemoSettings`. It listens on this machine alone by default."""
+"""The app: four tabs over one `DemoSettings`. By default it listens on this machine only."""
 
 from __future__ import annotations
 
@@ -11,16 +11,20 @@ import gradio as gr
 
 from mm_agrae.view.demo_settings import DemoSettings
 
-from . import compare, explorer, lab, playground, style
+from . import elements
+from .evaluations import EvaluationsTab
+from .explorer import ExplorerTab
+from .lab import LabTab
+from .playground import PlaygroundTab
 
 TABS = {
-    "Playground": playground,
-    "Runs": explorer,
-    "Compare": compare,
-    "Advantage lab": lab,
+    "Playground": PlaygroundTab,
+    "Runs": ExplorerTab,
+    "Compare": EvaluationsTab,
+    "Advantage lab": LabTab,
 }
 SYSTEM_FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
-"""Fonts of the reader's machine: the page asks no other server for anything."""
+"""The reader's own fonts: the page loads nothing from other servers."""
 
 
 def build(settings: DemoSettings) -> gr.Blocks:
@@ -29,16 +33,16 @@ def build(settings: DemoSettings) -> gr.Blocks:
         gr.Markdown("# mm-agrae: see it think")
         for name, tab in TABS.items():
             with gr.Tab(name, id=name):
-                tab.build(settings)
+                tab(settings)
     app.queue(max_size=settings.max_waiting, api_open=False)
     return app
 
 
 def launch(settings: DemoSettings, *, block: bool = True) -> gr.Blocks:
-    """Serve the app; with `block` until it is interrupted. Returns it, with its `local_url`.
+    """Serve the app, with `block` until interrupted, and return it with its `local_url`.
 
-    Uploads above `max_upload_mb` are refused by the server. Gradio's own list of readable paths
-    stays empty: pictures of runs reach the page inside it.
+    The server refuses uploads above `max_upload_mb`. Gradio's list of readable paths stays empty:
+    images of runs are embedded in the page.
     """
     app = build(settings)
     app.launch(
@@ -62,9 +66,9 @@ def launch(settings: DemoSettings, *, block: bool = True) -> gr.Blocks:
 def _look() -> dict[str, Any]:
     theme = gr.themes.Default(
         primary_hue="blue", font=SYSTEM_FONT, font_mono=("ui-monospace", "Menlo", "monospace")
-    ).set(  # Gradio's own greys and blues are too pale to read for many
+    ).set(  # Gradio's own greys and blues have too little contrast
         body_text_color_subdued="*neutral_500",
         button_primary_background_fill_hover="*primary_700",
         button_primary_background_fill_hover_dark="*primary_700",
     )
-    return {"theme": theme, "head": style.head()}
+    return {"theme": theme, "head": elements.head()}

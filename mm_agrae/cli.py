@@ -235,12 +235,13 @@ def _add_report(commands: Commands) -> None:
 
 def _report(arguments: argparse.Namespace) -> int:
     """Write RUN/report.html; of several runs, one page that compares them."""
-    from mm_agrae.view.report import compare_report, write_report
+    from mm_agrae.view.report import write_report
+    from mm_agrae.view.runs_report import write_runs_report
 
     if len(arguments.runs) == 1:
         print(write_report(Path(arguments.runs[0])))
     else:
-        print(compare_report([Path(run) for run in arguments.runs], Path(arguments.out)))
+        print(write_runs_report([Path(run) for run in arguments.runs], Path(arguments.out)))
     return 0
 
 

@@ -21,7 +21,7 @@ from mm_agrae import config as configs
 from mm_agrae.progress import Reporter
 from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.records import EvaluationResult
-from mm_agrae.view.report import compare_report
+from mm_agrae.view.runs_report import write_runs_report
 
 
 def main() -> None:
@@ -61,7 +61,7 @@ def report(out: Path, runs: dict[str, list[RunFolder]]) -> None:
         [[rule, *(cell(values[name]) for name in names)] for rule, values in results.items()],
     )
     (out / "results.json").write_text(json.dumps(results, indent=1))
-    print(compare_report([folder.path for part in runs.values() for folder in part],
+    print(write_runs_report([folder.path for part in runs.values() for folder in part],
                          out / "compare.html"))  # fmt: skip
 
 

@@ -1,11 +1,11 @@
-"""Cut a finished run down to a small one to look at: data/example_run, which the demo opens.
+"""Cut a finished run down to a small one: data/example_run, which the demo opens.
 
     mm-agrae train configs/quickstart.yaml
     python scripts/make_example_run.py runs/quickstart data/example_run
 
-Kept are the config, the numbers of every step, every evaluation with all its samples (packed),
-the completions of some steps evenly apart, the last one among them, and the pictures these need.
-Nothing is changed but numbers in metrics.jsonl, which keep six digits.
+It keeps the config, the metrics of every step, every evaluation with all its samples (compressed),
+the completions of some steps at even distances, including the last, and their images. Nothing is
+changed except that numbers in metrics.jsonl are rounded to six digits.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ from mm_agrae.run.folder import RunFolder
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run folder")
-    parser.add_argument("out", type=Path, help="the small one; replaced if it is one")
-    parser.add_argument("--steps", type=int, default=10, help="most steps to keep completions of")
+    parser.add_argument("out", type=Path, help="the small run folder; replaced if it exists")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="keep completions of at most this many steps"
+    )
     parser.add_argument("--limit-kb", type=int, default=1000, help="keep fewer steps beyond this")
     arguments = parser.parse_args()
     try:
@@ -42,11 +44,11 @@ def main() -> int:
 
 
 def make(run_dir: Path, out: Path, count: int, limit: int) -> None:
-    """Write the small run, of at most `limit` bytes. Raises RunFolderError if that cannot be."""
+    """Write the small run, at most `limit` bytes. Raises RunFolderError if that is impossible."""
     run = RunFolder(run_dir)
     run.read_config()  # raises if there is no run
     if out.exists() and not (out / "config.yaml").is_file():
-        raise RunFolderError(f"{out} is there and holds no run; it is left alone")
+        raise RunFolderError(f"{out} exists and is not a run folder; it is left alone")
     with tempfile.TemporaryDirectory(dir=out.absolute().parent) as folder:
         small = Path(folder) / "run"
         for kept in range(count, 0, -1):
@@ -69,7 +71,7 @@ def make(run_dir: Path, out: Path, count: int, limit: int) -> None:
 def cut_down(run: RunFolder, small: Path, steps: Sequence[int]) -> None:
     for folder in ("rollouts", "images"):
         (small / folder).mkdir(parents=True)
-    # The folder that the run was made in is nobody else's.
+    # The original folder means nothing to others.
     config = re.sub(r"(?m)^run_dir: .*", "run_dir: runs/example", run.read_config())
     write_atomic(small / "config.yaml", config)
     for name in ("versions.json", "summary.json"):
@@ -77,18 +79,18 @@ def cut_down(run: RunFolder, small: Path, steps: Sequence[int]) -> None:
             shutil.copyfile(run.path / name, small / name)
     rows = ({name: short(value) for name, value in row.items()} for row in run.read_metrics())
     write_jsonl(small / "metrics.jsonl", rows)
-    pictures: set[str] = set()
+    images: set[str] = set()
     for step in steps:
         name = f"rollouts/step_{step:06d}.parquet"
         shutil.copyfile(run.path / name, small / name)
         for row in run.read_rollouts(step, columns=["images"]):
-            pictures.update(row["images"])
+            images.update(row["images"])
     for result in run.read_evaluations():
         samples = run.samples_path(result)
         if samples is not None and samples.is_file():
-            pictures.update(path for row in run.read_samples(result) for path in row["images"])
+            images.update(path for row in run.read_samples(result) for path in row["images"])
             keep_evaluation(samples, small / "evaluations" / samples.parent.name)
-    for relative in sorted(pictures):
+    for relative in sorted(images):
         path = run.image_path(relative)
         if path is not None:
             with Image.open(path) as image:
@@ -101,12 +103,12 @@ def keep_evaluation(samples: Path, folder: Path) -> None:
     content = samples.read_bytes()
     if samples.suffix == ".gz":
         content = gzip.decompress(content)
-    # Without a time in it, the same run gives the same file.
+    # Without a timestamp, so that the same run gives the same file.
     write_atomic(folder / "samples.jsonl.gz", gzip.compress(content, 9, mtime=0))
 
 
 def spread(steps: list[int], count: int) -> list[int]:
-    """At most `count` of the steps, evenly apart, the last one among them."""
+    """At most `count` of the steps at even distances, including the last."""
     stride = -(-len(steps) // count) or 1
     return sorted(steps[::-1][::stride])
 

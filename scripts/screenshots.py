@@ -1,10 +1,9 @@
-"""Pictures of the demo's screens for the documentation: docs/screens/*.png.
+"""Screenshots of the demo for the documentation: docs/screens/*.png.
 
     python scripts/screenshots.py [--run RUN] [--out docs/screens]
 
-Needs gradio, playwright and Chromium. The run shown is the one in data/example_run unless
-another is named; without either, a few steps of the quickstart are run first. All pictures
-together stay under 1.5 MB.
+Needs gradio, playwright and Chromium. Shows the run in data/example_run unless another is named;
+without either, a few steps of the quickstart are run first. The images may take 1.5 MB together.
 """
 
 from __future__ import annotations
@@ -41,10 +40,9 @@ def main() -> int:
             runs = [make_run(Path(folder) / "quickstart")]
         with served(settings_for(runs, device="cpu")) as address, chromium() as browser:
             sizes = [
-                save(arguments.out / f"{name}.png", picture)
-                for name, picture in shots(browser, address)
+                save(arguments.out / f"{name}.png", png) for name, png in shots(browser, address)
             ]
-    print(f"{len(sizes)} pictures, {sum(sizes) / 1e6:.2f} MB, in {arguments.out}")
+    print(f"{len(sizes)} images, {sum(sizes) / 1e6:.2f} MB, in {arguments.out}")
     if sum(sizes) > LIMIT_BYTES:
         print(f"error: more than {LIMIT_BYTES:,} bytes", file=sys.stderr)
         return 1
@@ -65,7 +63,7 @@ def make_run(folder: Path) -> str:
 def shots(browser: Any, address: str) -> Any:
     """(name, PNG) of each screen."""
     page = visit(browser, address)
-    answer(page, ["base", "GRPO", "A-GRAE"])
+    generate(page, ["base", "GRPO", "A-GRAE"])
     yield "playground", page.screenshot(full_page=True)
     for tab, name in (("Runs", "runs"), ("Compare", "compare"), ("Advantage lab", "lab")):
         open_tab(page, tab)
@@ -77,21 +75,21 @@ def shots(browser: Any, address: str) -> Any:
             yield "runs-groups", page.screenshot()
     page.context.close()
     page = visit(browser, address, dark=True)
-    answer(page, ["base", "A-GRAE"])
+    generate(page, ["base", "A-GRAE"])
     page.locator("#pg-by").get_by_text("entropy").click()
     settle(page)
     page.locator("#pg-tokens").scroll_into_view_if_needed()
     yield "playground-dark", page.screenshot()
     page.context.close()
     page = visit(browser, address, size=PHONE)
-    answer(page, ["base"])
+    generate(page, ["base"])
     page.locator("#pg-status").scroll_into_view_if_needed()
     yield "playground-phone", page.screenshot()
     page.context.close()
 
 
-def answer(page: Any, names: list[str]) -> None:
-    """Ask the chosen checkpoints about the first problem; of those that are there."""
+def generate(page: Any, names: list[str]) -> None:
+    """Ask those of the named checkpoints that exist about the first problem."""
     for box in page.locator("#pg-models label").all():
         box.locator("input").set_checked(box.inner_text().strip() in names)
     page.locator("#pg-go").click()
@@ -100,7 +98,7 @@ def answer(page: Any, names: list[str]) -> None:
 
 
 def save(path: Path, png: bytes) -> int:
-    """Write with a palette of few colours, at most twice as high as the screen; its size."""
+    """Write with a small palette, at most twice as high as the screen; returns the size."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     image = image.crop((0, 0, image.width, min(image.height, 2 * DESK["height"])))
     image.quantize(COLOURS, dither=Image.Dither.NONE).save(path, optimize=True)

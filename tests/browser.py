@@ -1,4 +1,4 @@
-"""The demo in a real headless Chromium. What a test asserts is what a person would see.
+"""The demo in a real headless Chromium, so tests assert what a person would see.
 
     with served(DemoSettings(...)) as address, chromium() as browser:
         page = visit(browser, address)
@@ -14,7 +14,8 @@ import importlib.util
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ needs_browser = pytest.mark.skipif(bool(MISSING), reason=f"not here: {', '.join(
 
 PHONE = {"width": 390, "height": 844}
 DESK = {"width": 1280, "height": 900}
-WAIT_MS = 1000 * int(os.environ.get("MM_AGRAE_BROWSER_WAIT_S", "60"))
-"""How long something may take to appear. Machines that run tests may be busy."""
+TABS_THAT_LOAD = ("Runs", "Compare")
+WAIT_S = int(os.environ.get("MM_AGRAE_BROWSER_WAIT_S", "240"))
+"""How long something may take to appear. Test machines may be busy."""
 
 
 def demo(module: str) -> Any:
@@ -52,7 +54,7 @@ def demo(module: str) -> Any:
 
 @contextlib.contextmanager
 def served(settings: Any) -> Iterator[str]:
-    """The app, listening on a free port in this process; its address."""
+    """The app on a free port of this process; yields its address."""
     app = demo("app").launch(settings, block=False)
     try:
         yield app.local_url
@@ -75,22 +77,26 @@ def chromium() -> Iterator[Any]:
 def visit(
     browser: Any, address: str, *, tab: str = "", size: dict[str, int] = DESK, dark: bool = False
 ) -> Any:
-    """A page of a person of their own (no cookies or session shared), on the named tab.
+    """A page in its own session, on the named tab.
 
     `page.asked` collects the hosts it made requests to, `page.errors` its JavaScript errors.
     """
     context = browser.new_context(viewport=size, color_scheme="dark" if dark else "light")
     page = context.new_page()
-    page.set_default_timeout(WAIT_MS)
+    page.set_default_timeout(1000 * WAIT_S)
     page.asked, page.errors = set(), []
     page.on("request", lambda request: page.asked.add(request.url.split("/")[2]))
     page.on("pageerror", lambda error: page.errors.append(str(error)))
-    page.open_requests = set()
+    page.open_requests, loads = set(), []
     page.on("request", lambda request: page.open_requests.add(request))
+    page.on("request", lambda request: "/queue/join" in request.url and loads.append(request))
     for ended in ("requestfinished", "requestfailed"):
         page.on(ended, lambda request: page.open_requests.discard(request))
     page.goto(f"{address}?__theme={'dark' if dark else 'light'}")
     page.get_by_role("tab").first.wait_for()
+    # Gradio first draws the page and then loads the contents of these tabs; earlier clicks are
+    # lost.
+    wait_until(page, lambda: len(loads) >= len(TABS_THAT_LOAD), "the tabs did not load")
     settle(page)
     if tab:
         open_tab(page, tab)
@@ -98,29 +104,47 @@ def visit(
 
 
 def settle(page: Any) -> None:
-    """Wait as a person does until the page has come to rest.
-
-    A page of Gradio first draws itself and then asks for what each tab shows at the start; what
-    is clicked in between may be lost. Its heartbeat is a request that never ends.
-    """
+    """Wait until no request has been open for half a second, save Gradio's endless heartbeat."""
     quiet = 0
-    for _ in range(WAIT_MS // 100):
-        waiting = [r for r in page.open_requests if "/heartbeat/" not in r.url]
-        quiet = 0 if waiting else quiet + 1
-        if quiet == 5:
-            return
+
+    def rested() -> bool:
+        nonlocal quiet
+        quiet = 0 if any("/heartbeat/" not in r.url for r in page.open_requests) else quiet + 1
+        return quiet == 5
+
+    wait_until(page, rested, "requests are still open")
+
+
+def wait_until(page: Any, condition: Callable[[], bool], otherwise: str) -> None:
+    """Check every tenth of a second, for at most WAIT_S."""
+    end = time.monotonic() + WAIT_S
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError(otherwise)
         page.wait_for_timeout(100)
-    raise TimeoutError(f"still asking for {[request.url for request in waiting]}")
 
 
 def open_tab(page: Any, name: str) -> None:
-    """By its tab, or by the menu that holds what does not fit a narrow screen."""
+    """By its tab, or by the menu for tabs that do not fit a narrow screen."""
     tab = page.get_by_role("tab", name=name, exact=True)
     if not tab.is_visible():
         page.locator(".overflow-menu > button").click()
         page.locator(".overflow-dropdown").get_by_text(name, exact=True).click()
         return
     tab.click()
+
+
+def choose(page: Any, label: str, option: str) -> None:
+    """Choose from a dropdown."""
+    page.get_by_label(label, exact=True).click()
+    page.get_by_role("option", name=option, exact=True).click()
+
+
+def set_number(page: Any, slider: str, value: float) -> None:
+    """Type the value of a slider."""
+    box = page.locator(f"{slider} input[type=number]")
+    box.fill(str(value))
+    box.press("Enter")
 
 
 def fits(page: Any) -> bool:
@@ -131,10 +155,10 @@ def fits(page: Any) -> bool:
 
 
 def low_contrast(page: Any, inside: str, least: float = 4.5) -> list[str]:
-    """Texts under the selector whose contrast with what is behind them is below `least` (WCAG).
+    """Texts under the selector whose contrast with their background is below `least` (WCAG).
 
-    Colours are read off a canvas, whatever notation CSS gives them in; translucent backgrounds
-    are laid over each other from the outside in.
+    Colours are read from a canvas, so any CSS notation works; translucent backgrounds are
+    composited from the outside in.
     """
     return page.evaluate(_CONTRAST, [inside, least])
 

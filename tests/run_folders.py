@@ -1,4 +1,4 @@
-"""Run folders for tests of the views, written by the package's own writers."""
+"""Run folders for tests that show them, written by the package's own writers."""
 
 from pathlib import Path
 
@@ -16,8 +16,8 @@ HOSTILE = (
 CONFIG = "model: {path: m}\ntrain: {steps: 40}\nadvantage: {rule: agrae}\n"
 
 
-def noise_image(seed: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+def noise_image(seed: int, size: int = 24) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
 
@@ -100,13 +100,23 @@ def make_run(path: Path, steps=(), **settings) -> RunFolder:
 
 
 def evaluate(
-    run: RunFolder, name: str, correct, samples: int = 4, label: str = "test", text: str = "so"
+    run: RunFolder,
+    name: str,
+    solved,
+    samples: int = 4,
+    label: str = "test",
+    text: str = "so",
+    full: bool = False,
 ) -> None:
-    """`correct`: for each problem, how many of its samples are."""
-    correct = np.arange(samples)[None] < np.array(correct)[:, None]
+    """`solved`: for each problem, how many of its samples are correct.
+
+    full: with greedy completions, entropies and two levels of problems.
+    """
+    correct = np.arange(samples)[None] < np.array(solved)[:, None]
     length = np.full(correct.shape, 12)
-    meta = [{}] * len(correct)
-    result = summarise(name, label, correct, None, length, ~correct, None, meta, 3.0, 99, 50)
+    greedy, entropy = (correct[:, 0], length / 30) if full else (None, None)
+    meta = [{"level": i % 2} if full else {} for i in range(len(solved))]
+    result = summarise(name, label, correct, greedy, length, ~correct, entropy, meta, 3.0, 99, 50)
     image = run.store_image(noise_image(1))
     run.write_evaluation(
         result,
@@ -116,7 +126,7 @@ def evaluate(
                 f"<think>{text} of {name}</think> {i}/{j}",
                 *(bool(correct[i, j]), 12, "stop", (image,)),
             )
-            for i in range(len(correct))
+            for i in range(len(solved))
             for j in range(samples)
         ],
     )

@@ -1,5 +1,6 @@
-"""What people look at: run folders -> HTML and plots, for the report and the demo.
+"""What people look at: reports and the demo's contents.
 
-In: run folders and checkpoints. Out: markup without scripts, every text escaped. Begin with
-`page.py`, what pages are made of, and `report.py`, one made of it.
+In: run folders and checkpoints. Out: HTML without scripts, all text escaped. Begin with `page.py`,
+the elements, `components.py`, made of them, and `report.py`, a page made of both. Demo pages
+(`demo/`) take what they show from `explorer.py`, `evaluations.py`, `playground.py` and `lab.py`.
 """

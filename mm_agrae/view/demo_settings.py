@@ -1,4 +1,4 @@
-"""What the demo may show and to whom. Everything in the app is built from one of these."""
+"""What the demo may show and to whom: the settings that the whole app is built from."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ EMBEDDED = {
     "A-GRAE": DATA / "trained" / "vl_agrae",
     "base (text)": DATA / "warm_start" / "text",
 }
-"""Checkpoints that come with the source, by the names they are shown under."""
+"""Checkpoints in the source tree, by their display names."""
 EXAMPLE_RUN = DATA / "example_run"
 
 
 def embedded_models() -> dict[str, str]:
-    """Name -> folder of those that are there: a bare installation carries no data."""
+    """Name -> folder of those that exist; an installed package has no data."""
     return {name: str(path) for name, path in EMBEDDED.items() if (path / "config.json").is_file()}
 
 
 def embedded_runs() -> tuple[Path, ...]:
-    """The small run that comes with the source, if it is there."""
+    """The small run in the source tree, if it exists."""
     return (EXAMPLE_RUN,) if (EXAMPLE_RUN / "config.yaml").is_file() else ()
 
 
@@ -34,9 +34,9 @@ def embedded_runs() -> tuple[Path, ...]:
 class DemoSettings:
     """models: name -> checkpoint folder or model id. runs: the run folders that may be read.
 
-    `allow_model_paths` lets the browser name further models; `share` opens Gradio's public
-    tunnel. `max_upload_mb` and `max_upload_pixels` bound one picture, `max_waiting` the requests
-    that wait for the model. `port` 0 takes a free one from 7860 on.
+    `allow_model_paths` lets visitors name further models; `share` opens Gradio's public tunnel.
+    `max_upload_mb` and `max_upload_pixels` limit one image, `max_waiting` the number of queued
+    requests. `port` 0 means the first free one from 7860.
     """
 
     models: Mapping[str, str] = field(default_factory=embedded_models)
@@ -53,11 +53,11 @@ class DemoSettings:
 
 
 def settings_for(paths: Sequence[str], **options: object) -> DemoSettings:
-    """Settings for what the command line names: run folders, checkpoints, or model ids.
+    """Settings for the command line's paths: run folders, checkpoints, or model ids.
 
-    A run folder, or one that holds several, is offered to the explorer, and a run's newest
-    checkpoint, if it kept one, to the playground; anything else is a model. The embedded models
-    stay, first, and the embedded run, last. Raises ConfigError for a folder that is not there.
+    Run folders, and folders of run folders, are shown in the explorer, and the newest checkpoint
+    of a run folder, if any, in the playground; anything else is a model. Embedded models come
+    first, the embedded run last. Raises ConfigError for a folder that does not exist.
     """
     from mm_agrae.run import checkpoint
 
@@ -75,7 +75,7 @@ def settings_for(paths: Sequence[str], **options: object) -> DemoSettings:
         elif folder.exists() or _MODEL_ID.fullmatch(path):
             models[_free_name(folder.resolve().name, models)] = path
         else:
-            raise ConfigError(f"demo: {path} is no run folder, checkpoint or model id")
+            raise ConfigError(f"demo: {path} is not a run folder, a checkpoint or a model id")
     all_runs = (*runs, *embedded_runs())
     return DemoSettings(models=models, runs=all_runs, **options)  # type: ignore[arg-type]
 
@@ -84,6 +84,6 @@ _MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def _free_name(name: str, taken: Mapping[str, str]) -> str:
-    """`name`, or with a number if that is another model's."""
+    """`name`, with a number appended if it is taken."""
     numbers = (f"{name} ({number})" for number in range(2, len(taken) + 3))
     return name if name not in taken else next(free for free in numbers if free not in taken)

@@ -1,4 +1,4 @@
-"""How answers, agreement and tokens look: markup for the playground, every text escaped."""
+"""Markup of the playground: completions, agreement and tokens."""
 
 from __future__ import annotations
 
@@ -6,58 +6,66 @@ from bisect import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mm_agrae.view.components import verdict
 from mm_agrae.view.page import Html, el, empty, join, number, percent, table
-from mm_agrae.view.playground import Ask, Column, Token, Trace, agreement, right
+from mm_agrae.view.playground import Question
+from mm_agrae.view.playground_traces import (
+    CheckpointTraces,
+    Token,
+    Trace,
+    agreement,
+    share_correct,
+)
 
 PROBABILITY, ENTROPY = "probability", "entropy"
 BOUNDS = {
     PROBABILITY: (0.99, 0.9, 0.7, 0.4, 0.1),
     ENTROPY: (0.05, 0.3, 0.7, 1.2, 2.0),
 }
-"""Where one colour gives way to the next, from certain to uncertain; entropy in nats."""
+"""Bounds between colours, from certain to uncertain; entropy in nats."""
 LEAST_CERTAIN = 8
 NO_ANSWER = "no answer"
-LAST = {"stop": "", "length": "cut off", "stopped": "stopped", "writing": "writing …"}
+ENDINGS = {"stop": "", "length": "cut off", "stopped": "stopped", "writing": "writing …"}
 
 
-def answers(columns: Sequence[Column], ask: Ask) -> Html:
-    """One card a checkpoint, side by side where there is room."""
-    return el("div", *(_card(column, ask) for column in columns), class_="answers")
+def traces(checkpoints: Sequence[CheckpointTraces], question: Question) -> Html:
+    """One card per checkpoint, side by side where there is room."""
+    return el("div", *(_card(shown, question) for shown in checkpoints), class_="checkpoints")
 
 
-def _card(column: Column, ask: Ask) -> Html:
-    words = None
-    if column.asked and column.asked.strip() != ask.question.strip():
-        words = el("details", el("summary", "asked in words"), el("p", column.asked))
-    several = len(column.traces) > 1
+def _card(shown: CheckpointTraces, question: Question) -> Html:
+    asked = None
+    if shown.asked and shown.asked.strip() != question.text.strip():
+        asked = el("details", el("summary", "asked in words"), el("p", shown.asked))
+    several = len(shown.traces) > 1
     return el(
         "section",
-        el("h3", column.label, " ", el("span", column.state, class_="muted small")),
-        el("p", column.message, class_="error", role="alert") if column.message else None,
-        words,
-        _summary(column.traces, ask.grading) if several else None,
-        *(_trace(trace, index, several) for index, trace in enumerate(column.traces, 1)),
+        el("h3", shown.label, " ", el("span", shown.state, class_="muted small")),
+        el("p", shown.message, class_="error", role="alert") if shown.message else None,
+        asked,
+        _summary(shown.traces, question.grading) if several else None,
+        *(_trace(trace, index, several) for index, trace in enumerate(shown.traces, 1)),
         class_="card",
-        aria_label=f"answers of {column.label}",
+        aria_label=f"completions of {shown.label}",
     )
 
 
 def _summary(traces: Sequence[Trace], grading: Mapping[str, Any]) -> Html | None:
-    """How many are right, and how far the samples agree; once all are written."""
+    """How many samples are correct and how far they agree, once all are written."""
     if any(trace.state == "writing" for trace in traces):
         done = sum(trace.state != "writing" for trace in traces)
         return el("progress", value=done, max=len(traces), aria_label="samples written")
-    shares = agreement(traces, grading)
+    correct = share_correct(traces)
     lines = []
-    for share in shares:
+    for share in agreement(traces, grading):
         mark = {True: "✓ ", False: "✗ ", None: ""}[share.success]
-        kind = {True: "right", False: "wrong", None: None}[share.success]
+        kind = {True: "correct", False: "incorrect", None: None}[share.success]
         name = el("span", mark + (NO_ANSWER if share.answer is None else share.answer), class_=kind)
         bar = el("progress", value=f"{share.share:.3f}", max=1, aria_label="share of the samples")
         lines += [name, bar, el("span", f"{share.count} · {percent(share.share)}")]
     return el(
         "div",
-        el("p", el("b", right(traces))) if right(traces) else None,
+        el("p", el("b", correct)) if correct else None,
         el("div", "Agreement among the samples", class_="caption"),
         el("div", *lines, class_="agreement"),
     )
@@ -65,8 +73,8 @@ def _summary(traces: Sequence[Trace], grading: Mapping[str, Any]) -> Html | None
 
 def _trace(trace: Trace, index: int, numbered: bool) -> Html:
     title = f"sample {index} · {trace.count} tokens" if numbered else f"{trace.count} tokens"
-    if LAST[trace.state]:
-        title += f" · {LAST[trace.state]}"
+    if ENDINGS[trace.state]:
+        title += f" · {ENDINGS[trace.state]}"
     thought: list[Html] = []
     if trace.thought:
         thought.append(el("div", "Reasoning", class_="caption"))
@@ -77,31 +85,25 @@ def _trace(trace: Trace, index: int, numbered: bool) -> Html:
     if trace.answer or trace.state != "writing":
         final.append(el("div", "Answer", class_="caption"))
         final.append(el("div", trace.answer or f"({NO_ANSWER})", class_="final", dir="auto"))
+    mark = None if trace.success is None else verdict(trace.success)
     return el(
         "article",
-        el("div", el("span", title), verdict(trace.success), class_="head"),
+        el("div", el("span", title), mark, class_="head"),
         *thought,
         *final,
         class_=f"trace {trace.state}",
     )
 
 
-def verdict(success: bool | None) -> Html | None:
-    if success is None:
-        return None
-    text, kind = ("✓ right", "right") if success else ("✗ wrong", "wrong")
-    return el("span", text, class_=f"verdict {kind}")
-
-
 # -- tokens
 
 
 def tokens(trace: Trace | None, by: str) -> Html:
-    """Every token of a trace on a colour for its probability or the entropy where it was drawn."""
+    """Every token of a trace, coloured by its probability or by the entropy at its position."""
     if trace is None or not trace.tokens:
         return empty(
-            "Once an answer is written, its tokens are shown here, coloured by how sure the model "
-            "was of each."
+            "Once a completion is written, its tokens are shown here, coloured by how sure the "
+            "model was of each."
         )
     marked = [
         el("span", _visible(token.text), class_=f"h{_level(token, by)}", title=_tip(token))
@@ -111,7 +113,7 @@ def tokens(trace: Trace | None, by: str) -> Html:
         "div",
         _legend(by),
         el("div", *marked, class_="tokens", tabindex="0", role="group", aria_label="tokens"),
-        el("div", f"The {LEAST_CERTAIN} tokens it was least sure of", class_="caption"),
+        el("div", f"The {LEAST_CERTAIN} least certain tokens", class_="caption"),
         _least_certain(trace.tokens, by),
         class_=by,
     )
@@ -133,7 +135,7 @@ def _legend(by: str) -> Html:
     else:
         names = [f"up to {bounds[0]:g} nats", *(f"up to {bound:g}" for bound in bounds[1:])]
         names.append(f"above {bounds[-1]:g}")
-        title = "Entropy where it was drawn:"
+        title = "Entropy at the token:"
     keys = (el("span", name, class_=f"h{level}") for level, name in enumerate(names))
     return el("div", title, *keys, class_="key")
 
@@ -142,12 +144,12 @@ def _tip(token: Token) -> str:
     likely = ", ".join(f"{_quoted(text)} {percent(p)}" for text, p in token.alternatives)
     return (
         f"{_quoted(token.text)}: probability {percent(token.probability)}, "
-        f"entropy {number(token.entropy)} nats. Likeliest: {likely}"
+        f"entropy {number(token.entropy)} nats. Most likely: {likely}"
     )
 
 
 def _least_certain(shown: Sequence[Token], by: str) -> Html:
-    """The same numbers for keyboards, phones and screen readers, which have no hover."""
+    """The same numbers as a table, for keyboards, phones and screen readers, which cannot hover."""
     order = sorted(
         range(len(shown)),
         key=lambda i: shown[i].probability if by == PROBABILITY else -shown[i].entropy,
@@ -162,11 +164,11 @@ def _least_certain(shown: Sequence[Token], by: str) -> Html:
         )
         for i in order
     ]
-    return table(("token", "place", "probability", "entropy (nats)", "likeliest there"), rows)
+    return table(("token", "position", "probability", "entropy (nats)", "most likely"), rows)
 
 
 def _visible(text: str) -> Html | str:
-    """A line break keeps its effect and gets a sign."""
+    """A line break still breaks the line, but is shown as well."""
     return text.replace("\n", "↵\n") if text else "∅"
 
 
@@ -178,15 +180,15 @@ def waiting(text: str) -> Html:
     return el("p", text, class_="muted", role="status")
 
 
-def note_on_pictures(reading: Mapping[str, bool]) -> Html | None:
-    """What becomes of the picture: which of the chosen checkpoints do not use it."""
+def note_on_images(reading: Mapping[str, bool]) -> Html | None:
+    """Which of the chosen checkpoints will not see the image. `reading`: name -> reads images."""
     blind = [name for name, reads in reading.items() if not reads]
     if not blind:
         return None
     if len(blind) == len(reading):
         return empty(
-            "The picture is not used: what is chosen reads text alone. A drawn problem is given "
-            "in words."
+            "The image is not used: every chosen checkpoint reads text only. A problem of the "
+            "synthetic task is asked in words instead."
         )
     names = join([", ".join(blind)])
-    return el("p", "The picture is not used by ", el("b", names), "; it is asked in words.")
+    return el("p", "The image is not used by ", el("b", names), "; it is asked in words.")

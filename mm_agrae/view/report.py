@@ -1,7 +1,4 @@
-"""One HTML page a run: what was learnt, how it went, and what the model wrote.
-
-The page is one file that can be mailed: pictures are inside, nothing is fetched (see `page`).
-"""
+"""One self-contained HTML page for a run: results, curves, and what the model wrote."""
 
 from __future__ import annotations
 
@@ -9,16 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from mm_agrae.errors import RunFolderError
 from mm_agrae.evaluation.paired import PairedEvaluations, SampleCache, StoredEvaluation
 from mm_agrae.run.files import write_atomic
 from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.records import EvaluationResult
+from mm_agrae.view.components import (
+    ADVANTAGES,
+    EmbeddedImages,
+    curve_figures,
+    group_card,
+    pass_at_k_plot,
+    pass_at_k_table,
+    series,
+    trace_card,
+)
 from mm_agrae.view.page import (
     Html,
-    Line,
     duration,
     el,
     empty,
@@ -28,95 +32,51 @@ from mm_agrae.view.page import (
     number,
     page,
     percent,
-    plot,
     shorten,
     span,
     table,
-    thin,
     tile,
     with_interval,
 )
-from mm_agrae.view.parts import (
-    ADVANTAGES,
-    CURVES,
-    Pictures,
-    curve_figures,
-    group_card,
-    pass_at_k_plot,
-    pass_at_k_table,
-    series,
-    trace_card,
-)
-from mm_agrae.view.runs import RunView, distinct_names, select
+from mm_agrae.view.plots import Line, plot, thin
+from mm_agrae.view.runs import Record, RunReader, select, step_of, training_ends
 
 GROUPS_SHOWN = 6
 EARLIER_GROUPS_SHOWN = 2
 COMPLETIONS_SHOWN = 16
 
-Row = Mapping[str, Any]
-
 
 def write_report(run_dir: str | Path) -> Path:
     """Write `report.html` into a run folder and return its path.
 
-    Works while the run goes on and with parts missing. Raises RunFolderError if there is no run,
-    a file of it is damaged, or the folder cannot be written.
+    Also works while the run is going on, and with files missing. Raises RunFolderError if there
+    is no run, one of its files is damaged, or the folder cannot be written.
     """
-    folder = RunFolder(run_dir)
-    config = _parse_config(folder)
-    metrics = folder.read_metrics()
+    run = RunReader(run_dir)
+    folder, config = run.folder, run.config()
+    run.refresh()
     evaluations = folder.read_evaluations()
     summary = folder.read_summary()
-    pictures = Pictures(folder)
-    step = int(_last(metrics, "step") or 0)
-    trained = bool(metrics) or not evaluations or bool(_ends(evaluations))
+    images = EmbeddedImages(folder)
+    trained = not run.only_evaluations()
     sections = [
-        ("Results", _results(folder, evaluations, step)),
-        ("Curves", _curves(metrics) if trained else None),
-        ("Before and after", _traces(folder, evaluations, pictures)),
-        ("Groups", _groups(folder, pictures) if trained else None),
-        ("Time", _time(metrics, summary)),
+        ("Results", _results(folder, evaluations, int(_last(run.metrics, "step") or 0))),
+        ("Curves", _curves(run.metrics) if trained else None),
+        ("Before and after", _traces(folder, evaluations, images)),
+        ("Groups", _groups(run, images) if trained else None),
+        ("Time", _time(run.metrics, summary)),
         ("Setup", _setup(folder)),
     ]
-    name = folder.path.resolve().name
-    planned = _section(config, "train").get("steps")
-    if not trained:
-        state = "Checkpoints evaluated by themselves."
-    elif summary:
-        state = f"Finished after {step:,} steps."
-    elif step:
-        state = f"Not finished: {step:,}{f' of {planned}' if planned else ''} steps so far."
-    else:
-        state = "No step has been logged yet."
-    header = _header(name, folder, config, state)
+    header = _header(folder, config, run.progress())
     path = folder.path / "report.html"
-    write_atomic(path, page(name, header, sections))
+    write_atomic(path, page(folder.path.resolve().name, header, sections))
     return path
 
 
-def compare_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
-    """Write one page that holds several runs side by side, and return its path.
-
-    Raises RunFolderError if one of them is not a run, or `out` cannot be written.
-    """
-    runs = [RunFolder(path) for path in run_dirs]
-    configs = [_flatten(_parse_config(run)) for run in runs]
-    names = _distinct_names(runs)
-    sections = [
-        ("Results", _compared_results(names, [run.read_evaluations() for run in runs])),
-        ("Curves", _compared_curves(names, [run.read_metrics() for run in runs])),
-        ("What differs in the configs", _config_differences(names, configs)),
-    ]
-    title = f"{len(runs)} runs compared"
-    header = el("header", el("h1", title), note(", ".join(names)))
-    write_atomic(Path(out), page(title, header, sections))
-    return Path(out)
+# -- results
 
 
-# -- what was learnt
-
-
-def _header(name: str, folder: RunFolder, config: Row, state: str) -> Html:
+def _header(folder: RunFolder, config: Record, progress: str) -> Html:
     advantage, rollout = _section(config, "advantage"), _section(config, "rollout")
     settings = [f"{k}={v}" for k, v in advantage.items() if k != "rule" and v is not None]
     sizes = [rollout.get("prompts_per_step"), rollout.get("completions_per_prompt")]
@@ -132,7 +92,12 @@ def _header(name: str, folder: RunFolder, config: Row, state: str) -> Html:
         for key, value in facts.items()
         if value
     ]
-    return el("header", el("h1", name), el("p", *chips, class_="chips"), el("p", state))
+    return el(
+        "header",
+        el("h1", folder.path.resolve().name),
+        el("p", *chips, class_="chips"),
+        el("p", progress),
+    )
 
 
 def _results(folder: RunFolder, evaluations: Sequence[EvaluationResult], last_step: int) -> Html:
@@ -142,7 +107,7 @@ def _results(folder: RunFolder, evaluations: Sequence[EvaluationResult], last_st
     labels = list(dict.fromkeys(result.label for result in evaluations))
     for label in labels:
         results = [result for result in evaluations if result.label == label]
-        ends = _ends(results)
+        ends = training_ends(results)
         shown = ends or results
         colors = {"before": 7} if ends else {r.name: i % 7 for i, r in enumerate(results)}
         plots = [pass_at_k_plot([(r.name, r, colors.get(r.name, 0)) for r in shown])]
@@ -161,22 +126,6 @@ def _results(folder: RunFolder, evaluations: Sequence[EvaluationResult], last_st
             *_group_tables(shown),
         ]
     return join(parts)
-
-
-def _ends(results: Sequence[EvaluationResult]) -> list[EvaluationResult]:
-    """The evaluation before training and the latest one; the latest alone if there is no other.
-
-    None at all where checkpoints were evaluated by themselves, without a training run.
-    """
-    training = [r for r in results if r.name in ("before", "after") or _step_of(r) is not None]
-    if len(training) > 1 and training[0].name == "before":
-        return [training[0], training[-1]]
-    return training[-1:]
-
-
-def _step_of(result: EvaluationResult) -> int | None:
-    digits = result.name.removeprefix("step_")
-    return int(digits) if digits != result.name and digits.isdecimal() else None
 
 
 def _first_and_last_k(result: EvaluationResult) -> list[int]:
@@ -200,16 +149,16 @@ def _key_numbers(folder: RunFolder, ends: Sequence[EvaluationResult]) -> list[Ht
         values = percent(*(interval.mean for interval in greedy))
         tiles.append(tile(f"greedy accuracy{when}", values, " → ".join(map(span, greedy))))
     unsolved = percent(*(result.unsolved for result in ends))
-    tiles.append(tile("never solved", unsolved, f"none of {ends[-1].samples} samples right"))
+    tiles.append(tile("never solved", unsolved, f"none of {ends[-1].samples} samples correct"))
     cut_off = "cut off: " + percent(*(result.truncated for result in ends))
-    tiles.append(tile("tokens a completion", change(lambda r: r.mean_tokens, number), cut_off))
+    tiles.append(tile("tokens per completion", change(lambda r: r.mean_tokens, number), cut_off))
     if ends[-1].entropy is not None:
-        tiles.append(tile("entropy", change(lambda r: r.entropy, number), "nats a token"))
+        tiles.append(tile("entropy", change(lambda r: r.entropy, number), "nats per token"))
     return tiles
 
 
 def _paired(folder: RunFolder, ends: Sequence[EvaluationResult]) -> PairedEvaluations | None:
-    """The two ends on the problems they share; None where the samples were not kept."""
+    """Before against after on the problems they share; None if the samples were not kept."""
     if len(ends) < 2:
         return None
     reader = SampleCache()
@@ -222,7 +171,7 @@ def _paired(folder: RunFolder, ends: Sequence[EvaluationResult]) -> PairedEvalua
 
 
 def _gain(paired: PairedEvaluations | None, k: int) -> str:
-    """The paired problem, where both evaluations sampled the same problems equally often."""
+    """The paired difference, if both evaluations sampled the same problems equally often."""
     gain = paired.gain(k) if paired else None
     if gain is None:
         return ""
@@ -230,9 +179,9 @@ def _gain(paired: PairedEvaluations | None, k: int) -> str:
 
 
 def _progress_plot(results: Sequence[EvaluationResult], last_step: int) -> Html:
-    """pass@1 and pass@n of every evaluation, by the step it was made at."""
+    """pass@1 and pass@n of every evaluation against its step."""
     ends = {"before": 0, "after": last_step}
-    dated = [(_step_of(r) if r.name not in ends else ends[r.name], r.pass_at_k) for r in results]
+    dated = [(step_of(r) if r.name not in ends else ends[r.name], r.pass_at_k) for r in results]
     lines = []
     for color, k in enumerate(_first_and_last_k(results[-1])):
         found = [(s, tables[k]) for s, tables in dated if s is not None and k in tables]
@@ -243,7 +192,7 @@ def _progress_plot(results: Sequence[EvaluationResult], last_step: int) -> Html:
 
 
 def _group_tables(ends: Sequence[EvaluationResult]) -> list[Html]:
-    """pass@1 and pass@n by the kinds of problems."""
+    """pass@1 and pass@n for each kind of problem."""
     tables = []
     columns = [(k, result) for k in _first_and_last_k(ends[-1]) for result in ends]
     for key, groups in ends[-1].groups.items():
@@ -259,7 +208,7 @@ def _group_tables(ends: Sequence[EvaluationResult]) -> list[Html]:
     return tables
 
 
-# -- how it went
+# -- the course of training
 
 _STAGES = (
     *("rollout", "reward", "advantage", "update", "log", "prompts"),
@@ -267,7 +216,7 @@ _STAGES = (
 )
 
 
-def _curves(metrics: Sequence[Row]) -> Html:
+def _curves(metrics: Sequence[Record]) -> Html:
     if not metrics:
         return empty("No step has been logged yet.")
     figures, same = curve_figures(metrics)
@@ -276,16 +225,16 @@ def _curves(metrics: Sequence[Row]) -> Html:
     )
 
 
-def _speed(metrics: Sequence[Row]) -> list[Html]:
+def _speed(metrics: Sequence[Record]) -> list[Html]:
     figures = []
-    # Evaluations and checkpoints come now and then and would dwarf the rest.
+    # Evaluations and checkpoints are rare and would dwarf the rest.
     stages = [
         Line(stage, thin(series(metrics, f"seconds/{stage}")), color=color)
         for color, stage in enumerate(_STAGES[:-2])
     ]
     if any(line.points for line in stages):
         caption = "without evaluation and checkpoints"
-        figures.append(plot("Seconds a step", stages, note=caption, stacked=True))
+        figures.append(plot("Seconds per step", stages, note=caption, stacked=True))
     rates: list[Line] = []
     for stage, label in (("rollout", "while sampling"), ("total", "whole step")):
         rows = []
@@ -296,11 +245,11 @@ def _speed(metrics: Sequence[Row]) -> list[Html]:
         rates.append(Line(label, thin(series(rows, "rate")), color=len(rates)))
     if any(line.points for line in rates):
         caption = "completion tokens"
-        figures.append(plot("Tokens a second", rates, note=caption, smooth=True, zero=True))
+        figures.append(plot("Tokens per second", rates, note=caption, smooth=True, zero=True))
     return figures
 
 
-def _time(metrics: Sequence[Row], summary: Row) -> Html | None:
+def _time(metrics: Sequence[Record], summary: Record) -> Html | None:
     totals = {s: sum(row.get(f"seconds/{s}") or 0.0 for row in metrics) for s in _STAGES}
     written = summary.get("seconds")
     if isinstance(written, Mapping):
@@ -320,14 +269,14 @@ def _time(metrics: Sequence[Row], summary: Row) -> Html | None:
     return join([el("div", *tiles, class_="tiles"), table(["stage", "time", "share"], rows)])
 
 
-# -- what the model wrote
+# -- completions
 
 
 def _traces(
-    folder: RunFolder, evaluations: Sequence[EvaluationResult], pictures: Pictures
+    folder: RunFolder, evaluations: Sequence[EvaluationResult], images: EmbeddedImages
 ) -> Html | None:
-    """Problems that training solved, one it lost and one it left, with what was written."""
-    ends = _ends([r for r in evaluations if r.label == evaluations[-1].label])
+    """Problems solved through training, one lost and one never solved, with completions."""
+    ends = training_ends([r for r in evaluations if r.label == evaluations[-1].label])
     if len(ends) < 2:
         return None
     paired = _paired(folder, ends)
@@ -339,48 +288,44 @@ def _traces(
     cards = []
     for problem in gained + lost + kinds["neither"][:1]:
         rows = paired.sample_pair(problem)
-        titles = [
-            f"{result.name}: {right} of {count} right"
-            for result, right, count in zip(ends, problem.correct, problem.samples, strict=True)
-        ]
-        cards.append(trace_card(rows[1], pictures, list(zip(titles, rows, strict=True))))
-    about = "Problems that training solved, one it lost and one it left, as far as there are any."
+        counts = zip(ends, problem.correct, problem.samples, strict=True)
+        titles = [f"{result.name}: {n} of {count} correct" for result, n, count in counts]
+        cards.append(trace_card(rows[1], images, list(zip(titles, rows, strict=True))))
+    about = "Problems solved through training, one lost and one never solved, where there are any."
     return join([note(about), *cards])
 
 
-def _groups(folder: RunFolder, pictures: Pictures) -> Html:
-    """Groups of the last step kept, and fewer of the first and the one halfway to compare."""
-    view = RunView(folder.path)
-    view.refresh()
-    if not view.steps:
+def _groups(run: RunReader, images: EmbeddedImages) -> Html:
+    """Groups of the last kept step, and a few of the first and the middle one to compare."""
+    if not run.steps:
         return empty("No rollouts were kept.")
-    earlier = sorted({view.steps[0], view.steps[len(view.steps) // 2]} - {view.steps[-1]})
-    parts = [_groups_of(view, view.steps[-1], GROUPS_SHOWN, pictures)]
+    earlier = sorted({run.steps[0], run.steps[len(run.steps) // 2]} - {run.steps[-1]})
+    parts = [_groups_of(run, run.steps[-1], GROUPS_SHOWN, images)]
     for step in earlier:
         try:
-            body = _groups_of(view, step, EARLIER_GROUPS_SHOWN, pictures)
+            body = _groups_of(run, step, EARLIER_GROUPS_SHOWN, images)
         except RunFolderError as error:
             body = empty(str(error))
         parts.append(fold(f"Step {step:,}, to compare", body))
     return join(parts)
 
 
-def _groups_of(view: RunView, step: int, count: int, pictures: Pictures) -> Html:
-    groups = view.groups(step)
-    kinds = {kind: select(groups, kind) for kind in ("mixed", "all wrong", "all right")}
+def _groups_of(run: RunReader, step: int, count: int, images: EmbeddedImages) -> Html:
+    groups = run.groups(step)
+    kinds = {kind: select(groups, kind) for kind in ("mixed", "all incorrect", "all correct")}
     # Mixed groups teach; one of each other kind shows what they look like.
-    others = kinds["all wrong"][:1] + kinds["all right"][:1]
-    rest = kinds["all wrong"][1:] + kinds["all right"][1:]
+    others = kinds["all incorrect"][:1] + kinds["all correct"][:1]
+    rest = kinds["all incorrect"][1:] + kinds["all correct"][1:]
     shown = (kinds["mixed"][: count - len(others)] + others + rest)[:count]
     counts = ", ".join(f"{len(found):,} {kind}" for kind, found in kinds.items())
     text = f"Step {step:,}: {len(groups):,} groups ({counts}), {len(shown)} shown. {ADVANTAGES}"
     cards = [
-        group_card(rows, pictures, completions=COMPLETIONS_SHOWN) for rows in view.rows(step, shown)
+        group_card(rows, images, completions=COMPLETIONS_SHOWN) for rows in run.rows(step, shown)
     ]
     return join([note(text), *cards])
 
 
-# -- how it was set up
+# -- setup
 
 
 def _setup(folder: RunFolder) -> Html:
@@ -391,92 +336,10 @@ def _setup(folder: RunFolder) -> Html:
     )
 
 
-def _parse_config(folder: RunFolder) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(folder.read_config())
-    except yaml.YAMLError:  # the page shows it as text all the same
-        return {}
-    return values if isinstance(values, dict) else {}
-
-
-def _section(config: Row, name: str) -> dict[str, Any]:
+def _section(config: Record, name: str) -> dict[str, Any]:
     section = config.get(name)
     return section if isinstance(section, dict) else {}
 
 
-def _last(metrics: Sequence[Row], key: str) -> float | None:
+def _last(metrics: Sequence[Record], key: str) -> float | None:
     return next((row[key] for row in reversed(metrics) if row.get(key) is not None), None)
-
-
-# -- several runs side by side
-
-
-def _distinct_names(runs: Sequence[RunFolder]) -> list[str]:
-    paths = [run.path for run in runs]
-    if len({path.resolve() for path in paths}) < len(paths):
-        raise RunFolderError("the same run folder is given twice; name each run once")
-    return distinct_names(paths)
-
-
-def _compared_results(
-    names: Sequence[str], evaluations: Sequence[Sequence[EvaluationResult]]
-) -> Html:
-    labels = list(dict.fromkeys(result.label for found in evaluations for result in found))
-    if not labels:
-        return empty("None of these runs has been evaluated.")
-    parts = []
-    for label in labels:
-        rows: list[tuple[str, EvaluationResult, int]] = []
-        starts: list[Any] = []
-        for color, (name, found) in enumerate(zip(names, evaluations, strict=True)):
-            results = [result for result in found if result.label == label]
-            for result in _ends(results) or results:
-                if result.name == "after":
-                    rows.append((name, result, color % 7))
-                elif result.name != "before":
-                    rows.append((f"{name}, {result.name}", result, color % 7))
-                elif result.pass_at_k not in starts:  # runs from one checkpoint share their start
-                    starts.append(result.pass_at_k)
-                    rows.append((f"{name}, before", result, 7 if len(starts) == 1 else color % 7))
-        if len(starts) == 1 and len(names) > 1:
-            rows = [("before" if r.name == "before" else name, r, c) for name, r, c in rows]
-        parts.append(el("h3", label))
-        parts.append(el("div", pass_at_k_plot(rows), class_="plots wide"))
-        parts.append(pass_at_k_table([(name, result) for name, result, _ in rows]))
-    return join(parts)
-
-
-def _compared_curves(names: Sequence[str], metrics: Sequence[Sequence[Row]]) -> Html:
-    titles = {"reward/mean": "Reward", "groups/all_incorrect": "Groups without a right completion",
-              "groups/all_correct": "Groups with right completions only"}  # fmt: skip
-    notes = {}
-    for title, caption, keys, options in CURVES:
-        key = next(iter(keys))
-        if "stacked" not in options and (len(keys) == 1 or title == "Length"):
-            titles[key], notes[key] = title, caption
-    figures = []
-    for key, title in titles.items():
-        found = [thin(series(rows, key)) for rows in metrics]
-        lines = [Line(name, found[i], color=i % 7) for i, name in enumerate(names)]
-        if len({y for points in found for _, y in points}) > 1:
-            figures.append(plot(title, lines, note=notes.get(key, ""), smooth=True))
-    if not figures:
-        return empty("None of these runs has logged a step.")
-    return el("div", *figures, class_="plots")
-
-
-def _config_differences(names: Sequence[str], configs: Sequence[Row]) -> Html:
-    rows = []
-    for key in dict.fromkeys(key for config in configs for key in config if key != "run_dir"):
-        values = [shorten(config.get(key, "–"), 200) for config in configs]
-        if len(set(values)) > 1:
-            rows.append([key, *values])
-    return table(["setting", *names], rows) if rows else empty("Nothing but the folder.")
-
-
-def _flatten(values: Row, prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
-    return flat

@@ -1,8 +1,8 @@
-"""A run read for people: its numbers as they come, and the groups of one step at a time.
+"""Reading runs for display: metrics as they are written, and the groups of one step at a time.
 
-Of a step only what fits on a line is held (`Group`); the texts of the groups that are looked at
-are read when they are looked at. So memory does not grow with the length of a run, and a run
-that goes on is followed without reading anything twice.
+Only an overview of a step's groups is held in memory (`GroupOverview`); texts are read for the
+groups on the screen. So memory does not grow with the length of a run, and a run that is still
+going on is followed without reading anything twice.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import yaml
 
 from mm_agrae.errors import RunFolderError
 from mm_agrae.run.folder import MetricsMark, RunFolder
+from mm_agrae.run.records import EvaluationResult
 
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
+"""One line of a run's files: metrics of a step, a completion or an evaluation's sample."""
 
 STEPS_HELD = 4
-"""Steps whose groups (not their texts) are remembered, the latest ones looked at."""
+"""How many steps to keep overviews of, least recently used out first."""
 
 _LIGHT = (
     *("resample_round", "prompt_index", "example_id", "success", "finish_reason", "error"),
@@ -34,16 +36,16 @@ _SEARCHED = ("completion", "question", "answer", "example_id")
 
 
 @dataclass(frozen=True)
-class Group:
+class GroupOverview:
     """The completions of one prompt at one step, without their texts.
 
-    `rows` are their places in the step's file. `right`, `truncated`, `failed` and `timed_out`
+    `rows` are their indices in the step's file. `correct`, `truncated`, `failed` and `timed_out`
     count completions (`failed`: the verifier raised or timed out); `strongest` is the highest
     |A| among them, `reward` their mean.
     """
 
     rows: tuple[int, ...]
-    right: int
+    correct: int
     truncated: int
     failed: int
     timed_out: int
@@ -52,15 +54,15 @@ class Group:
 
     @property
     def kind(self) -> str:
-        """ "all right", "all wrong" or "mixed"."""
-        return {0: "all wrong", len(self.rows): "all right"}.get(self.right, "mixed")
+        """ "all correct", "all incorrect" or "mixed"."""
+        return {0: "all incorrect", len(self.rows): "all correct"}.get(self.correct, "mixed")
 
 
 FILTERS = {
     "all": lambda group: True,
     "mixed": lambda group: group.kind == "mixed",
-    "all wrong": lambda group: group.kind == "all wrong",
-    "all right": lambda group: group.kind == "all right",
+    "all incorrect": lambda group: group.kind == "all incorrect",
+    "all correct": lambda group: group.kind == "all correct",
     "truncated": lambda group: group.truncated > 0,
     "verifier timed out": lambda group: group.timed_out > 0,
     "verifier failed": lambda group: group.failed > 0,
@@ -73,13 +75,15 @@ ORDERS = {
 }
 
 
-def select(groups: Sequence[Group], show: str = "all", order: str = "as sampled") -> list[Group]:
-    """Those that pass a filter of FILTERS, in an order of ORDERS. Raises KeyError for others."""
+def select(
+    groups: Sequence[GroupOverview], show: str = "all", order: str = "as sampled"
+) -> list[GroupOverview]:
+    """Groups that pass one of FILTERS, in one of ORDERS. Raises KeyError for other names."""
     return sorted(filter(FILTERS[show], groups), key=ORDERS[order])
 
 
-class RunView:
-    """One run folder, read as far as it has been written. May be shared between threads."""
+class RunReader:
+    """One run folder, read as far as it has been written. Safe to share between threads."""
 
     def __init__(self, path: str | Path) -> None:
         self.folder = RunFolder(path)
@@ -87,11 +91,11 @@ class RunView:
         self.steps: list[int] = []
         """Steps whose rollouts were kept, ascending."""
         self._mark: MetricsMark | None = None
-        self._held: OrderedDict[tuple[int, int, int], list[Group]] = OrderedDict()
+        self._held: OrderedDict[tuple[int, int, int], list[GroupOverview]] = OrderedDict()
         self._lock = threading.Lock()
 
     def refresh(self) -> tuple[int, int, int, bool]:
-        """Read what was written since; returns a stamp that differs if there was anything.
+        """Read what has been written since; the stamp returned differs if there was anything.
 
         Raises RunFolderError if there is no run (any more) or its metrics are damaged.
         """
@@ -112,128 +116,141 @@ class RunView:
         return values if isinstance(values, dict) else {}
 
     def only_evaluations(self) -> bool:
-        """Whether this is a folder of `mm-agrae eval`: a run is evaluated "before" any step."""
+        """Whether this is a folder of `mm-agrae eval`, not of a training run."""
         evaluations = [] if self.metrics else self.folder.read_evaluations()
-        return any(result.name != "before" for result in evaluations)
+        return bool(evaluations) and not training_ends(evaluations)
 
     def progress(self) -> str:
         """How far the run is, in words."""
-        last = next((row["step"] for row in reversed(self.metrics) if "step" in row), 0)
+        last = next((record["step"] for record in reversed(self.metrics) if "step" in record), 0)
         train = self.config().get("train")
         planned = train.get("steps") if isinstance(train, dict) else None
+        if self.only_evaluations():
+            return "An evaluation of checkpoints, without training."
         if self.folder.read_summary():
             return f"Finished after {last:,} steps."
         if last:
             return f"Not finished: {last:,}{f' of {planned}' if planned else ''} steps so far."
-        if self.only_evaluations():
-            return "Checkpoints evaluated by themselves."
         return "No step has been logged yet."
 
     def nearest(self, step: float) -> int | None:
-        """The kept step next to `step`; None if none was kept."""
-        place = bisect_left(self.steps, step)
-        around = self.steps[max(0, place - 1) : place + 1]
+        """The kept step closest to `step`; None if none was kept."""
+        index = bisect_left(self.steps, step)
+        around = self.steps[max(0, index - 1) : index + 1]
         return min(around, key=lambda kept: abs(kept - step), default=None)
 
     @property
     def stride(self) -> int:
-        """The largest number that all kept steps lie a multiple of apart; 1 for a single one."""
+        """The greatest common divisor of the distances between kept steps; 1 for a single one."""
         return math.gcd(*(step - self.steps[0] for step in self.steps)) or 1
 
-    def groups(self, step: int) -> list[Group]:
-        """The groups of a step in the order sampled. Raises RunFolderError, see `RunFolder`."""
+    def groups(self, step: int) -> list[GroupOverview]:
+        """The groups of a step in the order sampled. Raises RunFolderError."""
         with self._lock:
             stamp = (step, *self.folder.rollout_stamp(step))
             if stamp not in self._held:
-                self._held[stamp] = _group(self.folder.iter_rollouts(step, _LIGHT))
+                self._held[stamp] = _overviews(self.folder.iter_rollouts(step, _LIGHT))
             self._held.move_to_end(stamp)
             while len(self._held) > STEPS_HELD:
                 self._held.popitem(last=False)
             return self._held[stamp]
 
-    def rows(self, step: int, groups: Iterable[Group]) -> list[list[dict[str, Any]]]:
-        """Everything about the completions of some groups. Raises RunFolderError."""
+    def rows(self, step: int, groups: Iterable[GroupOverview]) -> list[list[dict[str, Any]]]:
+        """The complete records of some groups' completions. Raises RunFolderError."""
         groups = list(groups)
-        found = self.folder.read_rollouts(step, rows=[row for g in groups for row in g.rows])
-        parts = iter(found)
-        return [[next(parts) for _ in group.rows] for group in groups]
+        wanted = [row for group in groups for row in group.rows]
+        records = iter(self.folder.read_rollouts(step, rows=wanted))
+        return [[next(records) for _ in group.rows] for group in groups]
 
     def search(self, step: int, text: str) -> set[int]:
-        """Places of rows whose completion, question, answer or id holds `text`, in any case."""
+        """Rows whose completion, question, answer or id contains `text`, ignoring case."""
         wanted = text.casefold()
-        places: set[int] = set()
+        found: set[int] = set()
         start = 0
-        for part in self.folder.iter_rollouts(step, _SEARCHED):
-            for place, row in enumerate(part, start):
-                if any(wanted in str(row[name] or "").casefold() for name in _SEARCHED):
-                    places.add(place)
-            start += len(part)
-        return places
+        for chunk in self.folder.iter_rollouts(step, _SEARCHED):
+            for row, record in enumerate(chunk, start):
+                if any(wanted in str(record[name] or "").casefold() for name in _SEARCHED):
+                    found.add(row)
+            start += len(chunk)
+        return found
 
 
-def _group(parts: Iterable[Sequence[Row]]) -> list[Group]:
-    members: dict[tuple[int, int], list[tuple[int, Row]]] = {}
-    place = 0
-    for part in parts:
-        for row in part:
-            key = row["resample_round"], row["prompt_index"]
-            members.setdefault(key, []).append((place, row))
-            place += 1
+def _overviews(chunks: Iterable[Sequence[Record]]) -> list[GroupOverview]:
+    members: dict[tuple[int, int], list[tuple[int, Record]]] = {}
+    for row, record in enumerate(record for chunk in chunks for record in chunk):
+        key = record["resample_round"], record["prompt_index"]
+        members.setdefault(key, []).append((row, record))
     groups = []
     for found in members.values():
-        rows = [row for _, row in found]
-        errors = [row["error"] for row in rows if row["error"]]
+        records = [record for _, record in found]
+        errors = [record["error"] for record in records if record["error"]]
         groups.append(
-            Group(
-                rows=tuple(place for place, _ in found),
-                right=sum(bool(row["success"]) for row in rows),
-                truncated=sum(row["finish_reason"] == "length" for row in rows),
+            GroupOverview(
+                rows=tuple(row for row, _ in found),
+                correct=sum(bool(record["success"]) for record in records),
+                truncated=sum(record["finish_reason"] == "length" for record in records),
                 failed=len(errors),
                 timed_out=sum("timed out" in error for error in errors),
-                strongest=max(abs(row["advantage"] or 0.0) for row in rows),
-                reward=sum(row["reward"] or 0.0 for row in rows) / len(rows),
+                strongest=max(abs(record["advantage"] or 0.0) for record in records),
+                reward=sum(record["reward"] or 0.0 for record in records) / len(records),
             )
         )
     return groups
 
 
-# -- which runs there are
+def training_ends(results: Sequence[EvaluationResult]) -> list[EvaluationResult]:
+    """The evaluation before training and the latest one; only the latest if there is no other.
+
+    Empty if checkpoints were evaluated on their own, without a training run.
+    """
+    training = [r for r in results if r.name in ("before", "after") or step_of(r) is not None]
+    if len(training) > 1 and training[0].name == "before":
+        return [training[0], training[-1]]
+    return training[-1:]
 
 
-class Library:
-    """The runs that may be looked at: folders that hold one, or hold folders that do.
+def step_of(result: EvaluationResult) -> int | None:
+    """The step of an evaluation during training, by its name."""
+    digits = result.name.removeprefix("step_")
+    return int(digits) if digits != result.name and digits.isdecimal() else None
 
-    Runs are asked for by the names listed here and no other way, so that a name from outside
-    never becomes a path.
+
+# -- finding runs
+
+
+class RunLibrary:
+    """The runs that may be shown: the given run folders, and those inside the given folders.
+
+    Runs can only be opened by the names listed here, so a name from outside never becomes a path.
     """
 
     def __init__(self, paths: Collection[str | Path]) -> None:
         self.paths = [Path(path) for path in paths]
-        self._views: dict[Path, RunView] = {}
+        self._readers: dict[Path, RunReader] = {}
         self._lock = threading.Lock()
 
     def runs(self) -> dict[str, Path]:
-        """Name -> folder of each run there is now."""
+        """Name -> folder of each run that exists now."""
         return find_runs(self.paths)
 
     def first(self) -> str | None:
-        """The run to begin with: the one trained last, else any."""
+        """The run to show first: the one trained last, otherwise any."""
         runs = self.runs()
         logs = {name: path / "metrics.jsonl" for name, path in runs.items()}
         trained = {name: log.stat().st_mtime_ns for name, log in logs.items() if log.is_file()}
         return max(trained, key=trained.__getitem__, default=next(iter(runs), None))
 
-    def open(self, name: str) -> RunView:
-        """A run as far as it was read last. Raises RunFolderError if there is no such run."""
+    def open(self, name: str) -> RunReader:
+        """The reader of a run, refreshed when first opened. Raises RunFolderError without one."""
         path = self.runs().get(name)
         if path is None:
-            raise RunFolderError("there is no such run here (any more); choose another")
+            raise RunFolderError("there is no such run (any more); choose another")
         with self._lock:
-            known = path in self._views
-            view = self._views.setdefault(path, RunView(path))
+            known = path in self._readers
+            reader = self._readers.setdefault(path, RunReader(path))
         if not known:
-            view.refresh()
-        return view
+            reader.refresh()
+        return reader
 
 
 def find_runs(paths: Iterable[Path]) -> dict[str, Path]:
@@ -246,9 +263,9 @@ def find_runs(paths: Iterable[Path]) -> dict[str, Path]:
         root = path.resolve()
         inside = [root] if _is_run(root) else [*sorted(root.glob("*/")), *sorted(root.glob("*/*/"))]
         for folder in inside:
-            place = folder.resolve()
-            if _is_run(place) and (place == root or root in place.parents):
-                found.setdefault(place, place)
+            target = folder.resolve()
+            if _is_run(target) and (target == root or root in target.parents):
+                found.setdefault(target, target)
     return dict(zip(distinct_names(list(found)), found, strict=True))
 
 
@@ -257,7 +274,7 @@ def _is_run(path: Path) -> bool:
 
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
-    """Folder names, with as many parents as it takes to tell them apart. All must differ."""
+    """Folder names with as many parents as needed to tell them apart. The paths must differ."""
     parts = [path.resolve().parts for path in paths]
     depth = 1
     while len({part[-depth:] for part in parts}) < len(parts):

@@ -1,4 +1,4 @@
-"""Examples to look at: pictures with questions and answers, as one PNG or one HTML page."""
+"""Examples of a data set with images, questions and answers, as one PNG or one HTML page."""
 
 from __future__ import annotations
 
@@ -18,24 +18,25 @@ from mm_agrae.run.records import SampleRecord
 from mm_agrae.tasks import Task, load_all
 from mm_agrae.tasks.images import encode_png, open_image
 from mm_agrae.types import Example
+from mm_agrae.view.components import verdict
 from mm_agrae.view.page import Html, el, join, page
 
 if TYPE_CHECKING:
     from mm_agrae.evaluation.evaluate import EvaluatedProblem
 
 CELL_PX = 320
-PICTURE_PX = 240
+IMAGE_PX = 240
 MARGIN_PX = 12
 FONT_PX = 14
 LINE_PX = 18
 MAX_LINES = 14
-"""Longer captions are cut, so that one long question does not stretch its whole row."""
+"""Longer captions are cut so that one long question does not stretch its whole row."""
 
 
 def contact_sheet(examples: Sequence[Example], columns: int = 4) -> Image.Image:
-    """One RGB picture: a cell an example, its pictures above its question and gold answer.
+    """One RGB image with a cell per example: its images above its question and gold answer.
 
-    Raises DataError for a picture that cannot be used.
+    Raises DataError for an image that cannot be used.
     """
     if not examples:
         raise ValueError("contact_sheet: no examples")
@@ -59,10 +60,10 @@ def contact_sheet(examples: Sequence[Example], columns: int = 4) -> Image.Image:
 def sample_html(
     examples: Sequence[Example], completions: Sequence[Sequence[SampleRecord]] = ()
 ) -> str:
-    """A page that stands by itself: pictures inside it, all text escaped.
+    """A self-contained page, with images embedded.
 
-    `completions` holds the graded samples of each example, in the order of `examples`. Raises
-    DataError for a picture that cannot be used.
+    `completions` are the graded samples of each example, in the order of `examples`. Raises
+    DataError for an image that cannot be used.
     """
     samples = list(completions) or [()] * len(examples)
     cards = [_card(example, rows) for example, rows in zip(examples, samples, strict=True)]
@@ -72,12 +73,12 @@ def sample_html(
 def write_samples(config: Config, *, split: str, count: int, completions: int, out: Path) -> Path:
     """Write `count` examples, spread evenly over the split ("train" or "evaluate"), to `out`.
 
-    An `out` that ends in .png becomes a contact sheet, any other a page, which also shows
-    `completions` graded samples an example from the model of the config. Raises ConfigError for
-    a split without data, DataError for data that cannot be used.
+    If `out` ends in .png it becomes a contact sheet, otherwise a page, which also shows
+    `completions` graded samples per example from the config's model. Raises ConfigError for a
+    split without data, DataError for data that cannot be used.
     """
     if out.suffix == ".png" and completions:
-        raise ConfigError(f"sample: completions are shown on a page, not on {out}; use .html")
+        raise ConfigError(f"sample: {out} cannot show completions; use .html")
     sources = config.data.train if split == "train" else config.data.evaluate
     if not sources:
         raise ConfigError(f"sample: data.{split} names no data")
@@ -125,13 +126,13 @@ def _solve(
 
 
 def _card(example: Example, records: Sequence[SampleRecord]) -> Html:
-    pictures = [
-        el("img", src=f"data:image/png;base64,{_base64(image)}", alt=f"picture {number}")
-        for number, image in enumerate(_pictures(example), 1)
+    images = [
+        el("img", src=f"data:image/png;base64,{_base64(image)}", alt=f"image {number}")
+        for number, image in enumerate(_images(example), 1)
     ]
     problem = el(
         "div",
-        *pictures,
+        *images,
         el("div", example.question, class_="question"),
         el("p", "Answer: ", el("b", example.answer)),
         el("p", example.id, class_="muted small"),
@@ -142,13 +143,12 @@ def _card(example: Example, records: Sequence[SampleRecord]) -> Html:
     graded = [
         el(
             "details",
-            el("summary", el("span", verdict, class_=f"verdict {verdict}")),
+            el("summary", verdict(record.success)),
             el("pre", record.completion or "(empty)"),
             class_="completion",
             open="",
         )
         for record in records
-        for verdict in ["right" if record.success else "wrong"]
     ]
     return el("article", problem, el("div", *graded), class_="card group")
 
@@ -157,28 +157,28 @@ def _base64(image: Image.Image) -> str:
     return base64.b64encode(encode_png(image)).decode()
 
 
-def _pictures(example: Example) -> list[Image.Image]:
+def _images(example: Example) -> list[Image.Image]:
     origin = example.origin or example.id
     return [open_image(source, origin=origin) for source in example.images]
 
 
 def _cell(example: Example, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:
     width = CELL_PX - 2 * MARGIN_PX
-    pictures = _pictures(example)
+    images = _images(example)
     lines = _wrap(example.question, font)[: MAX_LINES + 1]
     if len(lines) > MAX_LINES:
         lines[MAX_LINES - 1 :] = ["…"]
     answer = _wrap(f"Answer: {example.answer}", font)[:3]
-    picture_height = PICTURE_PX + MARGIN_PX if pictures else 0
-    height = 2 * MARGIN_PX + picture_height + LINE_PX * (len(lines) + len(answer) + 1)
+    image_height = IMAGE_PX + MARGIN_PX if images else 0
+    height = 2 * MARGIN_PX + image_height + LINE_PX * (len(lines) + len(answer) + 1)
     cell = Image.new("RGB", (CELL_PX, height), "white")
     draw = ImageDraw.Draw(cell)
-    share = width // max(1, len(pictures))
-    for number, picture in enumerate(pictures):
-        small = ImageOps.contain(picture, (max(1, share - 4), PICTURE_PX))
+    share = width // max(1, len(images))
+    for number, image in enumerate(images):
+        small = ImageOps.contain(image, (max(1, share - 4), IMAGE_PX))
         left = MARGIN_PX + number * share + (share - small.width) // 2
-        cell.paste(small, (left, MARGIN_PX + (PICTURE_PX - small.height) // 2))
-    top = MARGIN_PX + picture_height
+        cell.paste(small, (left, MARGIN_PX + (IMAGE_PX - small.height) // 2))
+    top = MARGIN_PX + image_height
     for colour, texts in (("black", lines), ("#0b5d1e", answer), ("#777777", [example.id])):
         for text in texts:
             draw.text((MARGIN_PX, top), text, fill=colour, font=font)
@@ -187,17 +187,19 @@ def _cell(example: Example, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) 
 
 
 def _wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Lines that fit a cell, as long as letters are not wider than n on average."""
+    """Lines that fit a cell, provided letters are on average no wider than an n."""
     letters = int((CELL_PX - 2 * MARGIN_PX) / font.getlength("n"))
     paragraphs = text[: 2 * MAX_LINES * letters].splitlines()
     return [line for paragraph in paragraphs for line in textwrap.wrap(paragraph, letters) or [""]]
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """matplotlib's font, which has the signs of mathematics; Pillow's own has not."""
+    """A font with mathematical symbols, from matplotlib or the system; Pillow's own has none."""
     matplotlib = importlib.util.find_spec("matplotlib")
     if matplotlib is not None and matplotlib.origin is not None:
         path = Path(matplotlib.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
         if path.is_file():
             return ImageFont.truetype(str(path), FONT_PX)
+    with contextlib.suppress(OSError):
+        return ImageFont.truetype("DejaVuSans.ttf", FONT_PX)
     return ImageFont.load_default(FONT_PX)

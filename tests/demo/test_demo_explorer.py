@@ -1,16 +1,18 @@
-"""The run explorer as a person sees it, in a real browser."""
+"""The run explorer in a real browser."""
 
 import re
 
 import pytest
 from browser import (
     PHONE,
-    chromium,
+    choose,
     demo,
     fits,
     low_contrast,
     needs_browser,
     served,
+    set_number,
+    settle,
     visit,
 )
 from run_folders import HOSTILE, evaluate, make_run, rollouts, train
@@ -19,12 +21,6 @@ from mm_agrae.view.demo_settings import DemoSettings
 
 pytestmark = needs_browser
 GROUPS = 11  # more than one page
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +67,6 @@ def says(page, text, where="#explorer-cards"):
     page.locator(where).get_by_text(text).first.wait_for()
 
 
-def choose(page, label, option):
-    page.get_by_label(label, exact=True).click()
-    page.get_by_role("option", name=option, exact=True).click()
-
-
 def full(browser, address, **settings):
     page = visit(browser, address, tab="Runs", **settings)
     says(page, re.compile("steps"), "#explorer-about")
@@ -92,7 +83,7 @@ def window(browser, address):
 
 @pytest.fixture
 def page(window):
-    """The run "full" as it opens: choosing a run forgets filters, page and step."""
+    """The run "full" as it opens: choosing a run resets filters, page and step."""
     choose(window, "Run", "begun")
     says(window, "No step has been finished yet.")
     choose(window, "Run", "full")
@@ -111,7 +102,7 @@ def prompts(page, wanted):
 
 
 def filter_by(page, name):
-    page.locator("#explorer-show label").filter(has_text=re.compile(rf"^\s*{name} \(")).click()
+    page.locator("#explorer-filter label").filter(has_text=re.compile(rf"^\s*{name} \(")).click()
 
 
 def titles(page):
@@ -122,12 +113,12 @@ def test_a_run_opens_with_curves_and_the_groups_of_its_last_step(browser, addres
     page = full(browser, address)
     says(page, "Finished after 40 steps.", "#explorer-about")
     curves = page.locator("#explorer-curves")
-    for title in ("Reward", "Success", "ω", "Groups", "Entropy", "Length", "Right completions"):
+    for title in ("Reward", "Success", "ω", "Groups", "Entropy", "Length", "Correct completions"):
         assert curves.locator("figcaption b", has_text=re.compile(f"^{title}$")).is_visible()
-    right = curves.get_by_role("figure", name=re.compile("^Right"))
-    assert "120" in right.inner_text()  # at the step that is marked
+    correct = curves.get_by_role("figure", name=re.compile("^Correct"))
+    assert "120" in correct.inner_text()  # at the step that is marked
     assert curves.locator("svg .mark").count() == curves.locator("svg").count()
-    assert titles(page)[:5] == [f"{right} of 4 right" for right in (0, 1, 2, 3, 4)]
+    assert titles(page)[:5] == [f"{count} of 4 correct" for count in range(5)]
     first = cards(page).nth(1)
     assert "Question 1?" in first.inner_text()
     assert "gold 1" in first.inner_text()
@@ -148,7 +139,7 @@ def test_pages_of_groups(page):
     assert cards(page).count() == 8
     assert page.locator("#explorer-back").is_disabled()
     page.locator("#explorer-next").click()
-    says(page, "shown are 9 to 11 of 11")
+    says(page, "showing 9 to 11 of 11")
     assert cards(page).count() == 3
     page.wait_for_function(  # the first of them can be seen
         """() => {
@@ -158,36 +149,24 @@ def test_pages_of_groups(page):
     )
     assert page.locator("#explorer-next").is_disabled()
     page.locator("#explorer-back").click()
-    says(page, "shown are 1 to 8 of 11")
+    says(page, "showing 1 to 8 of 11")
 
 
-@pytest.mark.parametrize(
-    ("name", "shown"),
-    [
-        ("mixed", [1, 2, 3, 6, 7, 8]),
-        ("all wrong", [0, 5, 10]),
-        ("all right", [4, 9]),
-        ("truncated", [2]),
-        ("verifier timed out", [3]),
-        ("verifier failed", [3, 4]),
-    ],
-)
-def test_filters(window, name, shown):
-    filter_by(window, name)
-    prompts(window, shown)
-
-
-def test_order_by_advantage_and_search(page):
+def test_filters_order_and_search(page):
+    for name, shown in {"verifier failed": [3, 4], "all correct": [4, 9]}.items():
+        filter_by(page, name)
+        prompts(page, shown)
+    page.locator("#explorer-filter label").first.click()
     choose(page, "Order", "highest |A| first")
     prompts(page, [4, 9, 3, 8, 2, 7, 1, 6])
     box = page.locator("#explorer-search textarea, #explorer-search input")
     box.fill("NEEDLE")
     box.press("Enter")
-    says(page, "shown are 1 to 1 of 1.")
+    says(page, "showing 1 to 1 of 1.")
     assert cards(page).locator("details[open] pre").all_inner_texts() == ["needle in a haystack"]
     box.fill("no such text")
     page.get_by_role("button", name="Search").click()
-    says(page, "No group of step 40 is like that; 11 are not.")
+    says(page, "None of the 11 groups of step 40 matches.")
     assert page.locator("#explorer-next").is_disabled()
 
 
@@ -199,22 +178,17 @@ def test_sliding_to_a_step_by_keyboard(page):
     says(page, "Step 38: 3 groups, 12 completions")
     length = page.locator("#explorer-curves figure", has_text="Length")
     length.get_by_text("58", exact=True).wait_for()  # 20 + 38 tokens
-    box = page.locator("#explorer-step input[type=number]")
-    box.fill("10")
-    box.press("Enter")
+    set_number(page, "#explorer-step", 10)
     says(page, "step_000010.parquet is damaged")
     assert cards(page).count() == 0
-    box.fill("12")
-    box.press("Enter")
+    set_number(page, "#explorer-step", 12)
     says(page, "Step 12: 3 groups")
 
 
-def test_smoothing_draws_the_curve_anew(page):
+def test_smoothing_redraws_the_curve(page):
     path = page.locator("#explorer-curves figure", has_text="Entropy").locator("path.line")
     before = path.get_attribute("d")
-    box = page.locator("#explorer-smoothing input[type=number]")
-    box.fill("10")
-    box.press("Enter")
+    set_number(page, "#explorer-smoothing", 10)
     page.wait_for_function(
         "before => ![...document.querySelectorAll('#explorer-curves path.line')]"
         ".some(path => path.getAttribute('d') === before)",
@@ -223,7 +197,9 @@ def test_smoothing_draws_the_curve_anew(page):
     assert page.locator("#explorer-curves path.faint").count() > 0
 
 
-def test_model_text_is_text(page):
+def test_model_text_is_text_and_an_image_outside_the_run_is_not_shown(page):
+    assert "image missing" in cards(page).nth(5).inner_text()
+    assert cards(page).nth(5).locator("img").count() == 0
     card = cards(page).nth(1)
     card.locator("summary").nth(2).click()
     shown = card.locator("details[open] pre")
@@ -234,21 +210,14 @@ def test_model_text_is_text(page):
     box = page.locator("#explorer-search textarea, #explorer-search input")
     box.fill(HOSTILE)
     box.press("Enter")
-    says(page, "shown are 1 to 2 of 2.")
-    page.wait_for_timeout(300)
+    says(page, "showing 1 to 2 of 2.")
+    settle(page)
     assert page.evaluate("window.broken") is None
     assert page.locator("#explorer-cards script, #explorer-cards img[onerror]").count() == 0
     assert page.locator("h1").first.is_visible()  # no style of the model's took hold
 
 
-def test_a_picture_outside_the_run_is_not_shown(page):
-    card = cards(page).nth(5)
-    assert "picture missing" in card.inner_text()
-    assert card.locator("img").count() == 0
-
-
-def test_files_are_not_served(browser, address, runs):
-    page = visit(browser, address)
+def test_files_are_not_served(window, address, runs):
     places = [
         runs / "full" / "config.yaml",
         runs / "full" / "rollouts" / "step_000040.parquet",
@@ -256,12 +225,11 @@ def test_files_are_not_served(browser, address, runs):
         runs.parent / "secret.png",
         runs / "full" / ".." / ".." / "secret.png",
         "/etc/passwd",
+        "../../../../etc/passwd",
     ]
     for place in places:
-        answer = page.request.get(f"{address}gradio_api/file={place}")
+        answer = window.request.get(f"{address}gradio_api/file={place}")
         assert answer.status in (400, 403, 404), place
-    answer = page.request.get(f"{address}gradio_api/file=../../../../etc/passwd")
-    assert answer.status in (400, 403, 404)
 
 
 @pytest.mark.parametrize(
@@ -273,40 +241,39 @@ def test_files_are_not_served(browser, address, runs):
         ((None, 1, "all", "as sampled", ""), "no such run"),
         (("full", -(10**30), "all", "as sampled", ""), "Step 2:"),
         (("full", float("inf"), "all", "as sampled", ""), "Step 40:"),
-        (("full", 40, "all", "as sampled", "\ud800\0" * 9), "No group"),
+        (("full", 40, "all", "as sampled", "\ud800\0" * 9), "None of the 11 groups"),
     ],
 )
 def test_what_a_browser_could_send_by_hand(runs, arguments, answer):
     """The functions behind the screen, called with what no screen offers."""
     import gradio as gr
 
-    with gr.Blocks() as app:
-        demo("explorer").build(DemoSettings(models={}, runs=(runs,)))
-    functions = {fn.fn.__name__: fn.fn for fn in app.fns.values() if fn.fn}
-    assert answer in str(functions["first_page"](*arguments)[0])
-    drawn = str(functions["draw"](*arguments[:2], 1e9)[0])
-    assert ("no such run" in drawn) == (answer == "no such run")
+    with gr.Blocks():
+        tab = demo("explorer").ExplorerTab(DemoSettings(models={}, runs=(runs,)))
+    assert answer in str(tab.list_groups(*arguments, 10**9, 0)[0])
+    curves = str(tab.draw_curves(*arguments[:2], 1e9)[0])
+    assert ("no such run" in curves) == (answer == "no such run")
 
 
-@pytest.mark.parametrize("name", ["../secret", "secret", "/etc"])
-def test_a_run_cannot_be_asked_for_by_path(browser, address, runs, name):
+def test_a_run_cannot_be_asked_for_by_path(window, address, runs):
     """What the screen sends, sent with another name."""
     app = demo("app").build(DemoSettings(models={}, runs=(runs,)))
     numbers = {fn.fn.__name__: number for number, fn in app.fns.items() if fn.fn}
-    request = visit(browser, address).request
+    request = window.request
 
     def ask(run):
         session = f"by-hand-{abs(hash(run))}"
-        body = {"fn_index": numbers["first_page"], "session_hash": session}
-        body["data"] = [run, 1, "all", "as sampled", ""]
+        body = {"fn_index": numbers["list_groups"], "session_hash": session}
+        body["data"] = [run, 1, "all", "as sampled", "", None, None]  # the states are the server's
         joined = request.post(f"{address}gradio_api/queue/join", data=body)
         assert joined.ok, joined.text()
         return request.get(f"{address}gradio_api/queue/data?session_hash={session}").text()
 
-    assert "so it is 2.1.0" in ask("full")  # so this is the way it would come
-    answer = ask(name)
-    assert "so it is" not in answer
-    assert '"success":false' in answer or "no such run" in answer
+    assert "so it is 2.1.0" in ask("full")  # a proper name works this way
+    for name in ("../secret", "secret", "/etc"):
+        answer = ask(name)
+        assert "so it is" not in answer
+        assert '"success":false' in answer or "no such run" in answer
 
 
 def test_runs_that_have_little_to_show(page):
@@ -319,11 +286,12 @@ def test_runs_that_have_little_to_show(page):
     says(page, "No step has been finished yet.")
     assert page.locator("#explorer-curves svg").count() == 0
     choose(page, "Run", "evaluated")
-    says(page, "the evaluations are under Compare")
-    says(page, "Checkpoints evaluated by themselves.", "#explorer-about")
+    says(page, "see Compare for the evaluations")
+    says(page, "An evaluation of checkpoints, without training.", "#explorer-about")
 
 
-def test_a_run_that_goes_on_is_followed(browser, tmp_path):
+def test_a_run_that_goes_on_is_followed(browser, tmp_path, monkeypatch):
+    monkeypatch.setattr(demo("explorer"), "SECONDS_BETWEEN_LOOKS", 0.5)
     run = make_run(tmp_path / "live")
     with served(DemoSettings(models={}, runs=(run.path,))) as address:
         page = visit(browser, address, tab="Runs")
@@ -366,15 +334,16 @@ def test_readable_on_a_phone_and_in_the_dark(browser, address, dark):
     assert low_contrast(page, "#explorer-cards") == []
     assert low_contrast(page, "#explorer-curves") == []
     card = cards(page).nth(1)
-    picture, lines = card.locator("img").bounding_box(), card.locator("h4").bounding_box()
-    assert picture["y"] + picture["height"] <= lines["y"]  # below each other, not beside
+    image, lines = card.locator("img").bounding_box(), card.locator("h4").bounding_box()
+    assert image["y"] + image["height"] <= lines["y"]  # below each other, not beside
 
 
-def test_two_people_look_at_their_own(browser, address):
-    one, other = full(browser, address), full(browser, address)
-    filter_by(one, "all wrong")
-    filter_by(other, "all right")
-    says(one, "to 3 of 3.")
+def test_two_people_look_at_their_own(browser, address, page):
+    other = full(browser, address)
+    filter_by(page, "all incorrect")
+    filter_by(other, "all correct")
+    says(page, "to 3 of 3.")
     says(other, "to 2 of 2.")
-    assert set(titles(one)) == {"0 of 4 right"}
-    assert set(titles(other)) == {"4 of 4 right"}
+    assert set(titles(page)) == {"0 of 4 correct"}
+    assert set(titles(other)) == {"4 of 4 correct"}
+    other.context.close()

@@ -1,4 +1,4 @@
-"""The advantage lab's numbers against the paper's formulas, worked out by hand here."""
+"""The advantage lab's numbers against the paper's formulas, written out here."""
 
 import math
 import re
@@ -54,27 +54,27 @@ def test_agrae_weighs_and_balances_groups_by_equations_12_and_13(size, omega, al
 
 
 @pytest.mark.parametrize("rule", [rule for rule in rules() if rule != "grpo_lead"])
-@pytest.mark.parametrize("right", range(9))
-def test_the_small_world_moves_by_equation_6(rule, right):
-    setting = Setting(rule, 8, right, 0.3)
-    paths = world(setting)
-    total = sum(path.advantage for path in paths)
-    for path in paths:
-        assert path.change == pytest.approx(path.advantage - total * path.probability, abs=1e-9)
-    assert sum(path.probability for path in paths) == pytest.approx(1)
-    assert sum(path.after for path in paths) == pytest.approx(1)
-    assert [path.drawn for path in paths] == [right, 8 - right, 0, 0]
-    weight = [p.probability * math.exp(p.change) for p in paths]
-    assert [p.after for p in paths] == pytest.approx([w / sum(weight) for w in weight])
+@pytest.mark.parametrize("correct", range(9))
+def test_the_small_world_moves_by_equation_6(rule, correct):
+    setting = Setting(rule, 8, correct, 0.3)
+    outcomes = world(setting)
+    total = sum(o.advantage for o in outcomes)
+    for o in outcomes:
+        assert o.change == pytest.approx(o.advantage - total * o.probability, abs=1e-9)
+    assert sum(o.probability for o in outcomes) == pytest.approx(1)
+    assert sum(o.after for o in outcomes) == pytest.approx(1)
+    assert [o.sampled for o in outcomes] == [correct, 8 - correct, 0, 0]
+    weight = [o.probability * math.exp(o.change) for o in outcomes]
+    assert [o.after for o in outcomes] == pytest.approx([w / sum(weight) for w in weight])
 
 
-def test_only_a_negative_balance_lifts_what_was_not_drawn():
-    still = moves(Setting("grpo", 8, 2, 0.3))["not drawn"]
-    assert [change for _, change in still] == pytest.approx([0.0] * 7, abs=1e-9)
-    assert all(change > 0 for _, change in moves(Setting("agrae", 8, 2, 0.3))["not drawn"])
-    grown = moves(Setting("agrae", 8, 2, 0.6, alpha=0.5))["not drawn"]
+def test_only_a_negative_balance_lifts_what_was_not_sampled():
+    unsampled = moves(Setting("grpo", 8, 2, 0.3))["not sampled"]
+    assert [change for _, change in unsampled] == pytest.approx([0.0] * 7, abs=1e-9)
+    assert all(change > 0 for _, change in moves(Setting("agrae", 8, 2, 0.3))["not sampled"])
+    grown = moves(Setting("agrae", 8, 2, 0.6, alpha=0.5))["not sampled"]
     assert [change for _, change in grown] == pytest.approx([0.0] * 7, abs=1e-9)
-    assert all(change < 0 for _, change in moves(Setting("psr", 8, 2, 0.3))["not drawn"])
+    assert all(change < 0 for _, change in moves(Setting("psr", 8, 2, 0.3))["not sampled"])
 
 
 def test_agrae_shifts_the_weight_from_easy_to_hard():
@@ -90,8 +90,8 @@ def test_agrae_shifts_the_weight_from_easy_to_hard():
 @pytest.mark.parametrize("size", [2, 32])
 @pytest.mark.parametrize("omega", [MIN_OMEGA, 0.5, MAX_OMEGA])
 def test_every_rule_can_be_shown_at_the_ends_of_the_sliders(rule, size, omega):
-    for right in (0, 1, size):
-        setting = Setting(rule, size, right, omega)
+    for correct in (0, 1, size):
+        setting = Setting(rule, size, correct, omega)
         stages, used = advantages(setting)
         assert used == pytest.approx(omega, abs=1e-9)
         assert all(value.shape == (size + 1, size) for value in stages.values())
@@ -110,7 +110,7 @@ def test_every_rule_is_offered_once():
     [
         ({"rule": "agra"}, "agra"),
         ({"completions": 1}, "1 completions"),
-        ({"right": 9}, "9 right"),
+        ({"correct": 9}, "9 correct"),
         ({"omega": 0.0}, "ω is 0"),
     ],
 )

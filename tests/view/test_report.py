@@ -2,16 +2,16 @@ import math
 import re
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
-from PIL import Image
+from run_folders import evaluate, noise_image
 
 from mm_agrae.errors import RunFolderError
-from mm_agrae.evaluation.statistics import summarise
 from mm_agrae.run.folder import RunFolder
-from mm_agrae.run.records import RolloutRecord, SampleRecord
-from mm_agrae.view.page import Html, Line, el, page, plot
-from mm_agrae.view.report import compare_report, write_report
+from mm_agrae.run.records import RolloutRecord
+from mm_agrae.view.page import Html, el, page
+from mm_agrae.view.plots import Line, plot
+from mm_agrae.view.report import write_report
+from mm_agrae.view.runs_report import write_runs_report
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)></pre></details></body>"
@@ -64,33 +64,6 @@ class Parsed(HTMLParser):
         ))  # fmt: skip
 
 
-def picture(seed, size=24):
-    pixels = np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-def evaluate(run, name, right, text="<think>so</think> \\boxed{4}", samples=4, label="figures"):
-    """`right`: for each problem, how many of its samples are."""
-    correct = np.arange(samples)[None] < np.array(right)[:, None]
-    length = np.full(correct.shape, 12)
-    meta = [{"level": i % 2} for i in range(len(right))]
-    result = summarise(
-        name, label, correct, correct[:, 0], length, ~correct, length / 30, meta, 3.0, 99, 50
-    )
-    image = run.store_image(picture(1))
-    run.write_evaluation(
-        result,
-        [
-            SampleRecord(
-                f"problem {i}", j, f"<image> Question {i}?", "4", f"{text} {name} {i}/{j}",
-                bool(correct[i, j]), 12, "stop", (image,)
-            )
-            for i in range(len(right))
-            for j in range(samples)
-        ],
-    )  # fmt: skip
-
-
 def train(run, steps, text="fine", group=8):
     for step in range(1, steps + 1):
         share = step / steps
@@ -115,14 +88,15 @@ def train(run, steps, text="fine", group=8):
             }
         )
     records = []
-    for prompt, right in enumerate((group // 2, 0, group, 1)):
+    for prompt, correct in enumerate((group // 2, 0, group, 1)):
         for index in range(group):
             records.append(
                 RolloutRecord(
                     step=steps, prompt_index=prompt, completion_index=index, example_id=text,
                     question=f"<image> {text}", prompt_text=text, answer=text,
                     completion=f"{text} p{prompt} c{index}", tokens=9, finish_reason=text,
-                    reward=0.5, success=index < right, images=(run.store_image(picture(prompt)),),
+                    reward=0.5, success=index < correct,
+                    images=(run.store_image(noise_image(prompt)),),
                     parts={text: 0.25}, error=text if index == 1 else "", advantage_before=1.5,
                     advantage_sample_level=-0.25, advantage=0.125, meta={text: text},
                 )
@@ -132,10 +106,10 @@ def train(run, steps, text="fine", group=8):
 
 def whole_run(path, rule="agrae", text="fine", steps=40):
     run = RunFolder(path).create(CONFIG.replace("RULE", rule), {"torch": "2.13.0"})
-    evaluate(run, "before", [0, 0, 2, 3, 0], text)
+    evaluate(run, "before", [0, 0, 2, 3, 0], text=text, full=True)
     train(run, steps, text)
-    evaluate(run, "step_000020", [2, 1, 2, 3, 0], text)
-    evaluate(run, "after", [4, 1, 2, 1, 0], text)
+    evaluate(run, "step_000020", [2, 1, 2, 3, 0], text=text, full=True)
+    evaluate(run, "after", [4, 1, 2, 1, 0], text=text, full=True)
     run.write_summary({"seconds": {"rollout": 20, "total": 50}, "peak_memory_mb": 1234.5})
     return run
 
@@ -162,16 +136,16 @@ def test_report_of_a_whole_run(tmp_path):
     assert "my run" in text
     assert "agrae alpha=0.5" in text
     assert "Finished after 40 steps." in text
-    # 5 of 20 samples right before, 8 after, and the interval of the difference.
+    # 5 of 20 samples correct before, 8 after, and the interval of the difference.
     assert "25.0 → 40.0\N{NO-BREAK SPACE}%" in text
     assert "+15.0 points (" in text
     table = run.read_evaluations()[-1].pass_at_k[4]
     assert f"{100 * table.mean:.1f} ({100 * table.low:.1f}–{100 * table.high:.1f})" in text
     titles = parsed.titles()
     assert titles[:2] == ["pass@k", "pass@k during training"]
-    for title in ("Reward", "Success", "ω", "Groups", "Seconds a step", "Tokens a second"):
+    for title in ("Reward", "Success", "ω", "Groups", "Seconds per step", "Tokens per second"):
         assert title in titles
-    assert "Clipped tokens" not in titles  # always 0, so said in words
+    assert "Clipped tokens" not in titles  # always 0, so only mentioned
     assert "Learning rate 1e-06; Clipped tokens 0" in text
     assert "nan" not in path.read_text().lower().replace("data:image", "")
     assert "1,234 MB" in text
@@ -181,19 +155,19 @@ def test_report_of_a_whole_run(tmp_path):
 def test_report_shows_problems_that_training_solved_lost_and_left(tmp_path):
     run = whole_run(tmp_path / "run")
     parsed = Parsed(write_report(run.path))
-    traces = parsed.text[parsed.text.index("Problems that training solved") :]
+    traces = parsed.text[parsed.text.index("Problems solved through training") :]
     traces = traces[: traces.index("Step 40")]
     asked = re.findall(r"Question (\d)", traces)
     assert asked == ["0", "1", "3", "4"]  # solved, solved, lost, left
-    verdicts = re.findall(r"(before|after): (\d of 4) right (✓|✗)", traces)
+    verdicts = re.findall(r"(before|after): (\d of 4) correct (✓|✗)", traces)
     assert verdicts == [
         *(("before", "0 of 4", "✗"), ("after", "4 of 4", "✓")),
         *(("before", "0 of 4", "✗"), ("after", "1 of 4", "✓")),
         *(("before", "3 of 4", "✓"), ("after", "1 of 4", "✗")),
         *(("before", "0 of 4", "✗"), ("after", "0 of 4", "✗")),
     ]
-    assert "before 0/0" in traces  # the wrong sample of before, and the right one of after
-    assert "after 0/0" in traces
+    assert "of before</think> 0/0" in traces  # incorrect before, correct after
+    assert "of after</think> 0/0" in traces
 
 
 def test_earlier_steps_are_there_to_compare(tmp_path):
@@ -207,8 +181,9 @@ def test_earlier_steps_are_there_to_compare(tmp_path):
     titles = ["Step 1, to compare", "Step 20, to compare"]
     assert [text for text in titles if text in parsed.text] == titles
     assert "Step 10, to compare" not in parsed.text
-    assert re.findall(r"Step (\d+): 4 groups \(2 mixed, 1 all wrong, 1 all right\), (\d) shown",
-                      parsed.text) == [("40", "4"), ("1", "2"), ("20", "2")]  # fmt: skip
+    kinds = r"\(2 mixed, 1 all incorrect, 1 all correct\)"
+    shown = re.findall(rf"Step (\d+): 4 groups {kinds}, (\d) shown", parsed.text)
+    assert shown == [("40", "4"), ("1", "2"), ("20", "2")]
     (run.path / "rollouts" / "step_000020.parquet").write_bytes(b"PAR1")
     parsed = Parsed(write_report(run.path))
     assert "step_000020.parquet is damaged" in parsed.text
@@ -220,7 +195,7 @@ def test_model_text_is_shown_as_characters(tmp_path):
     parsed = Parsed(write_report(run.path))
     assert_self_contained(parsed)
     assert parsed.text.count(f"{SHOWN} p0 c3") == 1
-    assert f"{SHOWN} before 0/0" in parsed.text
+    assert f"{SHOWN} of before</think> 0/0" in parsed.text
     assert f"finish: {SHOWN}" in parsed.text
     assert f"error: {SHOWN}" in parsed.text
     assert len(parsed.all("img")) == 4 + 4  # the traces' and the groups', none from the text
@@ -265,15 +240,15 @@ def test_report_of_a_run_going_on(tmp_path):
 
 def test_report_of_evaluations_without_training(tmp_path):
     run = RunFolder(tmp_path / "eval").create(CONFIG, {})
-    for name, right in (("models/base", [0, 1, 2]), ("models/agrae", [1, 3, 2])):
-        evaluate(run, name, right)
+    for name, solved in (("models/base", [0, 1, 2]), ("models/agrae", [1, 3, 2])):
+        evaluate(run, name, solved)
     parsed = Parsed(write_report(run.path))
-    assert "Checkpoints evaluated by themselves." in parsed.text
+    assert "An evaluation of checkpoints, without training." in parsed.text
     assert parsed.all("svg", **{"aria-label": "pass@k by k: models/agrae, models/base"})
     assert "No step" not in parsed.text
 
 
-def test_report_without_samples_or_pictures(tmp_path):
+def test_report_without_samples_or_images(tmp_path):
     run = whole_run(tmp_path / "run")
     (run.path / "evaluations/before/samples.jsonl").unlink()
     first, second, *_ = sorted((run.path / "images").iterdir())
@@ -282,21 +257,21 @@ def test_report_without_samples_or_pictures(tmp_path):
     parsed = Parsed(write_report(run.path))
     assert "The samples of the evaluations were not kept." in parsed.text
     assert "points (" not in parsed.text
-    assert "picture missing" in parsed.text
-    assert "picture damaged" in parsed.text
+    assert "image missing" in parsed.text
+    assert "image damaged" in parsed.text
 
 
 def test_report_names_what_is_wrong(tmp_path):
     with pytest.raises(RunFolderError, match="no run here"):
         write_report(tmp_path)
     with pytest.raises(RunFolderError, match="no run here"):
-        compare_report([tmp_path], tmp_path / "out.html")
+        write_runs_report([tmp_path], tmp_path / "out.html")
     run = whole_run(tmp_path / "run")
     with pytest.raises(RunFolderError, match="given twice"):
-        compare_report([run.path, run.path], tmp_path / "out.html")
+        write_runs_report([run.path, run.path], tmp_path / "out.html")
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="a file stands in the way"):
-        compare_report([run.path], tmp_path / "file" / "out.html")
+        write_runs_report([run.path], tmp_path / "file" / "out.html")
 
 
 def test_a_page_stays_small_however_long_the_run(tmp_path):
@@ -304,7 +279,7 @@ def test_a_page_stays_small_however_long_the_run(tmp_path):
     run = whole_run(tmp_path / "run", text=text, steps=1000)
     records = []
     for prompt in range(8):
-        image = run.store_image(picture(prompt, 500))  # noise: 750 kB as a PNG
+        image = run.store_image(noise_image(prompt, 500))  # noise: 750 kB as a PNG
         for index in range(64):
             records.append(
                 RolloutRecord(
@@ -320,19 +295,19 @@ def test_a_page_stays_small_however_long_the_run(tmp_path):
     parsed = Parsed(path)
     assert "characters left out" in parsed.text
     assert "and 48 more" in parsed.text
-    sources = [attrs["src"] for attrs in parsed.all("img", alt="picture of the problem")]
+    sources = [attrs["src"] for attrs in parsed.all("img", alt="image of the problem")]
     assert any(source.startswith("data:image/jpeg") for source in sources)
-    assert "picture left out" in parsed.text
+    assert "image left out" in parsed.text
     longest = max(len(attrs["d"]) for attrs in parsed.all("path"))
     assert longest < 8000
 
 
-def test_compare_report(tmp_path):
+def test_write_runs_report(tmp_path):
     first = whole_run(tmp_path / "a" / "run", "agrae")
     second = whole_run(tmp_path / "b" / "run", "grpo", steps=25)
     empty = RunFolder(tmp_path / "c").create("", {})
     out = tmp_path / "new" / "compare.html"
-    assert compare_report([first.path, second.path, empty.path], out) == out
+    assert write_runs_report([first.path, second.path, empty.path], out) == out
     parsed = Parsed(out)
     assert_self_contained(parsed)
     # Both began from the same checkpoint: its curve is drawn once.
@@ -344,7 +319,7 @@ def test_compare_report(tmp_path):
     rows = re.search(r"advantage\.rule(agrae)(grpo)–", parsed.text)
     assert rows, parsed.text[-500:]
     assert "update.loss" in parsed.text  # the third has none
-    compare_report([empty.path], out)
+    write_runs_report([empty.path], out)
     assert "None of these runs has been evaluated." in Parsed(out).text
 
 

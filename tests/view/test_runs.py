@@ -13,14 +13,13 @@ from run_folders import evaluate, make_run, metrics, rollouts, train
 
 from mm_agrae.errors import RunFolderError
 from mm_agrae.run.folder import ROWS_PER_GROUP, RunFolder
-from mm_agrae.view.report import write_report
-from mm_agrae.view.runs import FILTERS, ORDERS, Library, RunView, find_runs, select
+from mm_agrae.view.runs import FILTERS, ORDERS, RunLibrary, RunReader, find_runs, select
 
 
 def opened(run):
-    view = RunView(run.path)
-    view.refresh()
-    return view
+    reader = RunReader(run.path)
+    reader.refresh()
+    return reader
 
 
 # -- groups
@@ -28,19 +27,19 @@ def opened(run):
 
 def test_groups_of_a_step_and_their_texts(tmp_path):
     run = make_run(tmp_path / "run", [1, 2], groups=7, size=4)
-    view = opened(run)
-    assert view.steps == [1, 2]
-    groups = view.groups(2)
-    assert [group.right for group in groups] == [0, 1, 2, 3, 4, 0, 1]
-    assert [group.kind for group in groups][:5] == ["all wrong", *["mixed"] * 3, "all right"]
+    reader = opened(run)
+    assert reader.steps == [1, 2]
+    groups = reader.groups(2)
+    assert [group.correct for group in groups] == [0, 1, 2, 3, 4, 0, 1]
+    assert [group.kind for group in groups][:5] == ["all incorrect", *["mixed"] * 3, "all correct"]
     assert [group.strongest for group in groups] == [0.0, 0.75, 1.5, 2.25, 3.0, 0.0, 0.75]
-    (second, first) = view.rows(2, [groups[6], groups[1]])
+    (second, first) = reader.rows(2, [groups[6], groups[1]])
     assert [row["completion_index"] for row in first] == [0, 1, 2, 3]
     assert first[3]["completion"] == "<think>so it is 2.1.3</think> \\boxed{3}"
     assert {row["prompt_index"] for row in second} == {6}
 
 
-def test_draws_of_one_place_are_groups_of_their_own(tmp_path):
+def test_resample_rounds_of_one_prompt_index_are_separate_groups(tmp_path):
     run = make_run(tmp_path / "run")
     rows = rollouts(run, 1, groups=1) + rollouts(
         run, 1, groups=1, resample_round={(0, i): 1 for i in range(4)}
@@ -58,12 +57,12 @@ def test_filters_and_orders(tmp_path):
         error={(2, 0): "accuracy: timed out after 1 s", (3, 0): "accuracy: ValueError"},
     )
     groups = opened(run).groups(1)
-    places = {name: [groups.index(group) for group in select(groups, name)] for name in FILTERS}
-    assert places == {
+    shown = {name: [groups.index(group) for group in select(groups, name)] for name in FILTERS}
+    assert shown == {
         "all": [0, 1, 2, 3, 4, 5],
         "mixed": [1, 2, 3],
-        "all wrong": [0, 5],
-        "all right": [4],
+        "all incorrect": [0, 5],
+        "all correct": [4],
         "truncated": [1],
         "verifier timed out": [2],
         "verifier failed": [2, 3],
@@ -84,13 +83,13 @@ def test_search_finds_completions_questions_answers_and_ids_in_any_case(tmp_path
     run.write_rollouts(
         1, rollouts(run, 1, groups=count, size=1, completion={(count - 1, 0): "ÉCOLE"})
     )
-    view = opened(run)
-    assert view.search(1, "école") == {count - 1}
-    assert view.search(1, "gold 3") >= {3, 30, 39}
-    assert view.search(1, f"question {count - 2}?") == {count - 2}
-    assert view.search(1, f"EXAMPLE {count - 2}") == {count - 2}
-    assert view.search(1, "(") == set()
-    assert view.search(1, ".*") == set()
+    reader = opened(run)
+    assert reader.search(1, "école") == {count - 1}
+    assert reader.search(1, "gold 3") >= {3, 30, 39}
+    assert reader.search(1, f"question {count - 2}?") == {count - 2}
+    assert reader.search(1, f"EXAMPLE {count - 2}") == {count - 2}
+    assert reader.search(1, "(") == set()
+    assert reader.search(1, ".*") == set()
 
 
 def test_only_the_row_groups_asked_for_are_read(tmp_path, monkeypatch):
@@ -103,9 +102,9 @@ def test_only_the_row_groups_asked_for_are_read(tmp_path, monkeypatch):
         "read_row_group",
         lambda self, index, **kw: read.append(index) or original(self, index, **kw),
     )
-    view = opened(run)
-    groups = view.groups(1)
-    (rows,) = view.rows(1, [groups[-1]])
+    reader = opened(run)
+    groups = reader.groups(1)
+    (rows,) = reader.rows(1, [groups[-1]])
     assert read == [3]
     assert rows[0]["question"] == f"<image> Question {len(groups) - 1}?"
 
@@ -115,14 +114,14 @@ def test_only_the_row_groups_asked_for_are_read(tmp_path, monkeypatch):
 
 def test_a_run_is_followed_without_reading_anything_twice(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
-    view = RunView(run.path)
-    stamp = view.refresh()
-    assert (view.metrics, view.steps) == ([], [])
-    assert view.refresh() == stamp
-    assert view.progress() == "No step has been logged yet."
+    reader = RunReader(run.path)
+    stamp = reader.refresh()
+    assert (reader.metrics, reader.steps) == ([], [])
+    assert reader.refresh() == stamp
+    assert reader.progress() == "No step has been logged yet."
     train(run, [1, 2])
-    assert view.refresh() != stamp
-    assert [row["step"] for row in view.metrics] == [1, 2]
+    assert reader.refresh() != stamp
+    assert [row["step"] for row in reader.metrics] == [1, 2]
     read = []
     original = RunFolder._parse_metrics
     monkeypatch.setattr(
@@ -132,44 +131,44 @@ def test_a_run_is_followed_without_reading_anything_twice(tmp_path, monkeypatch)
     )
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')  # half a line: the run is writing it
-    view.refresh()
-    assert [row["step"] for row in view.metrics] == [1, 2]
+    reader.refresh()
+    assert [row["step"] for row in reader.metrics] == [1, 2]
     run.append_metrics(metrics(3))  # cuts the torn line off
-    view.refresh()
-    assert view.metrics == run.read_metrics()
-    assert len(view.metrics) == 3
+    reader.refresh()
+    assert reader.metrics == run.read_metrics()
+    assert len(reader.metrics) == 3
     assert [line[:10] for line in read[:1]] == [b'{"step": 3']
-    assert view.progress() == "Not finished: 3 of 40 steps so far."
-    before = view.refresh()
+    assert reader.progress() == "Not finished: 3 of 40 steps so far."
+    before = reader.refresh()
     run.write_summary({"steps": 3})
-    assert view.refresh() != before
-    assert view.progress() == "Finished after 3 steps."
+    assert reader.refresh() != before
+    assert reader.progress() == "Finished after 3 steps."
 
 
 def test_a_resumed_run_takes_steps_back(tmp_path):
     run = make_run(tmp_path / "run", [1, 2, 3, 4])
-    view = opened(run)
-    groups = view.groups(3)
+    reader = opened(run)
+    groups = reader.groups(3)
     run.rewind(2)
     train(run, [3], groups=2)
-    view.refresh()
-    assert [row["step"] for row in view.metrics] == [1, 2, 3]
-    assert view.steps == [1, 2, 3]
+    reader.refresh()
+    assert [row["step"] for row in reader.metrics] == [1, 2, 3]
+    assert reader.steps == [1, 2, 3]
     assert len(groups) == 4
-    assert len(view.groups(3)) == 2  # rewritten, so not the groups remembered
+    assert len(reader.groups(3)) == 2  # rewritten, so not the groups remembered
     with pytest.raises(RunFolderError, match="has been rewritten"):
-        view.rows(3, groups)
+        reader.rows(3, groups)
 
 
 def test_nearest_step_and_stride(tmp_path):
     run = make_run(tmp_path / "run")
-    view = opened(run)
-    assert view.nearest(3) is None
-    assert view.stride == 1
+    reader = opened(run)
+    assert reader.nearest(3) is None
+    assert reader.stride == 1
     train(run, [10, 30, 40], groups=1)
-    view.refresh()
-    assert view.stride == 10
-    assert [view.nearest(step) for step in (-5, 10, 19, 22, 36, 1e9)] == [10, 10, 10, 30, 40, 40]
+    reader.refresh()
+    assert reader.stride == 10
+    assert [reader.nearest(step) for step in (-5, 10, 19, 22, 36, 1e9)] == [10, 10, 10, 30, 40, 40]
 
 
 # -- damage
@@ -195,14 +194,14 @@ def damaged(run, kind):
 @pytest.mark.parametrize("kind", ["empty", "cut", "overwritten", "text", "other columns", "gone"])
 def test_a_damaged_step_is_named_and_the_others_stay(tmp_path, kind):
     run = make_run(tmp_path / "run", [1, 2])
-    view = opened(run)
+    reader = opened(run)
     damaged(run, kind)
     with pytest.raises(RunFolderError, match=r"damaged|no rollouts of step 2") as caught:
-        view.groups(2)
+        reader.groups(2)
     assert str(run.path) in str(caught.value)
     with pytest.raises(RunFolderError):
-        view.search(2, "x")
-    assert len(view.groups(1)) == 4
+        reader.search(2, "x")
+    assert len(reader.groups(1)) == 4
 
 
 def test_damaged_metrics_are_named(tmp_path):
@@ -217,8 +216,8 @@ def test_damaged_metrics_are_named(tmp_path):
 
 
 def test_runs_are_found_in_folders_and_named_apart(tmp_path):
-    for place in ("a/run", "b/run", "c"):
-        make_run(tmp_path / place)
+    for name in ("a/run", "b/run", "c"):
+        make_run(tmp_path / name)
     (tmp_path / "d").mkdir()
     assert find_runs([tmp_path / "c"]) == {"c": (tmp_path / "c").resolve()}
     found = find_runs([tmp_path, tmp_path / "c", tmp_path / "nothing"])
@@ -239,20 +238,20 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path):
 )
 def test_a_library_opens_nothing_but_its_runs(tmp_path, name):
     make_run(tmp_path / "secret", [1])
-    library = Library([make_run(tmp_path / "given" / "run").path])
+    library = RunLibrary([make_run(tmp_path / "given" / "run").path])
     with pytest.raises(RunFolderError, match="no such run"):
         library.open(name)
     assert library.open("run") is library.open("run")
 
 
 def test_a_library_begins_with_the_run_trained_last(tmp_path):
-    assert Library([]).first() is None
+    assert RunLibrary([]).first() is None
     make_run(tmp_path / "a")
-    assert Library([tmp_path]).first() == "a"
+    assert RunLibrary([tmp_path]).first() == "a"
     for age, name in enumerate("cbd"):
         run = make_run(tmp_path / name, [1])
         os.utime(run.path / "metrics.jsonl", (1e9 - age, 1e9 - age))
-    assert Library([tmp_path]).first() == "c"
+    assert RunLibrary([tmp_path]).first() == "c"
 
 
 @pytest.mark.parametrize("step", [-1, 10**30, 0])
@@ -262,7 +261,7 @@ def test_steps_that_do_not_exist(tmp_path, step):
         opened(run).groups(step)
 
 
-def test_pictures_are_only_those_of_the_run(tmp_path):
+def test_images_are_only_those_of_the_run(tmp_path):
     run = make_run(tmp_path / "run", [1])
     (tmp_path / "secret.png").write_bytes(next((run.path / "images").iterdir()).read_bytes())
     (run.path / "images" / "link.png").symlink_to(tmp_path / "secret.png")
@@ -278,21 +277,21 @@ MEASURE = """
 import sys
 from pathlib import Path
 import pyarrow as pa
-from mm_agrae.view.runs import RunView, select
+from mm_agrae.view.runs import RunReader, select
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
-view = RunView(sys.argv[1])
-view.refresh()
-first, *others = view.steps
-for step in (first, first):  # what the libraries take is there after this
-    view.rows(step, select(view.groups(step), "mixed", "highest |A| first")[:8])
-    view.search(step, "nowhere")
+reader = RunReader(sys.argv[1])
+reader.refresh()
+first, *others = reader.steps
+for step in (first, first):  # the libraries have allocated what they need after this
+    reader.rows(step, select(reader.groups(step), "mixed", "highest |A| first")[:8])
+    reader.search(step, "nowhere")
 start, peak = resident(), 0
 for step in others:
-    view.rows(step, select(view.groups(step), "mixed", "highest |A| first")[:8])
-    view.search(step, "nowhere")
+    reader.rows(step, select(reader.groups(step), "mixed", "highest |A| first")[:8])
+    reader.search(step, "nowhere")
     peak = max(peak, resident())
 print(peak - start)
 """
@@ -335,57 +334,3 @@ def test_packed_samples_are_read_too(tmp_path):
     packed.write_bytes(packed.read_bytes()[:-20])
     with pytest.raises(RunFolderError, match="damaged"):
         list(run.read_samples(result))
-
-
-# -- a small run cut from a large one
-
-
-def cut(run, out, *options):
-    script = Path(__file__).parents[2] / "scripts" / "make_example_run.py"
-    return subprocess.run(
-        [sys.executable, str(script), str(run.path), str(out), *options],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(script.parent.parent)},
-    )
-
-
-def test_an_example_run_shows_what_the_run_showed(tmp_path):
-    run = make_run(tmp_path / "run", range(1, 31))
-    evaluate(run, "before", [0, 1])
-    evaluate(run, "after", [2, 3])
-    run.write_summary({"steps": 30})
-    done = cut(run, tmp_path / "small", "--steps", "4")
-    assert done.returncode == 0, done.stderr
-    small = opened(RunFolder(tmp_path / "small"))
-    assert small.steps == [6, 14, 22, 30]
-    assert [row["step"] for row in small.metrics] == list(range(1, 31))
-    groups = small.groups(30)
-    assert small.rows(30, groups) == opened(run).rows(30, groups)
-    for step in small.steps:
-        for row in small.folder.read_rollouts(step):
-            assert all(map(small.folder.image_path, row["images"]))
-    for kept, result in zip(small.folder.read_evaluations(), run.read_evaluations(), strict=True):
-        assert kept == result
-        assert list(small.folder.read_samples(kept)) == list(run.read_samples(result))
-        assert all(small.folder.image_path(row["images"][0]) for row in run.read_samples(result))
-    size = sum(path.stat().st_size for path in small.folder.path.rglob("*") if path.is_file())
-    assert "Step 30: 4 groups" in write_report(small.folder.path).read_text("utf-8")
-    # Again, into less room: fewer steps.
-    done = cut(run, tmp_path / "small", "--steps", "4", "--limit-kb", str(size // 1000))
-    assert done.returncode == 0, done.stderr
-    assert len(opened(RunFolder(tmp_path / "small")).steps) < 4
-
-
-def test_an_example_run_takes_no_folder_that_holds_something_else(tmp_path):
-    run = make_run(tmp_path / "run", [1])
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "text").write_text("precious")
-    done = cut(run, tmp_path / "thesis")
-    assert (done.returncode, done.stderr) == (
-        2, f"error: {tmp_path / 'thesis'} is there and holds no run; it is left alone\n"
-    )  # fmt: skip
-    done = cut(run, tmp_path / "small", "--limit-kb", "0")
-    assert done.returncode == 2
-    assert "train with fewer prompts_per_step" in done.stderr
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["run", "thesis"]

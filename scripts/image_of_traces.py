@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Draw one problem of a run with its greedy trace before and after training, as in the README.
+"""Draw one problem of a run with its greedy completions before and after training (README).
 
-python scripts/picture_of_traces.py runs/quickstart docs/trace.png
+python scripts/image_of_traces.py runs/quickstart docs/trace.png
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--example", help="id of the problem; one that was learnt if left out")
+    parser.add_argument("--example", help="id of the problem; by default one that was learnt")
     arguments = parser.parse_args()
     run = RunFolder(arguments.run)
     greedy = {
@@ -55,7 +55,7 @@ def draw(run: RunFolder, before: dict, after: dict, out: Path) -> None:
     for axes in (left, right):
         axes.axis("off")
     for height, title, sample in ((0.98, "before", before), (0.45, "after", after)):
-        verdict = "right" if sample["success"] else "wrong"
+        verdict = "correct" if sample["success"] else "incorrect"
         text = "\n".join(
             line
             for part in sample["completion"].split("\n")

@@ -1,40 +1,34 @@
-"""Parts of pages that show a run: curves, pass@k, the groups of a step, traces side by side.
-
-The report and the demo are made of the same parts.
-"""
+"""What the report and the demo both show of a run: curves, pass@k, groups, traces side by side."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+
+from PIL import Image
 
 from mm_agrae.run.files import clean_text
 from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.records import EvaluationResult
 from mm_agrae.view.page import (
     Html,
-    Line,
-    Points,
     el,
     empty,
     note,
     number,
     percent,
-    plot,
     shorten,
     table,
-    thin,
     with_interval,
 )
+from mm_agrae.view.plots import Line, Points, plot, thin
+from mm_agrae.view.runs import Record
 
 TEXT_LIMIT = 2400  # characters of one completion
-PICTURE_BUDGET = 1_200_000  # characters of all pictures of a page
-
-Row = Mapping[str, Any]
+IMAGE_BUDGET = 1_200_000  # characters of all images of a page, as data URIs
 
 
 # -- curves
@@ -42,39 +36,39 @@ Row = Mapping[str, Any]
 # fmt: off
 # Title, note, {metric: label}, options of `plot`.
 CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
-    ("Success", "share of right completions",
+    ("Success", "share of correct completions",
      {"success/mean": "success"}, ("shares", "smooth")),
-    ("ω", "mean reward of the whole step; low: easy groups weigh more, high: hard ones",
+    ("ω", "mean reward of the step; when low, easy groups weigh more, when high, hard ones",
      {"advantage/omega": "ω"}, ("smooth",)),
-    ("Groups", "by how many of their completions are right",
+    ("Groups", "by how many of their completions are correct",
      {"groups/all_incorrect": "none", "groups/mixed": "some", "groups/all_correct": "all"},
      ("stacked", "shares")),
-    ("Entropy", "nats a token",
+    ("Entropy", "nats per token",
      {"policy/entropy": "entropy"}, ("smooth", "zero")),
-    ("Length", "tokens a completion",
+    ("Length", "tokens per completion",
      {"completions/mean_tokens": "mean", "completions/max_tokens": "longest"}, ("smooth",)),
     ("Truncated", "completions cut off by the token limit",
      {"completions/truncated": "truncated"}, ("smooth", "shares", "zero")),
-    ("Right completions", "in the step's batch",
-     {"completions/correct": "right"}, ("smooth",)),
-    ("Mean |A|", "how strongly the step pushes",
+    ("Correct completions", "in the step's batch",
+     {"completions/correct": "correct"}, ("smooth",)),
+    ("Mean |A|", "how strong the update signal is",
      {"advantage/mean_abs": "|A|"}, ("smooth", "zero")),
-    ("ΣA", "negative: paths that were not sampled gain (Theorem 1)",
+    ("ΣA", "if negative, what was not sampled becomes more likely (Theorem 1)",
      {"advantage/sum": "ΣA"}, ("smooth",)),
-    ("Skipped groups", "without signal, left out of the update",
+    ("Skipped groups", "all advantages zero, left out of the update",
      {"groups/no_signal": "no signal"}, ("smooth", "zero")),
     ("Gradient norm", "before clipping",
      {"update/grad_norm": "norm"}, ("smooth", "zero")),
     ("Loss", "", {"update/loss": "loss"}, ("smooth",)),
     ("Learning rate", "", {"update/learning_rate": "rate"}, ("zero",)),
-    ("Clipped tokens", "whose ratio left the trust region",
+    ("Clipped tokens", "whose ratio left the clip range",
      {"policy/clip_low": "below", "policy/clip_high": "above"}, ("smooth", "shares", "zero")),
-    ("Largest ratio", "of new to old policy, of one token",
+    ("Largest ratio", "new to old policy, over all tokens",
      {"policy/ratio_max": "ratio"}, ()),
-    ("KL", "nats a token",
+    ("KL", "nats per token",
      {"policy/approx_kl": "from the sampling policy",
       "policy/kl_reference": "from the starting policy"}, ("smooth", "zero")),
-    ("Reward errors", "completions that a reward function failed on",
+    ("Reward errors", "completions a reward function failed on",
      {"reward/errors": "errors"}, ("zero",)),
     ("Peak memory", "MB", {"memory/peak_mb": "resident"}, ("zero",)),
 ]
@@ -82,16 +76,17 @@ CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
 _COLORS = {"none": 3, "some": 1, "all": 2}
 
 
-FIRST_CURVES = 8  # the ones shown without asking
+FIRST_CURVES = 8
+"""How many of the curves, the most telling ones, the demo shows unfolded."""
 
 
 def curve_figures(
-    metrics: Sequence[Row], *, reach: float | None = None, mark: int | None = None
+    metrics: Sequence[Record], *, reach: float | None = None, mark: int | None = None
 ) -> tuple[list[Html], str]:
-    """A plot of each group of metrics that changes, and in words those that do not.
+    """A plot of each group of metrics that changes, and a sentence on those that do not.
 
-    The first FIRST_CURVES tell most. reach: how many steps the moving average takes in on either
-    side (None: by the length of the run). mark: a step to mark, with the values there.
+    reach: steps on either side included in the moving average (None: by the length of the run).
+    mark: a step to mark, with the values there.
     """
     keys = sorted({key for row in metrics for key in row if key.startswith("reward/")})
     parts = [k for k in keys if k not in ("reward/mean", "reward/std", "reward/errors")]
@@ -105,7 +100,7 @@ def curve_figures(
         if len(metrics) > 1 and len(values) == 1:
             constant.append(f"{title} {number(values.pop())}")
         elif values:
-            if max(values) > 1:  # the trainer counts instead
+            if max(values) > 1:  # counts, not shares
                 options = tuple(option for option in options if option != "shares")
             show = percent if "shares" in options else number
             lines = [
@@ -122,8 +117,8 @@ def curve_figures(
     return figures, f"The same at every step: {'; '.join(constant)}." if constant else ""
 
 
-def series(metrics: Sequence[Row], key: str) -> Points:
-    """(step, value) wherever there is a number that can be drawn."""
+def series(metrics: Sequence[Record], key: str) -> Points:
+    """(step, value) of every record with a number that can be drawn."""
     points = []
     for row in metrics:
         step, value = row.get("step"), row.get(key)
@@ -136,14 +131,14 @@ def series(metrics: Sequence[Row], key: str) -> Points:
 
 
 def pass_at_k_plot(results: Sequence[tuple[str, EvaluationResult, int]]) -> Html:
-    """One curve for each (name, result, colour); those from before training are dashed."""
+    """One curve for each (name, result, colour); evaluations before training are dashed."""
     lines = []
     for name, result, color in results:
         found = sorted(result.pass_at_k.items())
         means = [(k, interval.mean) for k, interval in found]
         band = [(k, interval.low, interval.high) for k, interval in found]
         lines.append(Line(name, means, band, color, dashed=result.name == "before"))
-    caption = "the chance that one of k samples is right"
+    caption = "the chance that at least one of k samples is correct"
     return plot("pass@k", lines, note=caption, x_name="k", shares=True, log2=True)
 
 
@@ -163,33 +158,34 @@ ADVANTAGES = "A is the advantage before rescaling → after the sample level →
 
 
 def group_card(
-    rows: Sequence[Row],
-    pictures: Pictures,
+    rows: Sequence[Record],
+    images: EmbeddedImages,
     *,
     completions: int | None = None,
     limit: int = TEXT_LIMIT,
     opened: Collection[int] = (),
 ) -> Html:
-    """The completions of one prompt beside its pictures, question and gold answer.
+    """The completions of one prompt next to its images, question and gold answer.
 
-    rows: as `RunFolder.read_rollouts` gives them. At most `completions` of them are shown, each
-    shortened to `limit` characters; `opened` are places in `rows` whose text is open at first.
+    rows: as returned by `RunFolder.read_rollouts`. At most `completions` of them are shown, each
+    shortened to `limit` characters; `opened` are indices into `rows` whose text is unfolded.
     """
-    right = sum(bool(row["success"]) for row in rows)
-    kind = {0: "wrong", len(rows): "right"}.get(right, "")
-    title = el("h4", f"{right} of {len(rows)} right", class_=kind)
+    correct = sum(bool(row["success"]) for row in rows)
+    kind = {0: "incorrect", len(rows): "correct"}.get(correct, "")
+    title = el("h4", f"{correct} of {len(rows)} correct", class_=kind)
     shown = rows[:completions]
-    lines = [_completion_row(row, limit, place in opened) for place, row in enumerate(shown)]
+    lines = [_completion_row(row, limit, index in opened) for index, row in enumerate(shown)]
     hidden = len(rows) - len(shown)
     more = note(f"and {hidden} more") if hidden else None
-    draw = f", resample {rows[0]['resample_round']}" if rows[0]["resample_round"] else ""
-    place = f"prompt {rows[0]['prompt_index']}{draw} · {shorten(rows[0]['example_id'], 100)}"
-    problem = problem_part(rows[0], pictures, el("p", place, class_="muted small"))
+    round_ = rows[0]["resample_round"]
+    resampled = f", resample round {round_}" if round_ else ""
+    origin = f"prompt {rows[0]['prompt_index']}{resampled} · {shorten(rows[0]['example_id'], 100)}"
+    problem = problem_part(rows[0], images, el("p", origin, class_="muted small"))
     return el("article", problem, el("div", title, *lines, more), class_="card group")
 
 
-def _completion_row(row: Row, limit: int, is_open: bool) -> Html:
-    """One line that opens to the whole completion."""
+def _completion_row(row: Record, limit: int, is_open: bool) -> Html:
+    """One line that unfolds to the whole completion."""
     levels = [row["advantage_before"], row["advantage_sample_level"], row["advantage"]]
     advantages = " → ".join("–" if level is None else f"{level + 0.0:+.2f}" for level in levels)
     answer = clean_text(row["completion"]).rpartition("</think>")[2]
@@ -208,8 +204,8 @@ def _completion_row(row: Row, limit: int, is_open: bool) -> Html:
             el("span", f"reward {number(row['reward'])}"),
             el("span", f"A {advantages}", title=ADVANTAGES),
             el("span", f"{row['tokens']} tokens", class_="muted"),
-            el("span", "cut off", class_="wrong") if row["finish_reason"] == "length" else None,
-            el("span", "verifier failed", class_="wrong") if row["error"] else None,
+            el("span", "cut off", class_="incorrect") if row["finish_reason"] == "length" else None,
+            el("span", "verifier failed", class_="incorrect") if row["error"] else None,
             el("span", f"…{ending}", class_="ending muted", dir="auto"),
         ),
         note(" · ".join(details)),
@@ -220,9 +216,12 @@ def _completion_row(row: Row, limit: int, is_open: bool) -> Html:
 
 
 def trace_card(
-    row: Row, pictures: Pictures, columns: Sequence[tuple[str, Row]], limit: int = 2 * TEXT_LIMIT
+    row: Record,
+    images: EmbeddedImages,
+    columns: Sequence[tuple[str, Record]],
+    limit: int = 2 * TEXT_LIMIT,
 ) -> Html:
-    """One problem and, side by side, what each of several models wrote: (title, sample) pairs."""
+    """One problem and, side by side, a completion of each model as (title, sample) pairs."""
     texts = [
         el(
             "div",
@@ -231,12 +230,12 @@ def trace_card(
         )
         for title, sample in columns
     ]
-    return el("article", problem_part(row, pictures), *texts, class_="card traces")
+    return el("article", problem_part(row, images), *texts, class_="card traces")
 
 
-def problem_part(row: Row, pictures: Pictures, *more: Html) -> Html:
-    """Pictures, question and gold answer."""
-    shown = [pictures.show(path) for path in list(row.get("images") or [])[:4]]
+def problem_part(row: Record, images: EmbeddedImages, *more: Html) -> Html:
+    """Images, question and gold answer."""
+    shown = [images.show(path) for path in list(row.get("images") or [])[:4]]
     question = clean_text(row.get("question"))
     if shown:
         question = question.replace("<image>", "").strip()
@@ -252,12 +251,12 @@ def problem_part(row: Row, pictures: Pictures, *more: Html) -> Html:
 
 
 def verdict(success: bool) -> Html:
-    text, kind = ("✓ right", "right") if success else ("✗ wrong", "wrong")
-    return el("span", text, class_=f"verdict {kind}")
+    mark, kind = ("✓", "correct") if success else ("✗", "incorrect")
+    return el("span", f"{mark} {kind}", class_=f"verdict {kind}")
 
 
 def completion_text(text: object, limit: int) -> Html:
-    """The reasoning set apart from the answer after it."""
+    """The reasoning, set off from the answer after it."""
     thought, mark, answer = shorten(text, limit).partition("</think>")
     body = (
         [el("span", thought + mark, class_="thought"), answer] if mark else [thought or "(empty)"]
@@ -266,8 +265,8 @@ def completion_text(text: object, limit: int) -> Html:
 
 
 @dataclass
-class Pictures:
-    """The run's pictures as data URIs: small ones as they are, large ones made smaller."""
+class EmbeddedImages:
+    """The run's images as data URIs, large ones downscaled, up to IMAGE_BUDGET characters."""
 
     folder: RunFolder
     spent: int = 0
@@ -275,21 +274,20 @@ class Pictures:
     def show(self, relative: object) -> Html:
         path = self.folder.image_path(str(relative))
         if path is None:
-            return empty("picture missing")
+            return empty("image missing")
         try:
-            kind, data = _small_picture(path)
+            kind, data = _compact(path)
         except Exception:  # Pillow raises many kinds for a damaged file
-            return empty("picture damaged")
+            return empty("image damaged")
         source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-        if self.spent + len(source) > PICTURE_BUDGET:
-            return empty("picture left out, to keep the page small")
+        if self.spent + len(source) > IMAGE_BUDGET:
+            return empty("image left out to keep the page small")
         self.spent += len(source)
-        return el("img", src=source, alt="picture of the problem")
+        return el("img", src=source, alt="image of the problem")
 
 
-def _small_picture(path: Path) -> tuple[str, bytes]:
-    from PIL import Image
-
+def _compact(path: Path) -> tuple[str, bytes]:
+    """(format, content): a small PNG unchanged, anything larger as a JPEG of at most 512 px."""
     data = path.read_bytes()
     with Image.open(path, formats=["PNG"]) as image:
         if len(data) <= 40_000 and max(image.size) <= 1024:
@@ -302,3 +300,13 @@ def _small_picture(path: Path) -> tuple[str, bytes]:
     buffer = io.BytesIO()
     flat.save(buffer, "JPEG", quality=75)
     return "jpeg", buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class CardPage:
+    """One page of a list of cards. `counts`: how many items pass each filter."""
+
+    body: Html
+    counts: Mapping[str, int] = field(default_factory=dict)
+    number: int = 0
+    has_next: bool = False

@@ -1,18 +1,22 @@
-"""The comparison of evaluations as a person sees it, in a real browser."""
+"""The comparison of evaluations in a real browser."""
 
 import pytest
-from browser import PHONE, chromium, demo, fits, low_contrast, needs_browser, served, visit
+from browser import (
+    PHONE,
+    choose,
+    demo,
+    fits,
+    low_contrast,
+    needs_browser,
+    served,
+    settle,
+    visit,
+)
 from run_folders import HOSTILE, evaluate, make_run
 
 from mm_agrae.view.demo_settings import DemoSettings
 
 pytestmark = needs_browser
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +41,7 @@ def address(runs):
 @pytest.fixture(scope="module")
 def page(browser, address):
     page = visit(browser, address, tab="Compare")
-    says(page, "On 11 problems both were asked.", "gains")
+    says(page, "11 problems are in both.", "gains")
     return page
 
 
@@ -45,13 +49,8 @@ def says(page, text, where="cards"):
     page.locator(f"#compare-{where}").get_by_text(text).first.wait_for()
 
 
-def choose(page, label, option):
-    page.get_by_label(label, exact=True).click()
-    page.get_by_role("option", name=option, exact=True).click()
-
-
 def kind(page, name):
-    page.locator("#compare-kind label").filter(has_text=name).click()
+    page.locator("#compare-filter label").filter(has_text=name).click()
 
 
 def questions(page):
@@ -69,7 +68,7 @@ def test_pass_at_k_of_several_evaluations(page):
     assert overview.locator("svg").nth(1).locator("path.band").count() == 3
     row = overview.get_by_role("row", name="train · after")
     assert row.get_by_role("cell").first.inner_text().startswith("45.5 (")
-    # Taking one away draws the rest.
+    # Removing one leaves the rest.
     chosen = page.locator("#compare-chosen")
     chosen.get_by_text("xeval · models/base · geometry").locator("..").get_by_role("button").click()
     page.wait_for_function("() => document.querySelectorAll('#compare-overview svg').length === 1")
@@ -82,8 +81,8 @@ def test_problems_that_one_solves_and_the_other_does_not(page):
     assert questions(page)[0] == "Question 0?"  # the largest gain first
     card = page.locator("#compare-cards article").first
     assert [" ".join(title.split()) for title in card.locator("h4").all_inner_texts()] == [
-        "before: 0 of 4 right (0.0 %) ✗ wrong",
-        "after: 4 of 4 right (100.0 %) ✓ right",
+        "before: 0 of 4 correct (0.0 %) ✗ incorrect",
+        "after: 4 of 4 correct (100.0 %) ✓ correct",
     ]
     assert card.locator("pre").nth(1).inner_text() == "<think>so of after</think> 0/0"
     assert "gold 0" in card.inner_text()
@@ -107,7 +106,7 @@ def test_model_text_is_text(page):
     says(page, "Problems solved by the first alone: 1 to 1 of 1.")
     first = page.locator("#compare-cards article pre").first
     assert first.inner_text() == f"<think>{HOSTILE} of before</think> 1/0"
-    page.wait_for_timeout(300)
+    settle(page)
     assert page.evaluate("window.broken") is None
     assert page.locator("#compare-cards script, #compare-cards img[onerror]").count() == 0
     assert page.errors == []
@@ -128,15 +127,15 @@ def test_pairs_that_cannot_be_compared(page):
     choose(page, "Second", "train · before · test")
     says(page, "Choose two different evaluations of the same problems.")
     choose(page, "Second", "xeval · after · test")
-    says(page, "On 3 problems both were asked.", "gains")  # by four samples and by two
+    says(page, "3 problems are in both.", "gains")  # by four samples and by two
     assert page.locator("#compare-gains .tile").count() == 2
     choose(page, "Second", "train · after · test")
-    says(page, "On 11 problems both were asked.", "gains")
+    says(page, "11 problems are in both.", "gains")
 
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_readable_on_a_phone_and_in_the_dark(browser, address, dark):
-    page = visit(browser, address, tab="Compare", size=PHONE, dark=dark)
+def test_readable_on_a_phone_and_in_the_dark(person, dark):
+    page = person(tab="Compare", size=PHONE, dark=dark)
     says(page, "Problems solved by the second alone")
     assert fits(page)
     for part in ("overview", "gains", "cards"):
@@ -147,7 +146,7 @@ def test_nothing_to_compare(browser, tmp_path):
     run = make_run(tmp_path / "run")
     with served(DemoSettings(models={}, runs=(run.path,))) as address:
         page = visit(browser, address, tab="Compare")
-        says(page, "No evaluation was found in the runs given.", "overview")
+        says(page, "No evaluation was found in the given runs.", "overview")
         assert page.errors == []
 
 
@@ -157,9 +156,8 @@ def test_nothing_to_compare(browser, tmp_path):
 def test_names_from_outside_never_become_paths(runs, names):
     import gradio as gr
 
-    with gr.Blocks() as app:
-        demo("compare").build(DemoSettings(models={}, runs=(runs,)))
-    functions = {fn.fn.__name__: fn.fn for fn in app.fns.values() if fn.fn}
-    answer = functions["choose"](*names, "neither", 10**9)
-    assert "Choose two different evaluations" in str(answer[2])
-    assert "Choose one evaluation or more" in str(functions["draw"]([*names]))
+    with gr.Blocks():
+        tab = demo("evaluations").EvaluationsTab(DemoSettings(models={}, runs=(runs,)))
+    shown = tab.list_problems(*names, "neither", 10**9, 1)
+    assert "Choose two different evaluations" in str(shown[1])
+    assert "Choose at least one evaluation" in str(tab.draw_overview([*names]))

@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 
@@ -175,10 +176,15 @@ def _warn_if_open(host: str) -> None:
 @contextlib.contextmanager
 def _passing_on_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
     """Pass SIGINT and SIGTERM on; however the block ends, no server is left behind."""
-    before = {
-        number: signal.signal(number, lambda got, frame: child.send_signal(signal.SIGTERM))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
+
+    def stop(number: int, frame: object) -> None:
+        child.send_signal(signal.SIGTERM)
+        # A server that is still starting may ignore the signal.
+        timer = threading.Timer(STOP_LIMIT_S, child.kill)
+        timer.daemon = True
+        timer.start()
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:

@@ -70,7 +70,8 @@ CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
       "policy/kl_reference": "from the starting policy"}, ("smooth", "zero")),
     ("Reward errors", "completions a reward function failed on",
      {"reward/errors": "errors"}, ("zero",)),
-    ("Peak memory", "MB", {"memory/peak_mb": "resident"}, ("zero",)),
+    ("Peak memory", "MB",
+     {"memory/peak_mb": "resident", "memory/peak_gpu_mb": "GPU"}, ("zero",)),
 ]
 # fmt: on
 _COLORS = {"none": 3, "some": 1, "all": 2}

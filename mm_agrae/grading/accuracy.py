@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import os
 import re
+import string
 import threading
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from itertools import islice, zip_longest
 from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
 
 from mm_agrae.grading import formulas
@@ -84,14 +86,7 @@ def verify(
     """
     check("kind", kind, get_args(Kind))
     check("units", units, get_args(Units))
-    answers = readings(
-        completion,
-        answer_in=answer_in,
-        after_thinking=after_thinking,
-        think_tags=think_tags,
-        answer_tag=answer_tag,
-        bare_limit=bare_limit,
-    )
+    answers = readings(completion, answer_in, after_thinking, think_tags, answer_tag, bare_limit)
     gold = final_answer(gold).strip()
     question = _Question(gold, kind, tuple(choices), Rules(tolerance, units))
     return gold != "" and any(
@@ -99,22 +94,6 @@ def verify(
         for answer in answers
     )
 
-
-def _is_correct_within(question: _Question, answer: str, time_limit_s: float) -> bool:
-    if _limits_hold_here:
-        return _decide(question, answer)
-    try:
-        return _is_correct(question, answer, _ask_a_worker)
-    except _NeedsWorker:
-        from mm_agrae.grading.pool import CallFailed
-
-        try:
-            return _decide_in_worker(question, answer, time_limit_s)
-        except CallFailed:
-            return False
-
-
-# --------------------------------------------------------------------------- comparing it
 
 # Characters that no answer contains: controls, halves of surrogate pairs, and marks that change
 # the direction of writing.
@@ -134,23 +113,24 @@ class _Question(NamedTuple):
     rules: Rules
 
 
+_Equal = Callable[[str, str], bool]
+_LETTERS = string.ascii_uppercase
 _LETTER = re.compile(r"\(?\s*([A-J])\s*\)?")
 _LETTERED_GOLD = re.compile(r"(?:\(([A-J])\)|([A-J])[.):])\s+(?=\S)")  # "C. 42"
 
 
 def _is_correct(question: _Question, answer: str, symbolic: Symbolic) -> bool:
     gold, kind, choices, rules = question
+    equal = partial(same, rules=rules, symbolic=symbolic)
     if kind == "auto":
         kind = _kind_of(gold, choices)
     if kind == "choice":
-        return _same_choice(gold, answer, choices, rules, symbolic)
+        return _same_choice(gold, answer, choices, equal)
     if kind == "yes_no":
         return _yes_or_no(answer) == _yes_or_no(gold) is not None
     if kind == "text":
         return as_text(gold) == as_text(answer) != ""
-    if same(gold, answer, rules, symbolic):
-        return True
-    return kind == "number" and _same_single_number(gold, answer, rules, symbolic)
+    return equal(gold, answer) or (kind == "number" and _same_single_number(gold, answer, equal))
 
 
 def _kind_of(gold: str, choices: Sequence[str]) -> Kind:
@@ -176,12 +156,12 @@ def _yes_or_no(text: str) -> str | None:
 _NUMBER_IN_TEXT = re.compile(r"(?<![\w.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?![\w]*\d)")
 
 
-def _same_single_number(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
+def _same_single_number(gold: str, answer: str, equal: _Equal) -> bool:
     text = re.sub(r"\^\s*\{?[23]\}?", "", normalise(answer))
     if "\\" in text or "/" in text:
         return False
     found = {match[0] for match in _NUMBER_IN_TEXT.finditer(text) if re.search(r"\d", match[0])}
-    return len(found) == 1 and same(gold, found.pop(), rules, symbolic)
+    return len(found) == 1 and equal(gold, found.pop())
 
 
 _LETTERED = re.compile(r"\(?\s*([A-Za-z])\s*(?:\)\s*[.:,]?|[.:,](?!\d)|$)\s*(.*)", re.DOTALL)
@@ -192,49 +172,43 @@ _OPTION = re.compile(
 _MORE = re.compile(r"(?:or|and|not)\b|[^\w\s$\\(\[]", re.IGNORECASE)
 
 
-def _same_choice(
-    gold: str, answer: str, choices: tuple[str, ...], rules: Rules, symbolic: Symbolic
-) -> bool:
+def _same_choice(gold: str, answer: str, choices: tuple[str, ...], equal: _Equal) -> bool:
     if not choices and (lettered := _LETTERED_GOLD.match(gold)):
         letter = lettered[1] or lettered[2]
-        choices = ("",) * (ord(letter) - ord("A")) + (gold[lettered.end() :],)
+        choices = ("",) * _LETTERS.index(letter) + (gold[lettered.end() :],)
         gold = letter
-    choices = tuple(_without_letter(choice, index) for index, choice in enumerate(choices))
-    run_together = re.compile(rf"[A-{chr(ord('A') + max(1, min(len(choices), 26)) - 1)}]{{2,}}")
+    choices = tuple(
+        re.sub(rf"^\s*\(?{letter}\s*[.:)]\s*", "", choice) if letter else choice
+        for letter, choice in zip_longest(_LETTERS[: len(choices)], choices)
+    )
+    run_together = re.compile(rf"[{_LETTERS[: len(choices) or 1]}]{{2,}}")
     if choices and not {normalise(gold), normalise(answer)} & set(map(normalise, choices)):
         gold, answer = (
             ", ".join(text) if run_together.fullmatch(text) else text
             for text in (_strip_text(gold), _strip_text(answer))
         )
-    correct = _letters(gold, len(choices)) or _letter_of_text(gold, choices, rules, symbolic)
+    correct = _letters(gold, len(choices)) or _letter_of_text(gold, choices, equal)
     if not correct:
-        return same(gold, answer, rules, symbolic)
+        return equal(gold, answer)
     answer = _OPTION.sub("", _strip_text(answer))
     chosen = _letters(answer, len(choices))
     if len(chosen) > 1 or len(correct) > 1:
         return chosen == correct
-    first = ord(min(correct)) - ord("A")
+    first = _LETTERS.index(min(correct))
     if choices:  # a choice listed twice has two letters
-        listed = enumerate(choice == choices[first] for choice in choices[:26])
-        correct = {chr(ord("A") + index) for index, equal in listed if equal}
+        listed = zip(_LETTERS, choices, strict=False)
+        correct = {letter for letter, choice in listed if choice == choices[first]}
     if chosen:
         return chosen <= correct
     lettered = _LETTERED.fullmatch(answer) or _LETTER_SPACE.fullmatch(answer)
-    if lettered and (index := ord(lettered[1].upper()) - ord("A")) < (len(choices) or 10):
+    if lettered and (letter := lettered[1].upper()) in _LETTERS[: len(choices) or 10]:
         # A letter and a text must agree.
-        if lettered[1].upper() in correct:
-            if not choices:
-                return lettered.re is _LETTERED and not _MORE.match(lettered[2])
-            return same(choices[index], lettered[2], rules, symbolic)
-        if choices and same(choices[index], lettered[2], rules, symbolic):
-            return False
-    return bool(choices) and same(choices[first], answer, rules, symbolic)
-
-
-def _without_letter(choice: str, index: int) -> str:
-    return (
-        re.sub(rf"^\s*\(?{chr(ord('A') + index)}\s*[.:)]\s*", "", choice) if index < 26 else choice
-    )
+        if not choices and letter in correct:
+            return lettered.re is _LETTERED and not _MORE.match(lettered[2])
+        agree = bool(choices) and equal(choices[_LETTERS.index(letter)], lettered[2])
+        if agree or letter in correct:
+            return agree and letter in correct
+    return bool(choices) and equal(choices[first], answer)
 
 
 def _strip_text(text: str) -> str:
@@ -248,22 +222,16 @@ def _letters(text: str, count: int) -> set[str]:
     text = _strip_text(text)
     found = re.split(r"\s*(?:,|;|\n|\band\b|&)\s*|\s+", text)
     letters = [re.sub(r"[().:\s]", "", part).upper() for part in found if part]
-    highest = ord("A") + (count or 10)
-    valid = all(len(letter) == 1 and ord("A") <= ord(letter) < highest for letter in letters)
-    return set(letters) if valid and len(letters) == len(set(letters)) else set()
+    valid = set(letters) <= set(_LETTERS[: count or 10]) and len(letters) == len(set(letters))
+    return set(letters) if valid else set()
 
 
-def _letter_of_text(
-    text: str, choices: tuple[str, ...], rules: Rules, symbolic: Symbolic
-) -> set[str]:
+def _letter_of_text(text: str, choices: Sequence[str], equal: _Equal) -> set[str]:
     """Letter of the first choice with this text, or else of the first with the same value."""
-    written = [normalise(choice) for choice in choices[:26]]
-    if (plain := normalise(text)) in written:
-        return {chr(ord("A") + written.index(plain))}
-    for index, choice in enumerate(choices[:26]):
-        if same(choice, text, rules, symbolic):
-            return {chr(ord("A") + index)}
-    return set()
+    lettered = list(zip(_LETTERS, choices, strict=False))
+    as_written = [letter for letter, choice in lettered if normalise(choice) == normalise(text)]
+    by_value = (letter for letter, choice in lettered if equal(choice, text))
+    return set(as_written[:1]) or set(islice(by_value, 1))
 
 
 # --------------------------------------------------------------------------- where it runs
@@ -275,6 +243,20 @@ _pool: WorkerPool | None = None
 
 class _NeedsWorker(Exception):
     pass
+
+
+def _is_correct_within(question: _Question, answer: str, time_limit_s: float) -> bool:
+    if _limits_hold_here:
+        return _decide(question, answer)
+    try:
+        return _is_correct(question, answer, _ask_a_worker)
+    except _NeedsWorker:
+        from mm_agrae.grading.pool import CallFailed
+
+    try:
+        return _decide_in_worker(question, answer, time_limit_s)
+    except CallFailed:
+        return False
 
 
 def _ask_a_worker(gold: str, answer: str, tolerance: float | None) -> bool:

@@ -32,13 +32,10 @@ from mm_agrae.grading.quantities import (
 
 Symbolic = Callable[[str, str, float | None], bool]
 
-# ---------------------------------------------------------------------------- structures
-
 _MATRIX = re.compile(
     r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL
 )
 _COMMA = r",(?!(?<=\d,)\d{3}(?!\d))"  # not the one of 1,234
-_ANY_COMMA = ","
 _BRACKETS = {"()", "[]", "(]", "[)"}
 
 
@@ -54,16 +51,14 @@ def _structure(text: str, comma: str) -> tuple[str, list[str]]:
         if re.search(r"\\mid|[|:]", inner):
             return "scalar", [text]
         return "set", _both_signs(split(inner, comma))
-    if text[:1] in "([" and text[-1:] in ")]" and text:
+    if text[:1] + text[-1:] in _BRACKETS:
         inner = enclosed(text, text[0], text[-1])
         if inner is not None:
-            parts = split(inner, comma)
-            if len(parts) > 1:
+            if len(parts := split(inner, comma)) > 1:
                 return text[0] + text[-1], parts
             if text[0] == "(":
                 return _structure(inner.strip(), comma)
-    parts = split(text, r"\\cup(?![a-z])")
-    if len(parts) > 1:
+    if len(parts := split(text, r"\\cup(?![a-z])")) > 1:
         return "union", parts
     parts = _both_signs(split(text, comma))
     return ("list", parts) if len(parts) > 1 else ("scalar", [text])
@@ -73,10 +68,8 @@ def _both_signs(parts: list[str]) -> list[str]:
     """The non-empty parts; one with a single plus-minus sign becomes two."""
     both: list[str] = []
     for part in filter(None, parts):
-        if part.count(r"\pm") + part.count(r"\mp") == 1:
-            both += [re.sub(r"\\[pm]{2}\s*", sign, part).lstrip("+") for sign in ("+", "-")]
-        else:
-            both.append(part)
+        signs = ("+", "-") if part.count(r"\pm") + part.count(r"\mp") == 1 else ()
+        both += [re.sub(r"\\[pm]{2}\s*", sign, part).lstrip("+") for sign in signs] or [part]
     return both
 
 
@@ -85,8 +78,6 @@ _SET_LIKE = re.compile(
     r"\\(?:le|ge|ne|cup|cap|setminus|backslash|mathbb|emptyset|varnothing|in|infty|mid)(?![a-z])"
     r"|[<>:]"
 )
-
-
 _UNKNOWN = re.compile(r"[a-zA-Z](?:\([a-zA-Z]\))?|\\(?!pi|infty)[a-z]+")
 
 
@@ -97,26 +88,22 @@ def _interval(text: str) -> str | None:
     if not 1 <= len(operators) <= 2 or not all(parts):
         return None
     if {r"\ge", ">"} >= set(operators):
-        flip = {r"\ge": r"\le", ">": "<"}
         parts.reverse()
-        operators = [flip[operator] for operator in reversed(operators)]
+        operators = [{r"\ge": r"\le", ">": "<"}[operator] for operator in reversed(operators)]
     variables = [bool(_UNKNOWN.fullmatch(part)) for part in parts]
     bounds = [part for part, variable in zip(parts, variables, strict=True) if not variable]
     if sum(variables) != 1 or any(re.search(r"(?<![a-zA-Z\\])[a-zA-Z]", b) for b in bounds):
         return None
     if operators == [r"\ne"]:
         return rf"(-\infty,{bounds[0]}) \cup ({bounds[0]},\infty)"
-    if r"\ne" in operators or r"\ge" in operators or ">" in operators:
-        return None
     where = variables.index(True)
-    if len(parts) == 3 and where != 1:
+    if not {r"\le", "<"} >= set(operators) or (len(parts) == 3 and where != 1):
         return None
-    low = "(-\\infty" if where == 0 else ("(" if operators[where - 1] == "<" else "[") + parts[0]
-    high = (
-        "\\infty)"
-        if where == len(parts) - 1
-        else (parts[-1] + (")" if operators[where] == "<" else "]"))
-    )
+    low, high = r"(-\infty", r"\infty)"
+    if where > 0:
+        low = ("(" if operators[where - 1] == "<" else "[") + parts[0]
+    if where < len(parts) - 1:
+        high = parts[-1] + (")" if operators[where] == "<" else "]")
     return f"{low},{high}"
 
 
@@ -127,8 +114,7 @@ def _as_set(text: str) -> str:
     if _RELATION.search(text) is None:
         return text
     parts = [_interval(part) for part in split(text, ",")]
-    found = [part for part in parts if part is not None]
-    return r" \cup ".join(found) if len(found) == len(parts) else text
+    return text if None in parts else r" \cup ".join(filter(None, parts))
 
 
 # ---------------------------------------------------------------------------- comparison
@@ -141,8 +127,6 @@ _LABEL = re.compile(
     r"|\(\s*[a-z](?:\s*,\s*[a-z])+\s*\)"
 )
 _SYMBOL = re.compile(r"(?:\\[a-zA-Z]+|[A-Za-z])(?:_\s*(?:\w|\{[^{}]*\}))?")
-
-
 _NUMERIC = re.compile(r"(?:[\d\s.,+\-/^{}()%!]|\\(?:frac|sqrt|pi|cdot|times|circ)(?![a-z]))+")
 
 
@@ -165,11 +149,9 @@ def _value_of(sides: list[str], other: str) -> str | None:
 def _without_labels(gold: str, answer: str) -> tuple[str, str] | None:
     """Drop x =, Area =, f(x) = if they only name the value; None if the names disagree."""
     sides_gold, sides_answer = split(gold, "="), split(answer, "=")
-    if all(map(_NUMERIC.fullmatch, sides_gold)):
+    ends_in_number = "," not in gold and _NUMERIC.fullmatch(sides_gold[-1])  # a = b = 2
+    if all(map(_NUMERIC.fullmatch, sides_gold)) or (len(sides_gold) > 2 and ends_in_number):
         sides_gold = sides_gold[-1:]  # 14/25 = 0.56
-        gold = sides_gold[0]
-    if len(sides_gold) > 2 and "," not in gold and _NUMERIC.fullmatch(sides_gold[-1]):
-        sides_gold = sides_gold[-1:]  # a = b = 2
         gold = sides_gold[0]
     several = any(len(split(side, ",")) > 1 for side in sides_gold[1:-1] + sides_answer[1:-1])
     if several or len(sides_gold) == 1 == len(sides_answer):  # several: x = 1, y = 2
@@ -194,17 +176,15 @@ def _without_labels(gold: str, answer: str) -> tuple[str, str] | None:
 def _leaf(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
     if compact(gold) == compact(answer):
         return True
-    stripped = _without_labels(gold, answer)
-    if stripped is None:
+    if (stripped := _without_labels(gold, answer)) is None:
         return False
     gold, answer = stripped
     g, a = quantity(gold), quantity(answer)
     g_number, a_number = number(g.head), number(a.head)
     ratio = ratio_of_units(g.unit, a.unit, rules)
     if g_number and a_number:
-        if ratio is None:
-            return False
-        return same_quantity(g_number, a_number.times(ratio), (g.percent, a.percent), rules)
+        percent = (g.percent, a.percent)
+        return ratio is not None and same_quantity(g_number, a_number.times(ratio), percent, rules)
     g_based, a_based = based(gold), based(answer)
     if g_based or a_based:
         g_digits, g_base = g_based or (compact(gold).lower(), 0)
@@ -225,14 +205,14 @@ def _leaf(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
 
 
 def _same_proportion(gold: list[str], answer: list[str], rules: Rules, symbolic: Symbolic) -> bool:
-    """2:3 against 4:6 or 2/3; times such as 3:30 are equal as written or not at all."""
-    fractions = [
-        rf"\frac{{{parts[0]}}}{{{parts[1]}}}" if len(parts) == 2 else parts[0]
-        for parts in (gold, answer)
-    ]
+    """2:3 against 4:6 or 2/3."""
     if len(gold) > 2 or len(answer) > 2 or not all(gold + answer):
         return False
-    return _leaf(fractions[0], fractions[1], rules, symbolic)
+    g, a = (
+        rf"\frac{{{parts[0]}}}{{{parts[1]}}}" if len(parts) == 2 else parts[0]
+        for parts in (gold, answer)
+    )
+    return _leaf(g, a, rules, symbolic)
 
 
 def _by_name(items: list[str]) -> bool:
@@ -268,8 +248,7 @@ def _compare(gold: str, answer: str, comma: str, rules: Rules, symbolic: Symboli
         if _by_name(g_items) != _by_name(a_items):
             return ordered()  # x = 1, y = 2 against 1, 2
         for g in g_items:
-            found = next((a for a in left if equal(g, a)), None)
-            if found is None:
+            if (found := next((a for a in left if equal(g, a)), None)) is None:
                 return False
             left.remove(found)
         return True
@@ -291,10 +270,10 @@ def _compare(gold: str, answer: str, comma: str, rules: Rules, symbolic: Symboli
         return unordered()
     if "union" in (g_kind, a_kind) and {g_kind, a_kind} <= {"union", *loose} and unordered():
         return True
-    for kind, items, other in ((g_kind, g_items, answer), (a_kind, a_items, gold)):
-        if kind == "set" and len(items) == 1:
-            first, second = (items[0], other) if kind == g_kind else (other, items[0])
-            return equal(first, second)
+    if g_kind == "set" and len(g_items) == 1:
+        return equal(g_items[0], answer)
+    if a_kind == "set" and len(a_items) == 1:
+        return equal(gold, a_items[0])
     if _SET_LIKE.search(gold) and _SET_LIKE.search(answer):
         return symbolic(gold, answer, rules.tolerance)
     return False
@@ -331,8 +310,7 @@ def same(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
         return any(same(gold, part, rules, symbolic) for part in answer.split(r"\approx"))
     if wordy(gold) and wordy(answer) and as_text(gold) == as_text(answer) != "":
         return True
-    stripped = _without_labels(gold, answer)
-    if stripped is None:
+    if (stripped := _without_labels(gold, answer)) is None:
         return False
     gold, answer = stripped
     named = [letters_in(text) for text in stripped if _RELATION.search(text)]
@@ -350,4 +328,4 @@ def same(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
     if _compare(gold, answer, _COMMA, rules, decide):
         return True
     ambiguous = any(re.search(r"\d,\d{3}(?!\d)", text) for text in (gold, answer))
-    return ambiguous and _compare(gold, answer, _ANY_COMMA, rules, decide)
+    return ambiguous and _compare(gold, answer, ",", rules, decide)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 Place = Literal["boxed", "answer_is", "tag", "end"]
 PLACES: tuple[Place, ...] = ("boxed", "answer_is", "tag", "end")
@@ -81,20 +81,12 @@ def extract_answer(
 
     Time is linear in the text. Raises ValueError for an unknown place.
     """
-    found = readings(
-        completion,
-        answer_in=answer_in,
-        after_thinking=after_thinking,
-        think_tags=think_tags,
-        answer_tag=answer_tag,
-        bare_limit=bare_limit,
-    )
+    found = readings(completion, answer_in, after_thinking, think_tags, answer_tag, bare_limit)
     return found[0] if found else None
 
 
 def readings(
     completion: str,
-    *,
     answer_in: Sequence[Place],
     after_thinking: bool,
     think_tags: tuple[str, str],
@@ -103,10 +95,8 @@ def readings(
 ) -> list[str]:
     """Candidates for the final answer; of a sentence: all of it, its number, …"""
     for place in answer_in:
-        check("answer_in", place, get_args(Place))
-    text: str | None = completion
-    if after_thinking:
-        text = _outside_thinking(completion, *think_tags)
+        check("answer_in", place, PLACES)
+    text = _outside_thinking(completion, *think_tags) if after_thinking else completion
     if text is None:
         return []
     text = _END_OF_TURN.split(text, maxsplit=1)[0]
@@ -116,8 +106,7 @@ def readings(
         elif place == "answer_is":
             found = _after_answer_is(text)
         elif place == "tag":
-            tagged = _in_tag(text, answer_tag)
-            found = None if tagged is None else _said(tagged)
+            found = _in_tag(text, answer_tag)
         else:
             found = _at_the_end(text, bare_limit)
         if found is not None:
@@ -143,15 +132,12 @@ def _outside_thinking(text: str, open_tag: str, close_tag: str) -> str | None:
     kept: list[str] = []
     inside, position = False, 0
     for tag in re.finditer(f"{re.escape(open_tag)}|{re.escape(close_tag)}", text):
-        if tag[0] == close_tag:
-            if not inside:
-                kept.clear()  # the prompt had opened it
-            inside = False
-        else:
-            if not inside:
-                kept.append(text[position : tag.start()])
-            inside = True
-        position = tag.end()
+        closes = tag[0] == close_tag
+        if closes and not inside:
+            kept.clear()  # the prompt had opened it
+        elif not inside:
+            kept.append(text[position : tag.start()])
+        inside, position = not closes, tag.end()
     return None if inside else "\n".join([*kept, text[position:]])
 
 
@@ -173,9 +159,8 @@ def from_boxes(text: str) -> str | None:
     parts = [found[0].content or ""]
     for later, earlier in pairwise(found):
         between = text[earlier.end : later.start]
-        if earlier.end > later.start or not earlier.content or len(between) > 40:
-            break
-        if not _JOINED.fullmatch(between):
+        apart = earlier.end > later.start or not earlier.content or len(between) > 40
+        if apart or not _JOINED.fullmatch(between):
             break
         if between.strip(" $") or earlier.content.strip() != parts[-1].strip():
             parts.append(earlier.content)
@@ -187,11 +172,11 @@ _FINAL = re.compile(r"\bfinal answer\b[\s*_]*(?:is\b|[:：])", re.IGNORECASE)
 
 def _from_boxes_or_later(text: str, or_later: bool) -> list[str] | None:
     content = from_boxes(text)
-    if content is not None and or_later:
-        rest = text[boxes(text, 1)[0].end :]
-        if _FINAL.search(rest):
-            return _after_answer_is(rest) or [content]
-    return None if content is None else [content]
+    if content is None:
+        return None
+    rest = text[boxes(text, 1)[0].end :]
+    later = _after_answer_is(rest) if or_later and _FINAL.search(rest) else None
+    return later or [content]
 
 
 _ANSWER_IS = re.compile(
@@ -202,8 +187,6 @@ _ANSWER_IS = re.compile(
 )
 _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.?](?=\s|$)|\n|,?\s+(?:because|since|which|so that|where)\b|,\s+so\b")
-
-
 _TAIL = 20_000  # characters at the end that are searched
 
 
@@ -214,7 +197,7 @@ def _after_answer_is(text: str) -> list[str] | None:
         return None
     rest = text[ends[-1] :]
     if delimited := _DELIMITED.match(rest):
-        return [next(group for group in delimited.groups() if group is not None)]
+        return [delimited[delimited.lastindex or 0]]
     end = _SENTENCE_END.search(rest)
     return _said(rest[: end.start() if end else None])
 
@@ -245,9 +228,8 @@ _CHOSEN = re.compile(r"\(([A-J])\)|\b(?:[Oo]ption|[Cc]hoice)\s+\(?\**([A-J])\b")
 
 def _content(formula: re.Match[str]) -> str:
     """What is between the delimiters; of several aligned lines the last."""
-    if formula[5] is not None:
-        return formula[5].rpartition(r"\\")[2].replace("&", "")
-    return next(group for group in formula.groups() if group is not None)
+    content = formula[formula.lastindex or 0]
+    return content if formula[5] is None else content.rpartition(r"\\")[2].replace("&", "")
 
 
 _INSTEAD = re.compile(r"[,(]\s*(?:and )?not\b|\b(?:rather than|instead of)\b")
@@ -275,11 +257,10 @@ def _said(sentence: str) -> list[str]:
     sentence = _HENCE.sub("", _bare(_INSTEAD.split(sentence)[0]), count=1)
     if _UNSAID.search(sentence):
         return [sentence]
-    given = [sentence]
     if re.match(r"the\b", sentence, re.IGNORECASE) and (after := _GIVES.match(sentence)):
         return [*_said(sentence[after.end() :]), sentence]
-    found = list(_FORMULA.finditer(sentence))
-    if found:
+    given = [sentence]
+    if found := list(_FORMULA.finditer(sentence)):
         given = _formula_said(sentence, found) + given
     elif re.search(r"[^\W\d_]{2}", sentence):
         given += _number_said(sentence)
@@ -338,7 +319,7 @@ def _at_the_end(text: str, bare_limit: int) -> list[str] | None:
     return [part for part in _said(sentence) if part != whole or not words] + said or None
 
 
-def _in_tag(text: str, tag: str) -> str | None:
+def _in_tag(text: str, tag: str) -> list[str] | None:
     end = text.rfind(f"</{tag}>")
     start = text.rfind(f"<{tag}>", 0, max(end, 0))
-    return None if start < 0 else text[start + len(tag) + 2 : end]
+    return None if start < 0 else _said(text[start + len(tag) + 2 : end])

@@ -26,8 +26,6 @@ _HUGE = re.compile(
     r"|\)\s*\^\s*\{?\d{3,}|\d[eE]-?\d{4,}|\\binom\s*\{[^{}]*(?:\^|\d{6})|([|!_^&])(?:\s*\1){4}"
 )
 TO_DO = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![a-z])")
-
-
 _NO_FORMULA = re.compile(
     r"[^\x20-\x7e]|[#@?`\"]|^[^\w\\]*$|\\(?:def|newcommand|write|input|csname|catcode)(?![a-z])"
 )
@@ -53,29 +51,23 @@ def too_large(text: str) -> bool:
 @lru_cache(maxsize=2048)
 def _parse(text: str, real: bool) -> Any:
     """A sympy expression by math-verify's grammar, or None. No text is ever evaluated as code."""
-    from latex2sympy2_extended.latex2sympy2 import (
-        ConversionConfig,
-        NormalizationConfig,
-        latex2sympy,
-        normalize_latex,
-    )
+    from latex2sympy2_extended import latex2sympy2 as grammar
 
     # Decimals as fractions, so that 0.1 x is exactly x/10.
     text = re.sub(
-        r"(\d*)\.(\d+)",
-        lambda m: rf"(\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}})",
-        text,
+        r"(\d*)\.(\d+)", lambda m: rf"(\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}})", text
     )
     text = re.sub(r"(\d+|\{[^{}]*\})\s*\^\\circ", r"(\\frac{\1 \\pi}{180})", text)
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    cleaning = NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
+    cleaning = grammar.NormalizationConfig(
+        units=False, malformed_operators=True, nits=True, boxed="none"
+    )
     try:
-        return latex2sympy(
-            normalize_latex(text, cleaning),
+        return grammar.latex2sympy(
+            grammar.normalize_latex(text, cleaning),
             is_real=real,
-            convert_degrees=False,
             normalization_config=None,
-            conversion_config=ConversionConfig(lowercase_symbols=False),
+            conversion_config=grammar.ConversionConfig(lowercase_symbols=False),
         )
     except Exception:  # the grammar raises bare Exception if this is no formula
         return None
@@ -83,27 +75,26 @@ def _parse(text: str, real: bool) -> Any:
 
 class _Value(NamedTuple):
     real: Fraction
-    imaginary: Fraction
-    exact: bool  # else to 50 digits
+    imaginary: Fraction = Fraction(0)
+    exact: bool = True  # else to 50 digits
 
 
 def _evaluate(expression: Any) -> _Value | None:
     """The value of a constant, or None if it has no finite one."""
     expression = expression.doit()
     if expression.is_Rational:
-        return _Value(Fraction(int(expression.p), int(expression.q)), Fraction(0), True)
+        return _Value(Fraction(int(expression.p), int(expression.q)))
     parts = expression.evalf(_PRECISION).as_real_imag()
     if not all((part.is_Float or part.is_Rational) and part.is_finite for part in parts):
         return None
-    return _Value(Fraction(str(parts[0])), Fraction(str(parts[1])), False)
+    return _Value(*(Fraction(str(part)) for part in parts), exact=False)
 
 
 def _near(gold: _Value, answer: _Value) -> bool:
     if gold.exact and answer.exact:
         return gold.real == answer.real
     slack = max(Fraction(1), abs(gold.real), abs(gold.imaginary)) / 10 ** (_PRECISION - 10)
-    gaps = abs(gold.real - answer.real), abs(gold.imaginary - answer.imaginary)
-    return max(gaps) <= slack
+    return max(abs(g - a) for g, a in zip(gold[:2], answer[:2], strict=True)) <= slack
 
 
 def symbolic(gold: str, answer: str, tolerance: float | None) -> bool:

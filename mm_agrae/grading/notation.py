@@ -12,42 +12,39 @@ from functools import lru_cache
 
 # ------------------------------------------------------------------------- one notation
 
-_UNICODE = {
-    **{"−": "-", "–": "-", "‐": "-", "×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": "/"},
-    **{"π": r"\pi ", "θ": r"\theta ", "∞": r"\infty ", "√": r"\sqrt ", "°": r"^\circ "},
-    **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "±": r"\pm ", "∠": r"\angle "},
-    **{"∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}"},
+_COMMANDS = {
+    **{"×": "times", "·": "cdot", "⋅": "cdot", "∞": "infty", "±": "pm", "∠": "angle"},
+    **{"√": "sqrt", "∛": "sqrt[3]", "∜": "sqrt[4]", "≤": "le", "≥": "ge", "≠": "ne"},
+    **{"≈": "approx", "∪": "cup", "∩": "cap", "∈": "in", "∅": "emptyset"},
     **{
-        "∛": r"\sqrt[3] ",
-        "∜": r"\sqrt[4] ",
-        "⁄": "/",
-        "∕": "/",
-        "∶": ":",
-        "，": ",",
-        "：": ":",
-        "（": "(",
-        "）": ")",
-        "％": "%",
+        char: unicodedata.name(char).split()[-1].replace("LAMDA", "LAMBDA").lower()
+        for char in "αβγδεζηθικλμνξπρστφχψω"
     },
-    **{"€": "", "£": "", "’": "'", **dict.fromkeys("\u00a0\u2002\u2003\u2009\u202f", " ")},
-    **{
-        char: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", char).split("⁄"))
-        for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
-    },
-    **{
-        char: rf"\{unicodedata.name(char).split()[-1].replace('LAMDA', 'LAMBDA').lower()} "
-        for char in "αβγδεζηικλμνξρστφχψω"
-    },
-    **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
-    **{chr(0x1D7CE + place): str(place % 10) for place in range(50)},  # bold, double-struck, ...
-    # Invisible and harmless: soft hyphen, zero-width space and joiners, byte order mark.
-    **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", ""),
 }
-_TRANSLATE = str.maketrans(_UNICODE)
-
+_TRANSLATE = str.maketrans("−–‐÷⁄∕∶，：（）％’", "---///:,:()%'") | str.maketrans(
+    {
+        **{char: rf"\{command} " for char, command in _COMMANDS.items()},
+        **{"°": r"^\circ ", "ℝ": r"\mathbb{R}", "€": "", "£": ""},
+        **{
+            char: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", char).split("⁄"))
+            for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
+        },
+        **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
+        **{
+            chr(0x1D7CE + place): str(place % 10) for place in range(50)
+        },  # bold, double-struck, ...
+        **dict.fromkeys("\u00a0\u2002\u2003\u2009\u202f", " "),
+        # Invisible and harmless: soft hyphen, zero-width space and joiners, byte order mark.
+        **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", ""),
+    }
+)
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋ₙ", "0123456789+-n")
 
+_SIGNS = {
+    **{"lt": "<", "gt": ">", "[lr]vert": "|", "langle": "(", "rangle": ")"},
+    **{"lbrace": r"\\{", "rbrace": r"\\}"},
+}
 _NOT_LETTER = r"(?![a-zA-Z])"
 _REWRITES = [
     (re.compile(pattern), replacement)
@@ -83,13 +80,7 @@ _REWRITES = [
         (rf"\\geqq|\\geq(?:slant)?{_NOT_LETTER}|>=", r"\\ge "),
         (rf"\\(?:neq){_NOT_LETTER}|!=", r"\\ne "),
         (r"\\varnothing", r"\\emptyset"),
-        (rf"\\lt{_NOT_LETTER}", "<"),
-        (rf"\\gt{_NOT_LETTER}", ">"),
-        (rf"\\lbrace{_NOT_LETTER}", r"\\{"),
-        (rf"\\rbrace{_NOT_LETTER}", r"\\}"),
-        (rf"\\langle{_NOT_LETTER}", "("),
-        (rf"\\rangle{_NOT_LETTER}", ")"),
-        (rf"\\[lr]vert{_NOT_LETTER}", "|"),
+        *((rf"\\{name}{_NOT_LETTER}", sign) for name, sign in _SIGNS.items()),
         (r"(?i)(?<=\d)\s*(?:\\text\{\s*)?([ap])(?:\.\s?)?m\b\.?(?:\s*\})?", r" \1m"),
         (r"\*\*", "^"),
         (r"\*", r"\\cdot "),
@@ -115,8 +106,6 @@ _REWRITES = [
         (r" {2,}", " "),
     ]
 ]
-
-
 # "for all n", ", k \in \mathbb{Z}" after a formula: the unknowns it holds for.
 _UNKNOWNS = r"[a-zA-Z](?:\s*,\s*[a-zA-Z])*"
 _IN_NUMBERS = r"\s*\\in\s*\\mathbb\s*\{?\s*[A-Z]\s*\}?[\^_+*\s{}\d]*"
@@ -223,17 +212,16 @@ def _singular(word: str) -> str:
 
 def wordy(text: str) -> bool:
     """Whether this is words and not a formula. Short lower-case runs like xy are products."""
-    if re.search(r"\\text\{[^{}]*[^\W\d_]{2}|\d [APap]m$", text):
-        return True
-    if re.fullmatch(r"[^\W\d_]{3,}", text):
+    if re.search(r"\\text\{[^{}]*[^\W\d_]{2}|\d [APap]m$|\A[^\W\d_]{3,}\Z", text):
         return True
     formula = re.search(r"[\d+=^{}/\\|<>]", text) is not None
-    for word in re.findall(r"[^\W\d_]+", _FUNCTIONS.sub(" ", text)):
-        if len(word) > 3 or not word.isascii() or word.lower() in _NUMBER_WORDS:
-            return True
-        if len(word) > 1 and not word.islower() and not formula:
-            return True
-    return False
+    return any(
+        len(word) > 3
+        or not word.isascii()
+        or word.lower() in _NUMBER_WORDS
+        or (len(word) > 1 and not word.islower() and not formula)
+        for word in re.findall(r"[^\W\d_]+", _FUNCTIONS.sub(" ", text))
+    )
 
 
 def letters_in(text: str) -> set[str]:

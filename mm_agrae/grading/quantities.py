@@ -6,7 +6,6 @@ Numbers are rationals and are never compared as floats.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from typing import Literal, NamedTuple
@@ -16,8 +15,7 @@ from mm_agrae.grading.notation import compact, letters_in
 Units = Literal["auto", "ignore", "required"]
 
 
-@dataclass(frozen=True)
-class Rules:
+class Rules(NamedTuple):
     """What counts as equal. See `accuracy.verify`."""
 
     tolerance: float | None = None
@@ -55,9 +53,7 @@ _MOST_DIGITS = 4000
 
 def number(text: str) -> Number | None:
     r"""Read 5, -1,234.50, 3/4, \frac{3}{4}, 1\frac{3}{4}, 1 3/4, 1.5 \times 10^{3}; else None."""
-    if len(text) > _MOST_DIGITS:
-        return None
-    match = _NUMBER.fullmatch(text)
+    match = _NUMBER.fullmatch(text) if len(text) <= _MOST_DIGITS else None
     if match is None:
         return None
     sign = -1 if match["sign"] == "-" else 1
@@ -70,12 +66,9 @@ def number(text: str) -> Number | None:
         if places == 0:
             return Number(sign * whole * scale)
         return Number(sign * whole * scale, scale, len(str(whole)))
-    p = match["p"] or match["p2"]
-    q = match["q"] or match["q2"]
-    p, q = (Fraction(re.sub("[, ]", "", part)) for part in (p, q))
-    if q == 0:
-        return None
-    return Number(sign * (int(match["whole"] or match["whole2"] or 0) + p / q))
+    p, q = (Fraction(re.sub("[, ]", "", match[name] or match[name + "2"])) for name in "pq")
+    whole = int(match["whole"] or match["whole2"] or 0)
+    return Number(sign * (whole + p / q)) if q else None
 
 
 def agree(gold: Number, answer: Number, tolerance: float | None = None) -> bool:
@@ -96,10 +89,10 @@ def agree(gold: Number, answer: Number, tolerance: float | None = None) -> bool:
         if answer.step is None:
             return rounds and answer.value.denominator != 1
         return rounds and answer.step < gold.step and 1000 * gap <= abs(gold.value)
-    if answer.step is not None and gold.value.denominator != 1:
-        fine = answer.step <= Fraction(1, 10**6) and answer.digits >= 4
-        return fine and 2 * gap <= answer.step
-    return False
+    if answer.step is None or gold.value.denominator == 1:
+        return False
+    fine = answer.step <= Fraction(1, 10**6) and answer.digits >= 4
+    return fine and 2 * gap <= answer.step
 
 
 _BASED = re.compile(r"(-?)0*([0-9A-Za-z]+(?:\.[0-9A-Za-z]+)?)_\{?(\d{1,2}|two|three|eight)\}?")
@@ -128,43 +121,28 @@ class Unit(NamedTuple):
 
 
 _UNIT_TABLE = """
-length 1        m meter metre
-length 1000     km kilometer kilometre
-length 1/10     dm decimeter decimetre
-length 1/100    cm centimeter centimetre
-length 1/1000   mm millimeter millimetre
-length 127/5000 in inch inche
-length 381/1250 ft foot feet
-length 1143/1250 yd yard
-length 201168/125 mi mile
-mass 1          g gm gram
-mass 1000       kg kilogram
-mass 1/1000     mg milligram
-mass 45359237/100000 lb lbs pound
-mass 45359237/1600000 oz ounce
-time 1          s sec second
-time 60         min minute
-time 3600       h hr hour
-time 86400      day
-time 604800     week
-calendar 1      month
-calendar 12     year yr
-am 1            am
-pm 1            pm
-celsius 1       celsius
-fahrenheit 1    fahrenheit
-volume 1        l liter litre
-volume 1/1000   ml milliliter millilitre
-angle 1         degree deg
-money 1         dollar usd
-money 1/100     cent
-euro 1          euro
-unit 1          unit
+length: 1 m meter metre, 1000 km kilometer kilometre, 1/10 dm decimeter decimetre
+length: 1/100 cm centimeter centimetre, 1/1000 mm millimeter millimetre
+length: 127/5000 in inch inche, 381/1250 ft foot feet, 1143/1250 yd yard, 201168/125 mi mile
+mass: 1 g gm gram, 1000 kg kilogram, 1/1000 mg milligram
+mass: 45359237/100000 lb lbs pound, 45359237/1600000 oz ounce
+time: 1 s sec second, 60 min minute, 3600 h hr hour, 86400 day, 604800 week
+calendar: 1 month, 12 year yr
+am: 1 am
+pm: 1 pm
+celsius: 1 celsius
+fahrenheit: 1 fahrenheit
+volume: 1 l liter litre, 1/1000 ml milliliter millilitre
+angle: 1 degree deg
+money: 1 dollar usd, 1/100 cent
+euro: 1 euro
+unit: 1 unit
 """
 _UNITS = {
-    name: (line.split()[0], Fraction(line.split()[1]))
-    for line in _UNIT_TABLE.strip().splitlines()
-    for name in line.split()[2:]
+    name: (dimension, Fraction(factor))
+    for dimension, sizes in (line.split(": ") for line in _UNIT_TABLE.strip().splitlines())
+    for factor, *names in map(str.split, sizes.split(", "))
+    for name in names
 }
 _SHORTHAND = {"mph": "mile/hour", "kmh": "km/hour", "kph": "km/hour", "cc": "cm^3"}
 _ONE_UNIT = re.compile(
@@ -177,8 +155,7 @@ _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 def unit(text: str) -> Unit | None:
     """Read cm, "square feet", km/h, "miles per hour", apples. None if these are no words."""
     text = re.sub(r"[.~]|\\(?:cdot|text)", " ", text.lower()).replace("{", "").replace("}", "")
-    text = " ".join(text.split())
-    text = re.sub(r"\b([ap]) m\b", r"\1m", text)
+    text = re.sub(r"\b([ap]) m\b", r"\1m", " ".join(text.split()))
     text = _SHORTHAND.get(text, text)
     dimension: dict[str, int] = {}
     factor, known = Fraction(1), True
@@ -192,7 +169,7 @@ def unit(text: str) -> Unit | None:
         name = words[-1]
         singular = name[:-1] if len(name) > 2 and name.endswith("s") and name[-2] != "s" else name
         kind, size = _UNITS.get(name) or _UNITS.get(singular) or ("", Fraction(1))
-        known = known and bool(kind)
+        known = known and kind != ""
         power = -power if position else power
         dimension[kind or singular] = dimension.get(kind or singular, 0) + power
         factor *= size**power
@@ -227,8 +204,6 @@ _PLAIN_UNIT = re.compile(
     r"(.*(?:[\d)}\]]|\\pi))(\s*)([A-Za-z]+(?:\.? [A-Za-z]+)*\.?(?:\s*\^?\s*\{?[23]\}?)?"
     r"(?:\s*/\s*[A-Za-z]+)?)"
 )
-
-
 # Text after a formula that is not just a name of what is counted.
 _NO_UNIT = re.compile(
     r"\\text\{\s*.{0,2}\}|\b(?:if|for|when|where|otherwise|is|are|to|at|not|no)\b"
@@ -243,17 +218,13 @@ def quantity(text: str) -> Quantity:
     if (match := _DEGREES.fullmatch(text)) and not re.search("sin|cos|tan|cot|sec|csc", text):
         scale = {"C": "celsius", "F": "fahrenheit"}.get(match[2], "degree")
         return Quantity(match[1], unit(scale))
-    match = _TEXT_UNIT.fullmatch(text)
-    found = unit(match[2]) if match else None
-    if match and found:
+    if (match := _TEXT_UNIT.fullmatch(text)) and (found := unit(match[2])):
         # "3\text{i}" is a symbol in an upright font, "2\text{ dogs}" a count.
         symbol = re.fullmatch(r"\s*\\text\{\s*[eixyz]\s*\}\s*", match[2])
         counted = not symbol if number(match[1]) else not _NO_UNIT.search(match[2])
         if found.known or counted:
             return Quantity(match[1].strip(), found)
-    match = _PLAIN_UNIT.fullmatch(text)
-    found = unit(match[3]) if match else None
-    if match and found:
+    if (match := _PLAIN_UNIT.fullmatch(text)) and (found := unit(match[3])):
         head, space, name = match.groups()
         counted = number(head) is not None and re.match(r"[a-zA-Z]{3,}", name) is not None
         # 5m is a product, 5 m and 5m^2 are measured; R^2 h is a product again.
@@ -270,14 +241,14 @@ def same_quantity(gold: Number, answer: Number, percent: tuple[bool, bool], rule
 
     It is not a hundredth beside an integer above 1: 500% does not mean 5.
     """
-    if percent[0] == percent[1] or (
-        rules.units != "required" and agree(gold, answer, rules.tolerance)
-    ):
-        return agree(gold, answer, rules.tolerance)
+    one_sided = percent[0] != percent[1]
+    if not (one_sided and rules.units == "required") and agree(gold, answer, rules.tolerance):
+        return True
     bare = answer if percent[0] else gold
-    if bare.value.denominator == 1 and abs(bare.value) > 1:
+    if not one_sided or (bare.value.denominator == 1 and abs(bare.value) > 1):
         return False
-    hundredth = Fraction(1, 100)
     if percent[0]:
-        return agree(gold.times(hundredth), answer, rules.tolerance)
-    return agree(gold, answer.times(hundredth), rules.tolerance)
+        gold = gold.times(Fraction(1, 100))
+    else:
+        answer = answer.times(Fraction(1, 100))
+    return agree(gold, answer, rules.tolerance)

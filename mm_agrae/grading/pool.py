@@ -27,6 +27,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, TimeoutError
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from multiprocessing.context import SpawnContext, SpawnProcess
 from typing import Any, NamedTuple
 
@@ -70,9 +71,14 @@ class WorkerPool:
         prepare: Callable[..., None],
         prepare_args: Sequence[Any] = (),
     ):
-        self.workers = workers
-        self.memory_limit_mb = memory_limit_mb
-        self._initargs = (memory_limit_mb, prepare, tuple(prepare_args))
+        self._memory_limit_mb = memory_limit_mb
+        self._start = partial(
+            ProcessPool,
+            max_workers=workers,
+            initializer=_initialise,
+            initargs=(memory_limit_mb, prepare, tuple(prepare_args)),
+            context=_Context(),
+        )
         self._lock = threading.Lock()
         self._last_sign_of_life = time.monotonic()
         self._closed = False
@@ -91,9 +97,8 @@ class WorkerPool:
                 raise RuntimeError("the worker pool is closed")
             pool = self._pool if self._pool.active else self._replace(self._pool)
             self._last_sign_of_life = time.monotonic()
-            future = pool.schedule(
-                _call, args=(function, tuple(args), limit_s), timeout=WAITING * limit_s
-            )
+            call = (function, tuple(args), limit_s)
+            future = pool.schedule(_call, args=call, timeout=WAITING * limit_s)
         future.add_done_callback(self._alive)
         return Call(future, pool, limit_s)
 
@@ -105,10 +110,9 @@ class WorkerPool:
             if returned:
                 return value
             raise CallFailed(value)
-        if isinstance(error, TimeoutError):
-            raise CallFailed(f"timed out after {call.limit_s:g} s")
-        if isinstance(error, ProcessExpired):
-            raise CallFailed(self._how_it_ended(error.exitcode, call.limit_s))
+        if isinstance(error, TimeoutError | ProcessExpired):
+            exitcode = getattr(error, "exitcode", -_TIME_IS_UP)
+            raise CallFailed(self._how_it_ended(exitcode, call.limit_s))
         if isinstance(error, TypeError | AttributeError | pickle.PicklingError):
             raise CallFailed(f"could not be sent to a worker process: {error}")
         with self._lock:
@@ -136,19 +140,9 @@ class WorkerPool:
     def close(self) -> None:
         """End all workers, whatever they are doing."""
         with self._lock:
-            if self._closed:
-                return
             self._closed = True
             self._pool.stop()
             self._pool.join()
-
-    def _start(self) -> ProcessPool:
-        return ProcessPool(
-            max_workers=self.workers,
-            initializer=_initialise,
-            initargs=self._initargs,
-            context=_Context(),
-        )
 
     def _replace(self, broken: ProcessPool) -> ProcessPool:
         if broken is self._pool and not self._closed:
@@ -164,7 +158,7 @@ class WorkerPool:
         if exitcode == -_TIME_IS_UP:
             return f"timed out after {limit_s:g} s"
         if exitcode == _OUT_OF_MEMORY:
-            return f"ran out of memory (limit {self.memory_limit_mb} MB)"
+            return f"ran out of memory (limit {self._memory_limit_mb} MB)"
         if exitcode < 0:
             return f"ended its worker process by signal {signal.Signals(-exitcode).name}"
         return f"ended its worker process with exit code {exitcode}"
@@ -177,7 +171,7 @@ def describe(error: BaseException) -> str:
     except Exception:
         message = "(no message: its __str__ raises)"
     message = message if len(message) <= 200 else message[:197] + "..."
-    return f"raised {type(error).__name__}" + (f": {message}" if message else "")
+    return f"raised {type(error).__name__}: {message}".removesuffix(": ")
 
 
 # ------------------------------------------------------------------------ in the worker
@@ -253,10 +247,8 @@ class _Process(SpawnProcess):
 
             def without_main(name: str) -> dict[str, Any]:
                 data = preparation_data(name)
-                if threading.get_ident() == starter:
-                    data.pop("init_main_from_path", None)
-                    data.pop("init_main_from_name", None)
-                return data
+                mine = threading.get_ident() == starter
+                return {k: v for k, v in data.items() if not (mine and k.startswith("init_main"))}
 
             multiprocessing.spawn.get_preparation_data = without_main  # type: ignore[assignment]
             config["daemon"] = False

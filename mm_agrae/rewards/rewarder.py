@@ -54,11 +54,9 @@ class Rewarder:
                     f"reward.parts.{name}: neither a built-in part ({', '.join(PARTS)}) nor "
                     'a function as "package.module:function" or "path/to/file.py:function"'
                 )
-        self._imports = own
-        self._retired: list[WorkerPool] = []
-        self._pool = self._start_pool()
-        if own:
-            self._check_imports(own)
+        self._imports: list[str] = []
+        self._pools: list[WorkerPool] = []  # the last is in use
+        self._start_pool(own)
 
     def __enter__(self) -> Rewarder:
         return self
@@ -68,7 +66,7 @@ class Rewarder:
 
     def close(self) -> None:
         """End the worker processes."""
-        for pool in (self._pool, *self._retired):
+        for pool in self._pools:
             pool.close()
 
     def score(self, examples: Sequence[Example], completions: Sequence[Completion]) -> list[Score]:
@@ -79,8 +77,13 @@ class Rewarder:
         """
         if len(examples) != len(completions):
             raise ValueError(f"{len(examples)} examples for {len(completions)} completions")
-        self._import_graders(examples)
-        light = {id(example): _without_images(example) for example in examples}
+        graders = {str(e.grading["grader"]) for e in examples if "grader" in e.grading}
+        if new := sorted(graders.difference(self._imports)):
+            self._start_pool(new)
+        light = {
+            id(e): replace(e, images=(), grading=dict(e.grading), meta=dict(e.meta))
+            for e in examples
+        }
         jobs = [
             Job(index, part, light[id(example)], completion)
             for index, (example, completion) in enumerate(zip(examples, completions, strict=True))
@@ -102,19 +105,13 @@ class Rewarder:
         parts = {name: values[name] for name in self.config.parts}
         reward = sum(weight * parts[name] for name, weight in self.config.parts.items())
         if (overlong := self.config.overlong) is not None:
+            length = len(completion.token_ids)
             parts["overlong"] = overlong_penalty(
-                len(completion.token_ids),
-                self.max_new_tokens,
-                overlong.buffer_tokens,
-                overlong.penalty,
+                length, self.max_new_tokens, overlong.buffer_tokens, overlong.penalty
             )
             reward += parts["overlong"]
-        return Score(
-            reward=reward,
-            success=parts["accuracy"] == 1.0 and not errors,
-            parts=parts,
-            error="; ".join(errors),
-        )
+        success = parts["accuracy"] == 1.0 and not errors
+        return Score(reward=reward, success=success, parts=parts, error="; ".join(errors))
 
     def _run(self, jobs: Sequence[Job]) -> list[tuple[Job, float | str]]:
         """Run jobs in chunks. If a chunk fails, its jobs run one by one, each with all its time."""
@@ -125,14 +122,13 @@ class Rewarder:
         while waiting:
             call, chunk, attempt = waiting.popleft()
             try:
-                outcomes = self._pool.result(call)
+                outcomes = self._pools[-1].result(call)
             except CallFailed as error:
-                broken = isinstance(error, PoolBroken)
-                if len(chunk) == 1 and (attempt or not broken):
+                alone = len(chunk) == 1
+                if alone and (attempt or not isinstance(error, PoolBroken)):
                     done.append((chunk[0], f"{chunk[0].part}: {error}"))
                 else:
-                    attempt = attempt + 1 if len(chunk) == 1 else 0
-                    waiting.extend((self._submit([job]), [job], attempt) for job in chunk)
+                    waiting.extend((self._submit([job]), [job], int(alone)) for job in chunk)
                 continue
             done.extend(zip(chunk, outcomes, strict=False))
             if rest := chunk[len(outcomes) :]:
@@ -141,34 +137,28 @@ class Rewarder:
 
     def _submit(self, chunk: list[Job]) -> Call:
         limit_s = self.config.time_limit_s
-        return self._pool.submit(worker.run_chunk, (chunk, limit_s), limit_s)
+        return self._pools[-1].submit(worker.run_chunk, (chunk, limit_s), limit_s)
 
-    def _start_pool(self) -> WorkerPool:
-        return WorkerPool(
-            self.config.workers,
-            self.config.memory_limit_mb,
-            worker.prepare,
-            (self._imports, self.config.answer_after_thinking),
-        )
+    def _start_pool(self, new: list[str]) -> None:
+        """Start workers that import `new` too. Raises ConfigError if one cannot be imported.
 
-    def _import_graders(self, examples: Sequence[Example]) -> None:
-        """Have workers that import the examples' graders before their first call.
-
-        Raises ConfigError if one cannot be imported.
+        Another thread may be waiting for the old workers; idle ones cost only memory.
         """
-        named = {str(e.grading["grader"]) for e in examples if "grader" in e.grading}
-        if new := sorted(named.difference(self._imports)):
-            # Another thread may be waiting for the old workers; idle ones cost only memory.
-            self._retired.append(self._pool)
-            self._imports = [*self._imports, *new]
-            self._pool = self._start_pool()
-            self._check_imports(new)
-
-    def _check_imports(self, names: Sequence[str]) -> None:
+        self._imports = [*self._imports, *new]  # the old workers keep theirs
+        self._pools.append(
+            WorkerPool(
+                self.config.workers,
+                self.config.memory_limit_mb,
+                worker.prepare,
+                (self._imports, self.config.answer_after_thinking),
+            )
+        )
+        errors = {}
         try:
-            errors = self._pool.call(worker.import_errors, (), 1.0)
+            if new:
+                errors = self._pools[-1].call(worker.import_errors, (), 1.0)
         except CallFailed:
-            errors = {", ".join(names): "importing it ends the process, or never finishes"}
+            errors = {", ".join(new): "importing it ends the process, or never finishes"}
         except BaseException:
             self.close()
             raise
@@ -180,7 +170,3 @@ class Rewarder:
 
     def _where(self, name: str) -> str:
         return f"reward.parts.{name}" if name in self.config.parts else f"grader {name}"
-
-
-def _without_images(example: Example) -> Example:
-    return replace(example, images=(), grading=dict(example.grading), meta=dict(example.meta))

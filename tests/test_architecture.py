@@ -96,7 +96,7 @@ with contextlib.suppress(SystemExit):
         (HELP, {"torch", "transformers", "vllm", "gradio"}),
         ("import mm_agrae.advantage, mm_agrae.loss", {"transformers", "vllm", "gradio"}),
         ("import mm_agrae.config, mm_agrae.tasks", {"torch", "transformers", "vllm", "gradio"}),
-        ("import mm_agrae.rewards.worker", {"torch", "transformers", "datasets"}),
+        ("import mm_agrae.rewards.rewarder", {"torch", "transformers", "datasets"}),
         ("import mm_agrae.adapters.verl", {"transformers", "trl", "verl", "ray"}),
         ("import mm_agrae.grading.accuracy", {"torch", "transformers", "pydantic", "yaml"}),
         ("import mm_agrae.trainer", {"vllm", "gradio", "trl", "matplotlib"}),

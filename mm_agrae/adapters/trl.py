@@ -119,9 +119,7 @@ class AGRAEGRPOTrainer(GRPOTrainer):
             known_B = ~value_B.isnan()
             success_B = torch.where(known_B, success_of(value_B, self.success_threshold), success_B)
         success_PG = success_B.view(-1, group)
-        unscored_B = reward_BF.isnan().all(dim=1)
-        if self.uses_success:
-            unscored_B = unscored_B | success_B.isnan()
+        unscored_B = reward_BF.isnan().all(dim=1) | (success_B.isnan() & self.uses_success)
         scored_P = ~unscored_B.view(-1, group).any(dim=1)
         advantage_PG = torch.zeros_like(reward_PG)
         metrics = self._metrics["train" if training else "eval"]
@@ -140,13 +138,11 @@ class AGRAEGRPOTrainer(GRPOTrainer):
             metrics["agrae/omega"].append(result.omega)
             if self.uses_success:
                 metrics["agrae/success"].append(float(success_PG[scored_P].mean()))
-            self._warn_once(scale_warning(self.rule, self.rule_settings, reward_PG))
+            warning = scale_warning(self.rule, self.rule_settings, reward_PG)
+            if warning and not self._warned:
+                self._warned = True
+                logger.warning(warning)
         return advantage_PG.flatten()
-
-    def _warn_once(self, message: str | None) -> None:
-        if message and not self._warned:
-            self._warned = True
-            logger.warning(message)
 
 
 def _refuse_contradictions(args: Any) -> None:
@@ -166,16 +162,16 @@ def _refuse_contradictions(args: Any) -> None:
 def _columns(names: list[str], functions: list[str], needed: bool) -> list[int]:
     """Positions of the reward functions that success is read from."""
     listed = ", ".join(functions)
+    if not names and len(functions) == 1:
+        return [0]
+    if not names and needed:
+        raise ValueError(
+            "this rule needs to know which completions are correct: name the reward function that "
+            f"tells by success_from=...; there are: {listed}"
+        )
     for name in names:
         if functions.count(name) != 1:
             raise ValueError(
                 f"success_from={name!r} is not the name of one reward function; there are: {listed}"
             )
-    if not names and needed and len(functions) > 1:
-        raise ValueError(
-            "this rule needs to know which completions are correct: name the reward function that "
-            f"tells by success_from=...; there are: {listed}"
-        )
-    if not names and len(functions) == 1:
-        return [0]
     return [functions.index(name) for name in names]

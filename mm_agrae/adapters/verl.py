@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import re
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
     "agrae_dr_grpo": ("agrae", {"base": "dr_grpo"}),
 }
 """Name in verl -> our rule, and the settings that the name implies."""
+
+_warned: list[str] = []
 
 
 def token_advantages(
@@ -72,8 +75,9 @@ def token_advantages(
     except ValueError as error:
         raise ValueError(_with_uid(str(error), list(groups))) from None
     warning = scale_warning(rule, settings, reward_PG)
-    if warning:
-        _warn_once(f"{warning} (+algorithm.{SECTION}.omega_from=success)")
+    if warning and not _warned:  # once a process: it would come at every step
+        _warned.append(warning)
+        logger.warning("%s (+algorithm.%s.omega_from=success)", warning, SECTION)
     advantage_B = torch.empty_like(reward_B)
     advantage_B[rows_PG] = advantage_PG.to(wide)
     return advantage_B[:, None] * response_mask
@@ -121,10 +125,9 @@ def _groups(index: Sequence[Hashable] | None, rows: int) -> dict[Hashable, list[
     groups: dict[Hashable, list[int]] = {}
     for row, uid in enumerate(index):
         groups.setdefault(uid, []).append(row)
-    sizes = {uid: len(members) for uid, members in groups.items()}
-    usual = max(sizes.values(), key=list(sizes.values()).count, default=0)
-    for uid, size in sizes.items():
-        if size != usual:
+    usual = Counter(map(len, groups.values())).most_common(1)[0][0]
+    for uid, members in groups.items():
+        if (size := len(members)) != usual:
             raise ValueError(
                 f"uid {uid!r} has {size} completion{'s' * (size != 1)}, other prompts have "
                 f"{usual}: all groups of a step must have the same size. Completions were lost or "
@@ -137,25 +140,21 @@ def _settings(estimator: str, config: Any) -> tuple[dict[str, Any], float]:
     """The rule's settings and the success threshold, from verl's `algorithm` config."""
     rule, fixed = ESTIMATORS[estimator]
     config = {} if config is None else config
-    section = config.get(SECTION)
-    section = {} if section is None else section
+    section = {} if (found := config.get(SECTION)) is None else found
     if not isinstance(section, Mapping):
         raise ValueError(f"algorithm.{SECTION} must be a section of settings, not {section!r}")
     given = {str(key): value for key, value in section.items() if value is not None}
     valid = [name for name in accepted_settings(rule) if name not in fixed]
-    for key in given:
-        if key not in (*valid, "success_threshold"):
-            raise ValueError(
-                f"algorithm.{SECTION}.{key}: the estimator {estimator!r} has no such setting; "
-                f"valid: {', '.join((*valid, 'success_threshold'))}"
-            )
-    threshold = given.pop("success_threshold", None)
-    if threshold is not None and (
-        isinstance(threshold, bool) or not isinstance(threshold, int | float)
-    ):
+    valid.append("success_threshold")
+    if unknown := [key for key in given if key not in valid]:
         raise ValueError(
-            f"algorithm.{SECTION}.success_threshold must be a number, not {threshold!r}"
+            f"algorithm.{SECTION}.{unknown[0]}: the estimator {estimator!r} has no such setting; "
+            f"valid: {', '.join(valid)}"
         )
+    threshold = given.pop("success_threshold", None)
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float | None):
+        name = f"algorithm.{SECTION}.success_threshold"
+        raise ValueError(f"{name} must be a number, not {threshold!r}")
     standardises = rule != "dr_grpo" and (fixed | given).get("base") != "dr_grpo"
     if standardises and "eps" in valid and config.get("norm_adv_by_std_in_grpo", True) is False:
         raise ValueError(
@@ -176,15 +175,6 @@ def _with_uid(message: str, uids: list[Hashable]) -> str:
     found = re.search(r"group (\d+)", message)
     return f"{message} (group {found[1]} is uid {uids[int(found[1])]!r})" if found else message
 
-
-def _warn_once(message: str) -> None:
-    """Warn once per process, as the same warning would come at every step."""
-    if not _warned:
-        _warned.append(message)
-        logger.warning(message)
-
-
-_warned: list[str] = []
 
 if importlib.util.find_spec("verl") is not None:
     # A verl plug-in registers itself when it is imported.

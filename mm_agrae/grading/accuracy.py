@@ -21,7 +21,7 @@ import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import islice, zip_longest
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from mm_agrae.grading import formulas
 from mm_agrae.grading.equivalence import Symbolic, same
@@ -88,31 +88,20 @@ def verify(
     check("units", units, get_args(Units))
     answers = readings(completion, answer_in, after_thinking, think_tags, answer_tag, bare_limit)
     gold = final_answer(gold).strip()
-    question = _Question(gold, kind, tuple(choices), Rules(tolerance, units))
+    question = (gold, kind, tuple(choices), Rules(tolerance, units))
     return gold != "" and any(
         not _too_odd(answer, gold) and _is_correct_within(question, answer, time_limit_s)
         for answer in answers
     )
 
 
-# Characters that no answer contains: controls, halves of surrogate pairs, and marks that change
-# the direction of writing.
-_FORBIDDEN = re.compile(
-    "[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)
-
-
 def _too_odd(answer: str, gold: str) -> bool:
-    return len(answer) > max(2000, 4 * len(gold)) or _FORBIDDEN.search(answer) is not None
+    # Controls, halves of surrogate pairs, and marks that change the direction of writing.
+    odd = "[\x00-\x08\x0e-\x1f\x7f\ud800-\udfff\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+    return len(answer) > max(2000, 4 * len(gold)) or re.search(odd, answer) is not None
 
 
-class _Question(NamedTuple):
-    gold: str
-    kind: Kind
-    choices: tuple[str, ...]
-    rules: Rules
-
-
+_Question = tuple[str, Kind, tuple[str, ...], Rules]  # gold answer, …
 _Equal = Callable[[str, str], bool]
 _LETTERS = string.ascii_uppercase
 _LETTER = re.compile(r"\(?\s*([A-J])\s*\)?")
@@ -140,8 +129,7 @@ def _kind_of(gold: str, choices: Sequence[str]) -> Kind:
 
 
 def _plain(text: str) -> str:
-    text = normalise(text)
-    return re.sub(r"\\text\{([^{}]*)\}", r"\1", text).strip(" .,")
+    return re.sub(r"\\text\{([^{}]*)\}", r"\1", normalise(text)).strip(" .,")
 
 
 def _yes_or_no(text: str) -> str | None:
@@ -153,14 +141,12 @@ def _yes_or_no(text: str) -> str | None:
     return None if words[1:] == [opposite] else words[0]
 
 
-_NUMBER_IN_TEXT = re.compile(r"(?<![\w.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?![\w]*\d)")
-
-
 def _same_single_number(gold: str, answer: str, equal: _Equal) -> bool:
     text = re.sub(r"\^\s*\{?[23]\}?", "", normalise(answer))
     if "\\" in text or "/" in text:
         return False
-    found = {match[0] for match in _NUMBER_IN_TEXT.finditer(text) if re.search(r"\d", match[0])}
+    any_number = r"(?<![\w.])[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?!\w*\d)"
+    found = {part for part in re.findall(any_number, text) if re.search(r"\d", part)}
     return len(found) == 1 and equal(gold, found.pop())
 
 

@@ -12,23 +12,8 @@ import re
 from collections.abc import Callable
 
 from mm_agrae.grading.formulas import TO_DO, no_formula, too_large
-from mm_agrae.grading.notation import (
-    as_text,
-    compact,
-    enclosed,
-    letters_in,
-    normalise,
-    split,
-    wordy,
-)
-from mm_agrae.grading.quantities import (
-    Rules,
-    based,
-    number,
-    quantity,
-    ratio_of_units,
-    same_quantity,
-)
+from mm_agrae.grading.notation import as_text, compact, inside, letters_in, normalise, split, wordy
+from mm_agrae.grading.quantities import Rules, based, number, quantity, same_quantity, unit_ratio
 
 Symbolic = Callable[[str, str, float | None], bool]
 
@@ -41,18 +26,17 @@ _BRACKETS = {"()", "[]", "(]", "[)"}
 
 def _structure(text: str, comma: str) -> tuple[str, list[str]]:
     """Outermost structure (scalar, list, set, union, a pair of brackets or a matrix), and parts."""
-    matrix = enclosed(text, "[", "]") or enclosed(text, "(", ")") or text
+    matrix = inside(text, "[", "]") or inside(text, "(", ")") or text
     if match := _MATRIX.fullmatch(matrix.strip()):
         rows = [row for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2]) if row.strip()]
         cells = [[cell.strip() for cell in row.split("&")] for row in rows]
         shape = "/".join(str(len(row)) for row in cells)
         return f"matrix {shape}", [cell for row in cells for cell in row]
-    if (inner := enclosed(text, r"\{", r"\}")) is not None:
-        if re.search(r"\\mid|[|:]", inner):
-            return "scalar", [text]
-        return "set", _both_signs(split(inner, comma))
+    if (inner := inside(text, r"\{", r"\}")) is not None:
+        described = re.search(r"\\mid|[|:]", inner)  # as {x | x > 0}
+        return ("scalar", [text]) if described else ("set", _both_signs(split(inner, comma)))
     if text[:1] + text[-1:] in _BRACKETS:
-        inner = enclosed(text, text[0], text[-1])
+        inner = inside(text, text[0], text[-1])
         if inner is not None:
             if len(parts := split(inner, comma)) > 1:
                 return text[0] + text[-1], parts
@@ -181,7 +165,7 @@ def _leaf(gold: str, answer: str, rules: Rules, symbolic: Symbolic) -> bool:
     gold, answer = stripped
     g, a = quantity(gold), quantity(answer)
     g_number, a_number = number(g.head), number(a.head)
-    ratio = ratio_of_units(g.unit, a.unit, rules)
+    ratio = unit_ratio(g.unit, a.unit, rules)
     if g_number and a_number:
         percent = (g.percent, a.percent)
         return ratio is not None and same_quantity(g_number, a_number.times(ratio), percent, rules)
@@ -221,16 +205,13 @@ def _by_name(items: list[str]) -> bool:
     return all(len(sides) > 1 for sides in names) and len({sides[0] for sides in names}) > 1
 
 
-def _distinct(items: list[str]) -> list[str]:
-    return list({compact(item): item for item in items}.values())
-
-
 def _compare(gold: str, answer: str, comma: str, rules: Rules, symbolic: Symbolic) -> bool:
     g_kind, g_items = _structure(gold, comma)
     a_kind, a_items = _structure(answer, comma)
-
     if "," in "".join(g_items):  # pairs: a set of solutions, which may repeat one
-        g_items, a_items = _distinct(g_items), _distinct(a_items)
+        g_items, a_items = (
+            list({compact(item): item for item in items}.values()) for items in (g_items, a_items)
+        )
 
     def equal(g: str, a: str) -> bool:
         g, a = g.strip(), a.strip()
@@ -259,16 +240,15 @@ def _compare(gold: str, answer: str, comma: str, rules: Rules, symbolic: Symboli
         if "scalar" in (g_kind, a_kind) and "matrix}" in gold and "matrix}" in answer:
             return symbolic(gold, answer, rules.tolerance)  # a sum or product of matrices
         return g_kind == a_kind and ordered()
-    loose = {"list", "set"}
     if g_kind in _BRACKETS and a_kind in _BRACKETS:
         return g_kind == a_kind and ordered()
     if g_kind == "()" and a_kind == "list":
         return ordered()
     if g_kind == "list" and (a_kind == "()" or (a_kind == "[]" and len(a_items) > 2)):
         return unordered()
-    if g_kind in loose and a_kind in loose:
+    if {g_kind, a_kind} <= {"list", "set"}:
         return unordered()
-    if "union" in (g_kind, a_kind) and {g_kind, a_kind} <= {"union", *loose} and unordered():
+    if {g_kind, a_kind} <= {"list", "set", "union"} and unordered():
         return True
     if g_kind == "set" and len(g_items) == 1:
         return equal(g_items[0], answer)

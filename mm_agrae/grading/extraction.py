@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 
 Place = Literal["boxed", "answer_is", "tag", "end"]
 PLACES: tuple[Place, ...] = ("boxed", "answer_is", "tag", "end")
+_TAIL = 20_000  # characters at the end that are searched
 
 
 def check(name: str, value: str, valid: Sequence[str]) -> None:
@@ -36,13 +37,10 @@ def boxes(text: str, at_most: int) -> list[Box]:
     return found
 
 
-_TOKEN = re.compile(r"[ \t]*([^\s${}]*[^\s${}.,;:)\]\\])")
-
-
 def _box(text: str, start: int, position: int) -> Box:
     opening = re.compile(r"\s*\{").match(text, position)
     if opening is None:
-        token = _TOKEN.match(text, position)
+        token = re.compile(r"[ \t]*([^\s${}]*[^\s${}.,;:)\]\\])").match(text, position)
         return Box(start, token.end(), token[1]) if token else Box(start, position, None)
     depth = 1
     for brace in re.compile(r"\\.|[{}]", re.DOTALL).finditer(text, opening.end()):
@@ -159,15 +157,12 @@ def from_boxes(text: str) -> str | None:
     parts = [found[0].content or ""]
     for later, earlier in pairwise(found):
         between = text[earlier.end : later.start]
-        apart = earlier.end > later.start or not earlier.content or len(between) > 40
-        if apart or not _JOINED.fullmatch(between):
+        joined = earlier.end <= later.start and len(between) <= 40 and _JOINED.fullmatch(between)
+        if not earlier.content or not joined:
             break
         if between.strip(" $") or earlier.content.strip() != parts[-1].strip():
             parts.append(earlier.content)
     return ", ".join(reversed(parts))
-
-
-_FINAL = re.compile(r"\bfinal answer\b[\s*_]*(?:is\b|[:：])", re.IGNORECASE)
 
 
 def _from_boxes_or_later(text: str, or_later: bool) -> list[str] | None:
@@ -175,8 +170,8 @@ def _from_boxes_or_later(text: str, or_later: bool) -> list[str] | None:
     if content is None:
         return None
     rest = text[boxes(text, 1)[0].end :]
-    later = _after_answer_is(rest) if or_later and _FINAL.search(rest) else None
-    return later or [content]
+    final = re.search(r"\bfinal answer\b[\s*_]*(?:is\b|[:：])", rest, re.IGNORECASE)
+    return (_after_answer_is(rest) if final and or_later else None) or [content]
 
 
 _ANSWER_IS = re.compile(
@@ -187,7 +182,6 @@ _ANSWER_IS = re.compile(
 )
 _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.?](?=\s|$)|\n|,?\s+(?:because|since|which|so that|where)\b|,\s+so\b")
-_TAIL = 20_000  # characters at the end that are searched
 
 
 def _after_answer_is(text: str) -> list[str] | None:
@@ -224,14 +218,6 @@ _HENCE = re.compile(
     r"(?:therefore|thus|hence|so|then|finally|in conclusion)\b[\s,:]*", re.IGNORECASE
 )
 _CHOSEN = re.compile(r"\(([A-J])\)|\b(?:[Oo]ption|[Cc]hoice)\s+\(?\**([A-J])\b")
-
-
-def _content(formula: re.Match[str]) -> str:
-    """What is between the delimiters; of several aligned lines the last."""
-    content = formula[formula.lastindex or 0]
-    return content if formula[5] is None else content.rpartition(r"\\")[2].replace("&", "")
-
-
 _INSTEAD = re.compile(r"[,(]\s*(?:and )?not\b|\b(?:rather than|instead of)\b")
 # "is not 5", "step 5", and a sentence that was cut off: "so there are 5 of"
 _UNSAID = re.compile(
@@ -242,6 +228,13 @@ _UNSAID = re.compile(
 )
 _LONGEST_SENTENCE = 2000
 _MARKS = ' \t\n*_`"“”'
+_POLITE = re.compile(r"\s*I hope (?:it|this|that)(?:'s| is) (?:correct|right|helpful)\.?\s*$")
+
+
+def _content(formula: re.Match[str]) -> str:
+    """What is between the delimiters; of several aligned lines the last."""
+    content = formula[formula.lastindex or 0]
+    return content if formula[5] is None else content.rpartition(r"\\")[2].replace("&", "")
 
 
 def _bare(text: str) -> str:
@@ -268,9 +261,6 @@ def _said(sentence: str) -> list[str]:
     return given + (list(letters) if len(letters) == 1 else [])
 
 
-_UNIT = re.compile(r"\\?%|°|(?!(?:is|are|was)\b)[a-zA-Z./^²³ ]{1,20}")
-
-
 def _formula_said(sentence: str, found: list[re.Match[str]]) -> list[str]:
     last, rest = found[-1], sentence[found[-1].end() :]
     if not re.search(r"[a-z]{2}", sentence[: last.start()] + rest):
@@ -279,7 +269,8 @@ def _formula_said(sentence: str, found: list[re.Match[str]]) -> list[str]:
         between = sentence[found[-2].end() : last.start()]
         if rest.strip(_MARKS + ".") or re.fullmatch(r"\W*(?:and|or)?\W*", between):
             return []
-    return [_content(last) + rest if _UNIT.fullmatch(rest.strip()) else _content(last)]
+    unit = re.fullmatch(r"\\?%|°|(?!(?:is|are|was)\b)[a-zA-Z./^²³ ]{1,20}", rest.strip())
+    return [_content(last) + rest if unit else _content(last)]
 
 
 def _number_said(sentence: str) -> list[str]:
@@ -293,10 +284,6 @@ def _number_said(sentence: str) -> list[str]:
     return found if len(found) == 1 and not _OPERATOR.search(sentence) else []
 
 
-_POLITE = re.compile(r"\s*I hope (?:it|this|that)(?:'s| is) (?:correct|right|helpful)\.?\s*$")
-_COMPLETE = re.compile(r"[\d.!?)\]}$%°*`²³]$")
-
-
 def _at_the_end(text: str, bare_limit: int) -> list[str] | None:
     text = _POLITE.sub("", text[-_TAIL:].strip()[-2 * _LONGEST_SENTENCE :])
     said: list[str] = []
@@ -307,12 +294,11 @@ def _at_the_end(text: str, bare_limit: int) -> list[str] | None:
     sentence = re.split(r"\n|(?<=[.!?])[*$)\]]*\s+(?=[A-Z*])", text)[-1]
     if letter := re.fullmatch(r"[\s*_(]*([A-J])[\s*_).]*", sentence):
         return [letter[1]]
-    if not _COMPLETE.search(text):
+    if not re.search(r"[\d.!?)\]}$%°*`²³]$", text):  # cut off
         return said or None
     last = next(reversed(list(_FORMULA.finditer(text))), None)
-    if last and re.fullmatch(
-        r"[\s.*_]*(?:align|aligned|equation|gather)?[*}]*[\s.]*", text[last.end() :]
-    ):
+    ending = r"[\s.*_]*(?:align|aligned|equation|gather)?[*}]*[\s.]*"
+    if last and re.fullmatch(ending, text[last.end() :]):
         return [_content(last), *said]
     whole = _HENCE.sub("", _bare(sentence), count=1)
     words = re.search(r"[a-zA-Z]{2}", whole)

@@ -87,7 +87,7 @@ def _evaluate(expression: Any) -> _Value | None:
     parts = expression.evalf(_PRECISION).as_real_imag()
     if not all((part.is_Float or part.is_Rational) and part.is_finite for part in parts):
         return None
-    return _Value(*(Fraction(str(part)) for part in parts), exact=False)
+    return _Value(Fraction(str(parts[0])), Fraction(str(parts[1])), exact=False)
 
 
 def _near(gold: _Value, answer: _Value) -> bool:

@@ -1,6 +1,6 @@
 r"""Written answers in one notation, and their parts.
 
-`normalise` brings LaTeX, Unicode and plain text to one form; `split` and `enclosed` take it apart
+`normalise` brings LaTeX, Unicode and plain text to one form; `split` and `inside` take it apart
 at brackets; `as_text` is for answers in words. Plain string work, linear in the text.
 """
 
@@ -126,10 +126,10 @@ def normalise(text: str) -> str:
     text = re.sub(r"^\s*(?:=|\\approx|(?:approximately|about) )\s*", "", text)
     text = re.sub(r"(?:(?<!\\)[\s.,:]|\\\\)+$", "", text).strip()
     text = _QUALIFIER.sub("", text)
-    while (inner := enclosed(text, "{", "}")) is not None:
+    while (inner := inside(text, "{", "}")) is not None:
         text = inner.strip()
     # A list or a number set entirely in \text is a list or a number.
-    inner = enclosed(text, r"\text{", "}")
+    inner = inside(text, r"\text{", "}")
     return text if inner is None or not re.match(r"[^{}]*,|\s*[\d.+-]", inner) else inner.strip()
 
 
@@ -142,7 +142,7 @@ def _grouped(text: str) -> str:
     return ", ".join(f"({group.strip()})" for group in groups)
 
 
-def enclosed(text: str, opening: str, closing: str) -> str | None:
+def inside(text: str, opening: str, closing: str) -> str | None:
     """What is between the brackets if one pair encloses the whole text, else None."""
     if not (text.startswith(opening) and text.endswith(closing)):
         return None

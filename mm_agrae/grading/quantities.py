@@ -101,14 +101,11 @@ _BASES = {"two": 2, "three": 3, "eight": 8}
 
 def based(text: str) -> tuple[str, int] | None:
     """1101_2 as ("1101", 2): digits that are valid in the base."""
-    match = _BASED.fullmatch(compact(text).replace(",", ""))
-    if match is None:
+    if (match := _BASED.fullmatch(compact(text).replace(",", ""))) is None:
         return None
-    base = _BASES.get(match[3]) or int(match[3])
-    valid = "0123456789abcdefghijklmnopqrstuvwxyz"[:base]
-    if base < 2 or base > 36 or set(match[2].lower()) - set(valid) - {"."}:
-        return None
-    return match[1] + match[2].lower(), base
+    base, digits = _BASES.get(match[3]) or int(match[3]), match[2].lower()
+    valid = set("0123456789abcdefghijklmnopqrstuvwxyz"[:base] + ".")
+    return (match[1] + digits, base) if 2 <= base <= 36 and set(digits) <= valid else None
 
 
 # --------------------------------------------------------------------------------- units
@@ -176,7 +173,7 @@ def unit(text: str) -> Unit | None:
     return Unit(frozenset(dimension.items()), factor, known)
 
 
-def ratio_of_units(gold: Unit | None, answer: Unit | None, rules: Rules) -> Fraction | None:
+def unit_ratio(gold: Unit | None, answer: Unit | None, rules: Rules) -> Fraction | None:
     """What to multiply the answer by to convert it to the gold unit; None if impossible."""
     if rules.units == "ignore":
         return Fraction(1)

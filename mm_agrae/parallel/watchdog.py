@@ -115,9 +115,7 @@ class Watchdog:
             self._status["failed"] = message
         with contextlib.suppress(RuntimeError):
             self._publish(self._store)
-            time.sleep(
-                3 * HEARTBEAT_S
-            )  # the store may end with this process: let the others read it
+            time.sleep(3 * HEARTBEAT_S)  # the store may end with this process: let others read it
         self._closed.set()
 
     def close(self) -> None:
@@ -130,16 +128,11 @@ class Watchdog:
 
     def _timed_out(self, where: str, keys: list[str], waited: float) -> str:
         found = self._read(self._store)
-        missing = ", ".join(
-            f"{_name(rank, found[rank])}, which has been in {_stage(found[rank])} for "
-            f"{found[rank]['for_s']:.0f} s"
-            for rank, key in enumerate(keys)
-            if not self._store.check([key])
-        )
+        missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
         return (
             f"{_name(self.rank, self._status)} has waited {waited:.0f} s at {where} of step "
-            f"{self._status['step']} for {missing}; if that is only slow, raise "
-            f"train.timeout_minutes ({self.timeout_s / 60:g})"
+            f"{self._status['step']} for {_whereabouts(found, missing)}; if that is only slow, "
+            f"raise train.timeout_minutes ({self.timeout_s / 60:g})"
         )
 
     # -------------------------------------------------- in the watching thread
@@ -158,10 +151,10 @@ class Watchdog:
             if self._status["stage"] == "update" and stuck > self.timeout_s + grace:
                 self._problem = self._problem or self._stuck(stuck)
                 self._end()
-            if self._problem and not problem_since:
-                problem_since = now
-            if problem_since and now - problem_since > grace:
-                self._end()
+            if self._problem:
+                problem_since = problem_since or now
+                if now - problem_since > grace:
+                    self._end()
 
     def _look(self, now: float) -> str:
         for rank, peer in enumerate(self._peers):
@@ -184,14 +177,10 @@ class Watchdog:
         return ""
 
     def _stuck(self, seconds: float) -> str:
-        where = ", ".join(
-            f"{_name(r, p)} in {_stage(p)} for {p['for_s']:.0f} s"
-            for r, p in enumerate(self._peers)
-            if r != self.rank
-        )
+        others = [rank for rank in range(len(self._peers)) if rank != self.rank]
         return (
             f"{_name(self.rank, self._status)} has been in {_stage(self._status)} for "
-            f"{seconds:.0f} s without progress; the other ranks: {where}"
+            f"{seconds:.0f} s without progress; others: {_whereabouts(self._peers, others)}"
         )
 
     def _store_is_gone(self) -> str:
@@ -225,6 +214,14 @@ def _stage(status: dict[str, Any]) -> str:
     return f"{status['stage']} of step {status['step']}"
 
 
+def _whereabouts(statuses: list[dict[str, Any]], ranks: list[int]) -> str:
+    return ", ".join(
+        f"{_name(rank, statuses[rank])}, which has been in {_stage(statuses[rank])} for "
+        f"{statuses[rank]['for_s']:.0f} s"
+        for rank in ranks
+    )
+
+
 def _machine() -> str:
     """Equal for processes that can see each other's ids; host names need not be unique."""
     try:
@@ -237,12 +234,10 @@ def _machine() -> str:
 def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
+            # "Z": a zombie, which has ended, but its parent has not collected it
+            return file.read().rpartition(")")[2].split()[0] != "Z"
     except ProcessLookupError:
         return False
-    except OSError:
-        return True
-    try:  # a zombie: it has ended, and its parent has not collected it
-        with open(f"/proc/{pid}/stat", encoding="utf-8") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
+    except OSError:  # another user's process, or no /proc here
         return True

@@ -13,18 +13,28 @@ completion counts as unsolved, and `Score.error` and `Rewarder.error_counts` say
 from __future__ import annotations
 
 import logging
+import math
+import numbers
 import re
+import time
 from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
-from mm_agrae.config.plugins import is_import_name
+from mm_agrae.config.plugins import is_import_name, load_object
 from mm_agrae.errors import ConfigError
-from mm_agrae.grading.pool import Call, CallFailed, PoolBroken, WorkerPool
-from mm_agrae.rewards import worker
-from mm_agrae.rewards.parts import PARTS, overlong_penalty
-from mm_agrae.rewards.worker import Job
+from mm_agrae.grading.accuracy import prepare_worker
+from mm_agrae.grading.pool import (
+    Call,
+    CallFailed,
+    PoolBroken,
+    WorkerPool,
+    describe,
+    limit_computing,
+)
+from mm_agrae.rewards.parts import PARTS, Part, accuracy, overlong_penalty
 from mm_agrae.types import Completion, Example, Score
 
 if TYPE_CHECKING:
@@ -33,6 +43,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _CHUNK = 32
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One reward part to compute. `index` is the completion's position in the batch."""
+
+    index: int
+    part: str
+    example: Example
+    completion: Completion
 
 
 class Rewarder:
@@ -85,7 +105,7 @@ class Rewarder:
             for e in examples
         }
         jobs = [
-            Job(index, part, light[id(example)], completion)
+            _Job(index, part, light[id(example)], completion)
             for index, (example, completion) in enumerate(zip(examples, completions, strict=True))
             for part in self.config.parts
         ]
@@ -113,12 +133,12 @@ class Rewarder:
         success = parts["accuracy"] == 1.0 and not errors
         return Score(reward=reward, success=success, parts=parts, error="; ".join(errors))
 
-    def _run(self, jobs: Sequence[Job]) -> list[tuple[Job, float | str]]:
+    def _run(self, jobs: Sequence[_Job]) -> list[tuple[_Job, float | str]]:
         """Run jobs in chunks. If a chunk fails, its jobs run one by one, each with all its time."""
         size = max(1, min(_CHUNK, len(jobs) // (4 * self.config.workers)))
         chunks = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
         waiting = deque((self._submit(chunk), chunk, 0) for chunk in chunks)
-        done: list[tuple[Job, float | str]] = []
+        done: list[tuple[_Job, float | str]] = []
         while waiting:
             call, chunk, attempt = waiting.popleft()
             try:
@@ -135,9 +155,9 @@ class Rewarder:
                 waiting.append((self._submit(rest), rest, 0))
         return done
 
-    def _submit(self, chunk: list[Job]) -> Call:
+    def _submit(self, chunk: list[_Job]) -> Call:
         limit_s = self.config.time_limit_s
-        return self._pools[-1].submit(worker.run_chunk, (chunk, limit_s), limit_s)
+        return self._pools[-1].submit(_run_chunk, (chunk, limit_s), limit_s)
 
     def _start_pool(self, new: list[str]) -> None:
         """Start workers that import `new` too. Raises ConfigError if one cannot be imported.
@@ -149,14 +169,14 @@ class Rewarder:
             WorkerPool(
                 self.config.workers,
                 self.config.memory_limit_mb,
-                worker.prepare,
+                _prepare,
                 (self._imports, self.config.answer_after_thinking),
             )
         )
         errors = {}
         try:
             if new:
-                errors = self._pools[-1].call(worker.import_errors, (), 1.0)
+                errors = self._pools[-1].call(_errors_at_import, (), 1.0)
         except CallFailed:
             errors = {", ".join(new): "importing it ends the process, or never finishes"}
         except BaseException:
@@ -170,3 +190,60 @@ class Rewarder:
 
     def _where(self, name: str) -> str:
         return f"reward.parts.{name}" if name in self.config.parts else f"grader {name}"
+
+
+# ------------------------------------------------------------------------ in the worker processes
+
+_parts: dict[str, Part] = {}
+_import_errors: dict[str, str] = {}
+
+
+def _prepare(imports: Sequence[str], answer_after_thinking: bool) -> None:
+    """Run once in each worker: import the user's reward parts and the examples' graders."""
+    _parts.update(PARTS)
+    _parts["accuracy"] = partial(accuracy, after_thinking=answer_after_thinking)
+    for name in imports:
+        try:
+            _parts[name] = load_object(name)
+        except ConfigError as error:
+            _import_errors[name] = str(error)
+        except BaseException as error:  # whatever a module does when it is imported
+            _import_errors[name] = f"importing it {describe(error)}"
+    if not _import_errors:
+        prepare_worker()
+
+
+def _errors_at_import() -> dict[str, str]:
+    """What went wrong in `_prepare`, by import name."""
+    return _import_errors
+
+
+def _run_chunk(chunk: Sequence[_Job], limit_s: float) -> list[float | str]:
+    """Outcomes of the first jobs: at least one, and as many as fit into half a time limit.
+
+    The limit starts anew with each job, so a slow one does not eat into the time of the next.
+    """
+    start = time.monotonic()
+    outcomes: list[float | str] = []
+    for job in chunk:
+        if outcomes and time.monotonic() - start > limit_s / 2:
+            break
+        outcomes.append(_outcome(job, limit_s))
+    return outcomes
+
+
+def _outcome(job: _Job, limit_s: float) -> float | str:
+    """The value of a part, or a message that says what is wrong with it."""
+    limit_computing(limit_s)
+    try:
+        value = _parts[job.part](job.example, job.completion)
+        value = value.item() if hasattr(value, "item") else value  # numpy, torch
+    except MemoryError:
+        raise  # the worker has to be replaced
+    except BaseException as error:
+        return f"{job.part} {describe(error)}"
+    if not isinstance(value, numbers.Real):
+        return f"{job.part} returned {type(value).__name__}, not a number"
+    if not math.isfinite(value):
+        return f"{job.part} returned {float(value)}, not a finite number"
+    return float(value)

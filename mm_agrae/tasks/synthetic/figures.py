@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mm_agrae.tasks.synthetic import diagrams
@@ -69,18 +69,20 @@ def derive(way: str, given: Sequence[int]) -> tuple[str, int] | None:
     return " ".join(clauses), value
 
 
+def _fitting(
+    values: Iterable[int], arity: int, fits: Callable[..., bool], ordered: bool
+) -> Iterator[Numbers]:
+    """In falling order alone if swapping the numbers gives the same figure."""
+    combine = itertools.combinations_with_replacement
+    found = combine(values, arity) if ordered else itertools.product(values, repeat=arity)
+    return (numbers for numbers in found if fits(*numbers))
+
+
 def _multiples(
     arity: int, fits: Callable[..., bool], ordered: bool = True
 ) -> Callable[[int], Iterator[Numbers]]:
-    """Angles from 25 to 150 degrees; in falling order if swapping them gives the same figure."""
-
-    def every(step: int) -> Iterator[Numbers]:
-        for numbers in itertools.product(range(150, 24, -step), repeat=arity):
-            falling = all(x >= y for x, y in itertools.pairwise(numbers))
-            if (falling or not ordered) and fits(*numbers):
-                yield numbers
-
-    return every
+    """Angles from 25 to 150 degrees."""
+    return lambda step: _fitting(range(150, 24, -step), arity, fits, ordered)
 
 
 def _lengths(
@@ -88,30 +90,21 @@ def _lengths(
 ) -> Callable[[int], Iterator[Numbers]]:
     """Side lengths from 2 to 9, or to 12 if numbers need not be easy (`step` 5)."""
 
-    def every(step: int) -> Iterator[Numbers]:
-        for numbers in itertools.product(range(9 if step == 10 else 12, 1, -1), repeat=arity):
-            falling = all(x >= y for x, y in itertools.pairwise(numbers))
-            drawable = max(numbers) <= 2.5 * min(numbers)
-            if (falling or not ordered) and drawable and fits(*numbers):
-                yield numbers
+    def drawable(*numbers: int) -> bool:
+        return max(numbers) <= 2.5 * min(numbers) and fits(*numbers)
 
-    return every
-
-
-_MIN = 25
+    return lambda step: _fitting(range(9 if step == 10 else 12, 1, -1), arity, drawable, ordered)
 
 
 def _ok(*angles: float) -> bool:
-    return min(angles) >= _MIN
+    return min(angles) >= 25
 
 
 # fmt: off
-_THIRD = ("Triangle: s=a+b, 180-s", "Triangle: s=180-a, s-b")
-_SUM_OF_FOUR = ("Four corners: s=a+b+c, 360-s",)
 _FIGURES = [
     # One rule.
     Figure(
-        "triangle", (1, 2, 4), _THIRD,
+        "triangle", (1, 2, 4), ("Triangle: s=a+b, 180-s", "Triangle: s=180-a, s-b"),
         _multiples(2, lambda a, b: _ok(180 - a - b) and a <= 120), diagrams.triangle,
         "In a triangle two angles are {a} and {b}. x is the third angle. Find x.",
     ),
@@ -188,7 +181,7 @@ _FIGURES = [
         "A parallelogram has an angle {a}. x is the angle next to it. Find x.",
     ),
     Figure(
-        "quadrilateral", (2, 4), _SUM_OF_FOUR,
+        "quadrilateral", (2, 4), ("Four corners: s=a+b+c, 360-s",),
         _multiples(3, lambda a, b, c: a <= 130 and c >= 50 and 50 <= 360 - a - b - c <= 130),
         diagrams.quadrilateral,
         "Three angles of a quadrilateral are {a}, {b} and {c}. x is the fourth. Find x.",

@@ -22,7 +22,7 @@ in both modalities.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from PIL import Image
@@ -92,13 +92,13 @@ class SyntheticTask(Sequence[Example]):
         if self.modality == "image":
             image, drawn = problem.draw(rng, self.picture_px)
             images = (image,)
-        choices = problem.choices
+        choices = list(problem.choices)
         return Example(
             id=f"synthetic-{self.split}-{self.seed}-{index}",
             question=problem.question if images else problem.described,
             answer=problem.answer,
             images=images,
-            grading={"kind": "choice", "choices": list(choices)} if choices else {"kind": "number"},
+            grading={"kind": "choice", "choices": choices} if choices else {"kind": "number"},
             origin=f"synthetic {self.split} (seed {self.seed}), example {index}",
             meta={
                 "family": problem.family,
@@ -112,23 +112,22 @@ class SyntheticTask(Sequence[Example]):
         )
 
 
-def _valid(option: str, value: Any, choices: Iterable[Any]) -> Any:
-    names = list(choices)
-    if value in names and not isinstance(value, bool):
+def _valid(option: str, value: Any, choices: Collection[Any]) -> Any:
+    if value in list(choices) and not isinstance(value, bool):
         return value
-    hint = nearest(str(value), map(str, names))
+    hint = nearest(str(value), map(str, choices))
     raise ConfigError(f"synthetic task: {option} is {value!r}; {hint}")
 
 
-def _several(option: str, values: Any, choices: Iterable[Any]) -> list[Any]:
-    names = list(choices)
+def _several(option: str, values: Any, choices: Collection[Any]) -> list[Any]:
     if values is None:
-        return names
+        return list(choices)
     if isinstance(values, str | int):
         values = [values]
     if not values:
-        raise ConfigError(f"synthetic task: {option} is empty; valid: {', '.join(map(str, names))}")
-    return [_valid(option, value, names) for value in values]
+        valid = ", ".join(map(str, choices))
+        raise ConfigError(f"synthetic task: {option} is empty; valid: {valid}")
+    return [_valid(option, value, choices) for value in values]
 
 
 def _at_least(option: str, value: Any, least: int) -> int:

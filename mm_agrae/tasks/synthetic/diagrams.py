@@ -1,15 +1,15 @@
-"""One function per kind of geometry figure: the given numbers -> a diagram to scale.
+"""The given numbers of a geometry figure -> a diagram to scale.
 
-Each takes a random generator (for what the numbers leave open) and the given numbers; `figures.py`
-says which numbers can be drawn.
+`rng` decides what the numbers leave open; `figures.py` says which numbers can be drawn.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from mm_agrae.tasks.synthetic.drawing import XY, AngleLabel, Diagram
 
@@ -30,64 +30,42 @@ def _triangle_points(a: float, b: float) -> dict[str, XY]:
 
 
 _TRIANGLE = [("A", "B"), ("B", "C"), ("C", "A")]
-_LEGS = [("A", "C"), ("B", "C")]
 _CORNERS = {"A": ("A", "B", "C"), "B": ("B", "C", "A"), "C": ("C", "A", "B")}
-_EXTERIOR = _CORNERS | {"D": ("B", "D", "C"), "E": ("A", "C", "E")}
-"""With D on the side A-B beyond B, and E on it beyond A."""
+_CORNERS |= {"D": ("B", "D", "C"), "E": ("A", "C", "E")}
+"""Inner angles, and the exterior ones at B and A: D lies on A-B beyond B, E beyond A."""
 _QUADRILATERAL = [("A", "B"), ("B", "C"), ("C", "D"), ("D", "A")]
 _INNER = {"A": ("A", "B", "D"), "B": ("B", "C", "A"), "C": ("C", "D", "B"), "D": ("D", "A", "C")}
 
 
-def _label(corners: Mapping[str, tuple[str, str, str]], **texts: object) -> list[AngleLabel]:
+def _label(corners: Mapping[str, tuple[str, str, str]], **texts: Any) -> list[AngleLabel]:
     """Labels of the named angles, in the given order."""
     return [(*corners[name], f"{text}") for name, text in texts.items()]
 
 
-def _triangle(a: float, b: float, **labels: object) -> Diagram:
-    return Diagram(_triangle_points(a, b), _TRIANGLE, _label(_CORNERS, **labels))
+def triangle(
+    a: float,
+    b: float,
+    *,
+    extended: bool = False,
+    right: str = "",
+    equal: bool = False,
+    **labels: Any,
+) -> Diagram:
+    """Angles a at A and b at B. `labels`: an angle's name -> its text, in the order of placing.
 
-
-def triangle(rng: random.Random, a: int, b: int) -> Diagram:
-    return _triangle(a, b, A=a, B=b, C="x")
-
-
-def right_triangle(rng: random.Random, a: int) -> Diagram:
-    return replace(_triangle(a, 90, A=a, C="x"), right=[_CORNERS["B"]])
-
-
-def isosceles_base(rng: random.Random, a: int) -> Diagram:
-    return replace(_triangle((180 - a) / 2, (180 - a) / 2, A="x", C=a), ticks=_LEGS)
-
-
-def isosceles_apex(rng: random.Random, a: int) -> Diagram:
-    return replace(_triangle(a, a, A=a, C="x"), ticks=_LEGS)
-
-
-def _exterior(a: float, b: float, **labels: object) -> Diagram:
-    """Triangle whose side A-B is extended to D: the exterior angle is D-B-C."""
-    points = _triangle_points(a, b)
-    points["D"] = _beyond(points["A"], points["B"])
-    return Diagram(points, [("A", "D"), ("B", "C"), ("C", "A")], _label(_EXTERIOR, **labels))
-
-
-def exterior(rng: random.Random, a: int, b: int) -> Diagram:
-    return _exterior(a, 180 - a - b, A=a, C=b, D="x")
-
-
-def remote(rng: random.Random, e: int, a: int) -> Diagram:
-    return _exterior(a, 180 - e, A=a, C="x", D=e)
-
-
-def isosceles_exterior(rng: random.Random, a: int) -> Diagram:
-    return replace(_exterior((180 - a) / 2, (180 - a) / 2, C=a, D="x"), ticks=_LEGS)
-
-
-def right_exterior(rng: random.Random, a: int) -> Diagram:
-    return replace(_exterior(a, 90 - a, A=a, D="x"), right=[_CORNERS["C"]])
+    `extended`: A-B goes on to D. `right`: corner marked as right. `equal`: A-C and B-C so marked.
+    """
+    points, segments = _triangle_points(a, b), _TRIANGLE
+    if extended:
+        points["D"] = _beyond(points["A"], points["B"])
+        segments = [("A", "D"), *_TRIANGLE[1:]]
+    signs = [_CORNERS[right]] if right else []
+    ticks = [("A", "C"), ("B", "C")] if equal else []
+    return Diagram(points, segments, _label(_CORNERS, **labels), right=signs, ticks=ticks)
 
 
 def two_exteriors(rng: random.Random, e: int, f: int) -> Diagram:
-    figure = _exterior(180 - e, 180 - f, D=f, C="x", E=e)
+    figure = triangle(180 - e, 180 - f, extended=True, D=f, C="x", E=e)
     figure.points["E"] = _beyond(figure.points["B"], figure.points["A"])
     figure.segments[0] = ("E", "D")
     return figure
@@ -141,12 +119,12 @@ def full_turn(rng: random.Random, *given: int) -> Diagram:
     return figure
 
 
-def right_split(rng: random.Random, a: int) -> Diagram:
-    return replace(_split(rng, 90, [a]), right=[("O", "P0", "P2")])
-
-
 def opposite(rng: random.Random, a: int) -> Diagram:
     return _fan([(a, f"{a}"), (180 - a, ""), (a, "x"), (180 - a, "")], closed=True)
+
+
+def right_split(rng: random.Random, a: int) -> Diagram:
+    return replace(_split(rng, 90, [a]), right=[("O", "P0", "P2")])
 
 
 def _quadrilateral_points(a: int, b: int, c: int) -> dict[str, XY]:
@@ -198,23 +176,21 @@ def parallel(a: int, beside: str) -> Diagram:
     )
 
 
-def regular(corners: int) -> Callable[..., Diagram]:
-    def build(rng: random.Random, a: int) -> Diagram:
-        names = "ABCDEF"[:corners]
-        points = {name: _ray(360 * k / corners) for k, name in enumerate(names)}
-        edges = [(names[k], names[(k + 1) % corners]) for k in range(corners)]
-        return Diagram(points, edges, sides=[(*edges[0], f"{a}")], ticks=edges)
-
-    return build
+def regular(names: str, a: int) -> Diagram:
+    """A regular polygon with the named corners and the side a."""
+    points = {name: _ray(360 * k / len(names)) for k, name in enumerate(names)}
+    edges = list(zip(names, names[1:] + names[0], strict=True))
+    return Diagram(points, edges, sides=[(*edges[0], f"{a}")], ticks=edges)
 
 
-def rectangle(rng: random.Random, a: int, b: int, labels: tuple[str, str] = ("", "")) -> Diagram:
+def rectangle(a: int, b: int, shown: str) -> Diagram:
+    """Sides a and b, the second shown as `shown`."""
     width, height = float(a), float(b)
     points = {"A": (0.0, 0.0), "B": (width, 0.0), "C": (width, height), "D": (0.0, height)}
     return Diagram(
         points,
         _QUADRILATERAL,
-        sides=[("A", "B", labels[0] or f"{a}"), ("B", "C", labels[1] or f"{b}")],
+        sides=[("A", "B", f"{a}"), ("B", "C", shown)],
         right=[("A", "B", "D"), ("C", "D", "B")],
     )
 
@@ -225,15 +201,11 @@ def _sided_triangle(a: float, b: float, c: float) -> dict[str, XY]:
     return {"A": (0.0, 0.0), "B": (float(c), 0.0), "C": (x, math.sqrt(b * b - x * x))}
 
 
-def scalene_perimeter(rng: random.Random, a: int, b: int, c: int) -> Diagram:
+def scalene(rng: random.Random, a: int, b: int, c: int) -> Diagram:
     sides = [("B", "C", f"{a}"), ("C", "A", f"{b}"), ("A", "B", f"{c}")]
     return Diagram(_sided_triangle(a, b, c), _TRIANGLE, sides=sides)
 
 
-def isosceles_perimeter(rng: random.Random, leg: int, base: int) -> Diagram:
+def isosceles(rng: random.Random, leg: int, base: int) -> Diagram:
     sides, ticks = [("B", "C", f"{leg}"), ("A", "B", f"{base}")], [("C", "A"), ("B", "C")]
     return Diagram(_sided_triangle(leg, leg, base), _TRIANGLE, sides=sides, ticks=ticks)
-
-
-def rectangle_side(rng: random.Random, perimeter: int, a: int) -> Diagram:
-    return rectangle(rng, a, perimeter // 2 - a, (f"{a}", "x"))

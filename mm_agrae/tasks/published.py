@@ -78,13 +78,10 @@ class CatalogTask(FileTask):
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        split = options.get("split")
-        if split and split not in cls.entry.files:
-            raise ConfigError(
-                f"{cls.name}: no split {split!r}; {nearest(str(split), cls.entry.files)}; the "
-                f"splits are {listing(cls.entry.files)}"
-            )
-        ask = options.get("ask")
+        split, ask, splits = options.get("split"), options.get("ask"), cls.entry.files
+        if split and split not in splits:
+            hint = f"{nearest(str(split), splits)}; the splits are {listing(splits)}"
+            raise ConfigError(f"{cls.name}: no split {split!r}; {hint}")
         if ask and ask not in cls.entry.ask:
             valid = f"valid: {listing(cls.entry.ask)}" if cls.entry.ask else "it has no such option"
             raise ConfigError(f"{cls.name}: ask: {ask!r}; {valid}")
@@ -99,9 +96,8 @@ class CatalogTask(FileTask):
     def _choices(self, row: TableRow, origin: str) -> list[str]:
         choices = super()._choices(row, origin)
         if self.ask == "letter" and not choices:
-            raise DataError(
-                f"{origin}: ask=letter, but it has no choices; the columns are {listing(row)}"
-            )
+            problem = f"ask=letter, but it has no choices; the columns are {listing(row)}"
+            raise DataError(f"{origin}: {problem}")
         return choices
 
     def _wanted(self, row: TableRow, origin: str) -> bool:

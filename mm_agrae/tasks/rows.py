@@ -185,11 +185,10 @@ def _dataset_rows(data: Any, name: str, folder: Path, split: str) -> Iterator[La
     from datasets import Dataset
 
     if not isinstance(data, Dataset):
-        splits = list(data)
-        if split not in splits and not (split == "" and len(splits) == 1):
-            raise DataError(f"{name}: set split to one of {', '.join(splits)} (got {split!r})")
-        name = f"{name} [{split or splits[0]}]"
-        data = data[split or splits[0]]
+        chosen = next(iter(data)) if not split and len(data) == 1 else split
+        if chosen not in data:
+            raise DataError(f"{name}: set split to one of {', '.join(data)} (got {split!r})")
+        name, data = f"{name} [{chosen}]", data[chosen]
     rows = data.with_format("arrow")  # as stored: images stay encoded
     yield from _arrow_rows(rows.__getitem__, len(rows), name, folder)
 

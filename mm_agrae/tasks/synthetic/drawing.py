@@ -60,16 +60,13 @@ def draw_diagram(
 
     Retries until no two labels collide; later attempts may turn further.
     """
-    fewest, best = math.inf, None
+    attempts = []
     for attempt in range(60):
         turned = _turned(diagram, rng, px, most_turn * max(1, attempt / 10))
-        labels, crowded = _place_labels(turned, px)
-        if crowded < fewest:
-            fewest, best = crowded, (turned, labels)
-        if crowded == 0:
+        attempts.append((turned, *_place_labels(turned, px)))
+        if attempts[-1][2] == 0:
             break
-    assert best is not None
-    turned, labels = best
+    turned, labels, crowded = min(attempts, key=lambda attempt: attempt[2])
     image, pen = _canvas(px)
     points = turned.points
     for p, q in turned.segments:
@@ -84,7 +81,7 @@ def draw_diagram(
         _arc(pen, points[vertex], points[p], points[q], UNKNOWN if text == "x" else GIVEN)
     for text, box in labels:
         _write(pen, text, box, UNKNOWN if text == "x" else INK)
-    return image.reduce(_ZOOM), {**vars(turned), "labels": labels, "crowded": fewest}
+    return image.reduce(_ZOOM), {**vars(turned), "labels": labels, "crowded": crowded}
 
 
 def draw_shapes(

@@ -25,8 +25,6 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from PIL import Image
-
 from mm_agrae.errors import ConfigError, nearest
 from mm_agrae.tasks.synthetic.problems import MAKERS, Problem
 from mm_agrae.types import Example
@@ -87,17 +85,15 @@ class SyntheticTask(Sequence[Example]):
             raise IndexError(f"example {index} of {self.size}")
         index %= self.size
         problem, rng = self.problem(index)
-        images: tuple[Image.Image, ...] = ()
-        drawn: dict[str, Any] = {}
-        if self.modality == "image":
-            image, drawn = problem.draw(rng, self.picture_px)
-            images = (image,)
+        image, drawn = (
+            problem.draw(rng, self.picture_px) if self.modality == "image" else (None, {})
+        )
         choices = list(problem.choices)
         return Example(
             id=f"synthetic-{self.split}-{self.seed}-{index}",
-            question=problem.question if images else problem.described,
+            question=problem.question if image else problem.described,
             answer=problem.answer,
-            images=images,
+            images=(image,) if image else (),
             grading={"kind": "choice", "choices": choices} if choices else {"kind": "number"},
             origin=f"synthetic {self.split} (seed {self.seed}), example {index}",
             meta={

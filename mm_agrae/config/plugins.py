@@ -11,7 +11,6 @@ import importlib.util
 import inspect
 import re
 import sys
-import typing
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from typing import Any
 
 from mm_agrae.errors import ConfigError, nearest
 
-_REQUIRED = inspect.Parameter.empty
+UNSET = inspect.Parameter.empty
+"""The default of a required parameter, and the annotation of one that has none."""
 
 
 def is_import_name(name: str) -> bool:
@@ -65,8 +65,8 @@ def _file_module(path: Path) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
     specification = importlib.util.spec_from_file_location(name, path)
-    assert specification is not None
-    assert specification.loader is not None
+    assert specification
+    assert specification.loader
     module = importlib.util.module_from_spec(specification)
     sys.modules[name] = module
     sys.path.append(str(path.parent))
@@ -88,30 +88,38 @@ def check_arguments(
     """
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-    parameters = signature(function)
+    parameters = signature(function, resolve=True)
     names = [name for name in parameters if name not in filled_in]
     for name in arguments:
         if name not in names:
             raise ConfigError(f"no option {name!r}; {nearest(name, names)}")
     for name in names:
-        if parameters[name].default is _REQUIRED and name not in arguments:
+        if parameters[name].default is UNSET and name not in arguments:
             raise ConfigError(f"needs the option {name!r}")
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     for name, value in arguments.items():
-        if name not in hints:
+        hint = parameters[name].annotation
+        if hint is UNSET:
             continue
         try:
-            TypeAdapter(hints[name], config=ConfigDict(strict=True)).validate_python(value)
+            TypeAdapter(hint, config=ConfigDict(strict=True)).validate_python(value)
         except ValidationError as error:
             first = error.errors()[0]
-            inside = [
-                str(part) for part in first["loc"] if isinstance(value, dict) and part in value
-            ]
-            key = ".".join([name, *inside])
+            known = value if isinstance(value, dict) else ()
+            key = ".".join([name, *(str(part) for part in first["loc"] if part in known)])
             problem = first["msg"][:1].lower() + first["msg"][1:]
             raise ConfigError(f"{key}: {problem} (got {first['input']!r})") from None
 
 
-def signature(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a function or a constructor, by name."""
-    return inspect.signature(function).parameters
+def signature(
+    function: Callable[..., Any], resolve: bool = False
+) -> Mapping[str, inspect.Parameter]:
+    """Parameters of a function or a constructor, by name.
+
+    `**options` of a constructor stand for the parameters of its base class. `resolve`: annotations
+    as types instead of text.
+    """
+    parameters = dict(inspect.signature(function, eval_str=resolve).parameters)
+    if parameters.pop("options", None) and inspect.isclass(function):
+        inherited = signature(function.__bases__[0], resolve)
+        parameters |= {name: inherited[name] for name in inherited if name not in parameters}
+    return parameters

@@ -21,24 +21,21 @@ from mm_agrae.tasks.rows import TableRow
 
 
 def _geometry3k(row: TableRow) -> TableRow:
-    problem = row.get("problem")
-    if not isinstance(problem, str):
-        return row
-    return {**row, "problem": problem.removeprefix("<image>").lstrip()}
+    if isinstance(problem := row.get("problem"), str):
+        return {**row, "problem": problem.removeprefix("<image>").lstrip()}
+    return row
 
 
 def _math(row: TableRow) -> TableRow:
     level = re.fullmatch(r"Level ([0-9])", str(row.get("level")))
-    more = {"level": int(level[1])} if level else {}
-    return {"subject": row.get("type"), **row, **more}
+    return {"subject": row.get("type"), **row, **({"level": int(level[1])} if level else {})}
 
 
 def _gsm8k(row: TableRow) -> TableRow:
     """The answer is what follows the last ####, its thousands without commas."""
-    answer = row.get("answer")
-    if not isinstance(answer, str):
-        return row
-    return {**row, "answer": answer.rpartition("####")[2].replace(",", "").strip()}
+    if isinstance(answer := row.get("answer"), str):
+        return {**row, "answer": answer.rpartition("####")[2].replace(",", "").strip()}
+    return row
 
 
 def _integer(row: TableRow) -> TableRow:
@@ -77,14 +74,16 @@ def _hub(split: str) -> str:
     return f"data/{split}-*.parquet"
 
 
+def _files(*splits: str, folder: str = "data") -> dict[str, tuple[str, ...]]:
+    """The usual names of files."""
+    return {split: (f"{split}.jsonl", f"{folder}/{split}-*.parquet") for split in splits}
+
+
 CATALOG: dict[str, CatalogEntry] = {
     "geometry3k": CatalogEntry(
         hub="hiyouga/geometry3k",
-        files={
-            "train": ("train.jsonl", _hub("train")),
-            "validation": ("val.jsonl", "validation.jsonl", _hub("validation")),
-            "test": ("test.jsonl", _hub("test")),
-        },
+        files=_files("train", "validation", "test")
+        | {"validation": ("val.jsonl", "validation.jsonl", _hub("validation"))},
         rows={"train": 2101, "validation": 300, "test": 601},
         licence="MIT",
         url="https://github.com/lupantech/InterGPS",
@@ -120,10 +119,7 @@ CATALOG: dict[str, CatalogEntry] = {
     ),
     "gsm8k": CatalogEntry(
         hub="openai/gsm8k",
-        files={
-            "train": ("train.jsonl", "main/train-*.parquet"),
-            "test": ("test.jsonl", "main/test-*.parquet"),
-        },
+        files=_files("train", "test", folder="main"),
         rows={"train": 7473, "test": 1319},
         licence="MIT",
         url="https://github.com/openai/grade-school-math",
@@ -185,10 +181,7 @@ CATALOG: dict[str, CatalogEntry] = {
     ),
     "vqa_rad": CatalogEntry(
         hub="flaviagiammarino/vqa-rad",
-        files={
-            "train": ("train.jsonl", _hub("train")),
-            "test": ("test.jsonl", _hub("test")),
-        },
+        files=_files("train", "test"),
         rows={"train": 1793, "test": 451},
         licence="CC0 1.0",
         url="https://osf.io/89kps/",

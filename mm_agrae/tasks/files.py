@@ -87,10 +87,8 @@ class FileTask:
         self.where = dict(where or {})
         self.grading = dict(grading or {})
         self.check_options({"columns": self.columns, "grading": self.grading})
-        self.show_choices = show_choices
-        self.answer_after = answer_after
-        self.image_root = image_root
-        self.meta = tuple(meta)
+        self.show_choices, self.answer_after = show_choices, answer_after
+        self.image_root, self.meta = image_root, tuple(meta)
         self.skipped: list[str] = []
         self._rows: list[LazyRow] = []
         # An image file is looked up once, however many rows and epochs use it.
@@ -117,7 +115,7 @@ class FileTask:
         """Check the nested options. Raises ConfigError naming the key."""
         from mm_agrae.grading.accuracy import verify
 
-        grading = options.get("grading") or {}
+        grading, columns = options.get("grading") or {}, options.get("columns") or {}
         try:
             if "grader" not in grading:
                 check_arguments(verify, grading, ("gold", "completion"))
@@ -125,10 +123,9 @@ class FileTask:
                 raise ConfigError(f'grader: {grading["grader"]!r} is not "module:function"')
         except ConfigError as error:
             raise ConfigError(f"grading: {error}") from None
-        for key in options.get("columns") or {}:
-            if key not in COLUMNS:
-                raise ConfigError(f"columns: no field {key!r}; {nearest(str(key), COLUMNS)}")
-        for field, column in (options.get("columns") or {}).items():
+        for field, column in columns.items():
+            if field not in COLUMNS:
+                raise ConfigError(f"columns: no field {field!r}; {nearest(str(field), COLUMNS)}")
             if column is None and field in ("question", "answer"):
                 raise ConfigError(f"columns.{field}: cannot be turned off")
             if isinstance(column, tuple | list) and field not in ("images", "choices"):
@@ -160,12 +157,10 @@ class FileTask:
             for name in [column] if isinstance(column, str) else column or ():
                 if seen and name not in seen:
                     raise ConfigError(f"columns.{field}: {path} has {_no_column(name, seen)}")
+        if not self._rows and self.skipped:
+            count, first = len(self.skipped), self.skipped[0]
+            raise DataError(f"{path}: no usable row; all {count} are bad, the first: {first}")
         if not self._rows:
-            if self.skipped:
-                raise DataError(
-                    f"{path}: no usable row; all {len(self.skipped)} are bad, the first: "
-                    f"{self.skipped[0]}"
-                )
             chosen = f" with {self.where}" if self.where and seen else ""
             raise DataError(f"{path}: has no rows{chosen}")
 
@@ -179,32 +174,35 @@ class FileTask:
 
     def _example(self, row: TableRow, lazy: LazyRow) -> Example:
         origin, folder, _ = lazy
-        sources = _listed(self._value(row, "images"))
+        sources = self._value(row, "images")
         images = [
-            self._image(source, origin, folder) for source in sources if source not in (None, "")
+            self._image(source, origin, folder)
+            for source in (sources if isinstance(sources, list | tuple) else [sources])
+            if source not in (None, "")
         ]
         choices = self._choices(row, origin)
         question = self._question(row, origin, bool(images))
         answer = self._answer(row, origin)
-        grading: Mapping[str, Any] = {**self._kind(answer), **self.grading}
+        grading = self._kind(answer)
+        lettered = list(zip(LETTERS, choices, strict=False))
         if choices:
-            answer = _choice_letters(answer, choices, origin)
-            texts = [text or LETTERS[i] for i, text in enumerate(choices)]
-            grading = {"kind": "choice", "choices": texts, **self.grading}
-        lines = [f"({LETTERS[i]}) {text}".rstrip() for i, text in enumerate(choices)]
-        if not self.show_choices or _has_choices(question, choices):
+            answer = _choice_letters(answer, lettered, origin)
+            texts = [text or letter for letter, text in lettered]
+            grading = {"kind": "choice", "choices": texts}
+        lines = [f"({letter}) {text}".rstrip() for letter, text in lettered]
+        if not self.show_choices or _has_choices(question, lettered):
             lines = []
         question, images = _place_images(question, lines, images, origin)
-        file, _, number = origin.rpartition(", ")
         found_id = self._value(row, "id")
+        if found_id in (None, ""):
+            file, _, number = origin.rpartition(", ")
+            found_id = f"{Path(file).stem}-{number.split()[1]}"
         return Example(
-            id=f"{Path(file).stem}-{number.split()[1]}"
-            if found_id in (None, "")
-            else str(found_id),
+            id=str(found_id),
             question=question,
             answer=answer,
             images=tuple(images),
-            grading=grading,
+            grading={**grading, **self.grading},
             origin=origin,
             meta={name: row.get(name) for name in self.meta},
         )
@@ -266,17 +264,14 @@ class FileTask:
         values = self._value(row, "choices")
         if values is None or values == "":
             return []
-        if not isinstance(values, list | tuple) or not all(
-            isinstance(value, str | int | float) for value in values
-        ):
+        is_list = isinstance(values, list | tuple)
+        if not is_list or not all(isinstance(value, str | int | float) for value in values):
             raise DataError(f"{origin}: choices: expected a list of texts, got {show(values)}")
         if len(values) == 1 or len(values) > len(LETTERS):
             raise DataError(f"{origin}: choices: {len(values)} of them; 2 to 26 can be graded")
         texts = [str(value).strip() for value in values]
-        bare = [
-            re.sub(rf"^\(?{letter}(?:[).:]\s*|$)", "", text)
-            for letter, text in zip(LETTERS, texts, strict=False)
-        ]
+        lettered = zip(LETTERS, texts, strict=False)
+        bare = [re.sub(rf"^\(?{letter}(?:[).:]\s*|$)", "", text) for letter, text in lettered]
         labelled = all(a != b for a, b in zip(texts, bare, strict=True))
         return bare if labelled else texts
 
@@ -332,14 +327,14 @@ def _place_images(
     return MARKER.sub(place, text), [images[n - 1] for n in order] if order else images
 
 
-def _choice_letters(answer: str, choices: Sequence[str], origin: str) -> str:
+def _choice_letters(answer: str, choices: Sequence[tuple[str, str]], origin: str) -> str:
     """The gold answer as a letter (several as "C, D"), given as letters or as a choice's text."""
-    letters = LETTERS[: len(choices)]
-    parts = [part.strip("().: ") for part in re.split(r"[\s,;]+|\band\b", answer)]
-    parts = [part for part in parts if part]
-    if parts and all(len(part) == 1 and part in letters for part in parts):
+    letters = [letter for letter, _ in choices]
+    words = re.split(r"[\s,;]+|\band\b", answer)
+    parts = [part for word in words if (part := word.strip("().: "))]
+    if parts and set(parts) <= set(letters):
         return ", ".join(parts)
-    same = [letter for letter, text in zip(letters, choices, strict=True) if text == answer]
+    same = [letter for letter, text in choices if text == answer]
     if len(same) != 1:
         raise DataError(
             f"{origin}: answer: {show(answer)} is neither a letter up to {letters[-1]} nor the "
@@ -348,17 +343,10 @@ def _choice_letters(answer: str, choices: Sequence[str], origin: str) -> str:
     return same[0]
 
 
-def _has_choices(question: str, choices: Sequence[str]) -> bool:
+def _has_choices(question: str, choices: Sequence[tuple[str, str]]) -> bool:
     return all(
-        re.search(rf"\b{LETTERS[i]}[).:]\s*{re.escape(text)}", question)
-        for i, text in enumerate(choices)
+        re.search(rf"\b{letter}[).:]\s*{re.escape(text)}", question) for letter, text in choices
     )
-
-
-def _listed(value: Any) -> Sequence[Any]:
-    if value is None:
-        return ()
-    return value if isinstance(value, list | tuple) else (value,)
 
 
 def _no_column(name: object, columns: Any) -> str:

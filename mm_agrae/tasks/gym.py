@@ -64,8 +64,7 @@ class GymTask:
         seed: int = 0,
         settings: Mapping[str, Mapping[str, Any]] | None = None,
     ):
-        options = {"names": names, "size": size, "settings": settings}
-        self.check_options(options)
+        self.check_options({"names": names, "size": size, "settings": settings})
         self.names = _names(names)
         self.size, self.seed = size, seed
         self.settings = {name: dict((settings or {}).get(name, {})) for name in self.names}
@@ -104,8 +103,7 @@ class GymTask:
         if not 0 <= index < len(self):
             raise IndexError(index)
         row, which = divmod(index, len(self.names))
-        name = self.names[which]
-        entry = self._data[which][row]
+        name, entry = self.names[which], self._data[which][row]
         answer = entry["answer"]
         return Example(
             id=f"{name}-{self.seed}-{row}",
@@ -148,9 +146,7 @@ def _harmless(name: str, answer: str) -> bool:
         return False
     if name in EVALUATED_AS_PYTHON:
         return _LISTS.fullmatch(answer) is not None
-    if name in EVALUATED_BY_SYMPY:
-        return _FORMULA.sub("", answer) == ""
-    return True
+    return name not in EVALUATED_BY_SYMPY or _FORMULA.sub("", answer) == ""
 
 
 @lru_cache(maxsize=64)

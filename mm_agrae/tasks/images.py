@@ -81,12 +81,14 @@ def find_file(path: str, root: str | os.PathLike[str] | None = None) -> Path:
     absolute path, by `..` or by a link. A `file:` URL is a path once its %-escapes are undone.
     Raises DataError that names the path; for any other URL it says how to download the image.
     """
-    where = f"image {printable(path)}"
-    if is_url(path):
+    where = _name(path)
+    if re.match(r"(?!file://)[A-Za-z][A-Za-z0-9+.-]*://", path):
+        # Without possible secrets: a password before the host, a signature after the ?.
+        shown = re.sub(r"\?.*", "?…", re.sub(r"(?<=://)[^/?]*@", "", path, count=1), flags=re.S)
         raise DataError(
-            f"image {printable(without_secrets(path))}: URLs are not fetched; download the image "
-            f"first, for instance with `curl -fL --create-dirs -o images/NAME URL` in "
-            f"{root or Path.cwd()}, and put images/NAME in the URL's place"
+            f"{_name(shown)}: URLs are not fetched; download the image first, for instance with "
+            f"`curl -fL --create-dirs -o images/NAME URL` in {root or Path.cwd()}, and put "
+            "images/NAME in the URL's place"
         )
     try:
         found = Path(root or "", _without_scheme(path)).resolve()
@@ -112,23 +114,6 @@ def _without_scheme(path: str) -> str:
     if host not in ("", "localhost"):
         raise ValueError(f"file://{host} is on another machine; write file:/// and a path")
     return urllib.parse.unquote(slash + rest, errors="strict")
-
-
-def is_url(source: object) -> bool:
-    """Whether `source` is text that starts like a URL (file:// counts as a path)."""
-    return (
-        isinstance(source, str)
-        and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source) is not None
-        and not source.startswith("file://")
-    )
-
-
-def without_secrets(url: str) -> str:
-    """A URL without its possible secrets: a password before the host, a signature after the ?."""
-    scheme, _, rest = url.partition("://")
-    address, mark, _ = rest.partition("?")
-    host, slash, path = address.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}" + ("?…" if mark else "")
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -21,17 +21,18 @@ no image is in both, and every machine chooses the same pairs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from mm_agrae.errors import DataError
-from mm_agrae.tasks.files import ColumnName
 from mm_agrae.tasks.images import find_file
-from mm_agrae.tasks.published import CatalogEntry, CatalogTask, locate, task_class
+from mm_agrae.tasks.published import CatalogEntry, CatalogTask, task_class
 from mm_agrae.tasks.rows import LazyRow, TableRow, listing, read_rows
 
-TEST_PAIRS, TRAIN_PAIRS = 300, 600
+Pair = tuple[str, str]
+"""Image and question."""
+ROWS = {"train": 600, "test": 300}
 BUNDLE = "medical_multimodel_evaluation_data.json"
 
 
@@ -42,102 +43,75 @@ class MedicalTask(CatalogTask):
 
     subset_name: str
 
-    def __init__(
-        self,
-        path: str = "",
-        *,
-        split: str = "",
-        test_list: str = "",
-        where: Mapping[str, Any] | None = None,
-        columns: Mapping[str, ColumnName] | None = None,
-        grading: Mapping[str, Any] | None = None,
-        show_choices: bool = True,
-        image_root: str | None = None,
-        meta: Sequence[str] = (),
-        limit: int | None = None,
-        on_bad_row: Literal["error", "skip"] = "error",
-    ):
+    def __init__(self, path: str = "", *, test_list: str = "", **options: Any):
         self.test_list = test_list
-        super().__init__(
-            path,
-            split=split,
-            columns=columns,
-            where=where,
-            grading=grading,
-            show_choices=show_choices,
-            image_root=image_root,
-            meta=meta,
-            limit=limit,
-            on_bad_row=on_bad_row,
-        )
+        super().__init__(path, **options)
 
     def _read_rows(self, path: str) -> Iterator[LazyRow]:
-        found = locate(self.name, self.entry, path, self.split)
-        if found.is_dir() and (found / f"{self.split}.jsonl").is_file():
-            return read_rows(str(found / f"{self.split}.jsonl"))
-        table = found / BUNDLE if found.is_dir() else found
-        if found.is_dir() and not table.is_file():
+        found = self._locate(path)
+        if not found.is_dir():
+            return iter(self._choose(found))
+        own, table = found / f"{self.split}.jsonl", found / BUNDLE
+        if own.is_file():
+            return read_rows(str(own))
+        if not table.is_file():
             raise DataError(
-                f"{self.name}: {found} holds neither {BUNDLE} nor {self.split}.jsonl; it holds "
+                f"{self.name}: {found} holds neither {BUNDLE} nor {own.name}; it holds "
                 f"{listing(sorted(file.name for file in found.iterdir()))}"
             )
         return iter(self._choose(table))
 
     def _choose(self, table: Path) -> list[LazyRow]:
-        pairs = {}
+        """The split's pairs, as the module's docstring says."""
+        pairs: dict[Pair, LazyRow] = {}
         for lazy in read_rows(str(table)):
             row = lazy.read()
             if (row.get("dataset"), row.get("subset")) == ("OmniMedVQA", self.subset_name):
-                pairs[_key(row, lazy.origin)] = lazy
+                pairs[_pair(row, lazy.origin)] = lazy
         if not pairs:
             raise DataError(
                 f"{table}: has no rows with dataset 'OmniMedVQA' and subset {self.subset_name!r}"
             )
-        usable = [key for key, lazy in pairs.items() if _has_answer(lazy.read())]
-        ordered = sorted(usable, key=lambda key: hashlib.sha256("\n".join(key).encode()).digest())
-        listed = self._listed(pairs)
-        seen: set[bytes] = set()
+        usable = [pair for pair, lazy in pairs.items() if _has_answer(lazy.read())]
+        usable.sort(key=lambda pair: hashlib.sha256("\n".join(pair).encode()).digest())
         root = Path(self.image_root or table.parent)
+
+        def image_of(pair: Pair) -> bytes:
+            return _image_hash(pair[0], root, pairs[pair].origin)
+
         # The published test asks several questions about an image; the training set does not.
-        test = listed or self._take(ordered, TEST_PAIRS, seen, pairs, root)
-        seen |= {_image_hash(key[0], root, pairs[key].origin) for key in listed}
-        chosen = test
+        chosen = self._listed(pairs)
+        seen = {image_of(pair) for pair in chosen}
+        chosen = chosen or self._take("test", usable, image_of, seen)
         if self.split == "train":
-            chosen = self._take(ordered, TRAIN_PAIRS, seen, pairs, root)
-        return [pairs[key] for key in chosen]
+            chosen = self._take("train", usable, image_of, seen)
+        return [pairs[pair] for pair in chosen]
 
     def _take(
-        self,
-        ordered: Iterable[tuple[str, str]],
-        count: int,
-        seen: set[bytes],
-        pairs: Mapping[tuple[str, str], LazyRow],
-        root: Path,
-    ) -> list[tuple[str, str]]:
-        """The first `count` pairs whose images are not in `seen`, which is extended by them."""
-        taken: list[tuple[str, str]] = []
-        for key in ordered:
-            if len(taken) == count:
-                break
-            image = _image_hash(key[0], root, pairs[key].origin)
-            if image not in seen:
+        self, split: str, usable: list[Pair], image_of: Callable[[Pair], bytes], seen: set[bytes]
+    ) -> list[Pair]:
+        """The first pairs whose images are not in `seen`, which is extended by them."""
+        taken: list[Pair] = []
+        for pair in usable:
+            if len(taken) < ROWS[split] and (image := image_of(pair)) not in seen:
                 seen.add(image)
-                taken.append(key)
-        if len(taken) < count:
+                taken.append(pair)
+        if len(taken) < ROWS[split]:
             raise DataError(
-                f"{self.name}: only {len(taken)} pairs with distinct images, {count} needed "
-                f"({self.split}); {len(pairs)} rows have subset {self.subset_name!r}"
+                f"{self.name}: only {len(taken)} pairs with distinct images, {ROWS[split]} needed "
+                f"({self.split}); {len(usable)} rows of subset {self.subset_name!r} have an answer"
             )
         return taken
 
-    def _listed(self, pairs: Mapping[tuple[str, str], LazyRow]) -> list[tuple[str, str]]:
+    def _listed(self, pairs: Mapping[Pair, LazyRow]) -> list[Pair]:
+        """The pairs of `test_list`, if there is one."""
         if not self.test_list:
             return []
         listed = []
         for lazy in read_rows(self.test_list):
             row = lazy.read()
             if row.get("subset") == self.subset_name:
-                listed.append(_key(row, lazy.origin))
+                listed.append(_pair(row, lazy.origin))
                 if listed[-1] not in pairs:
                     raise DataError(f"{lazy.origin}: the pair {listed[-1]} is not in the data")
         if not listed:
@@ -145,7 +119,7 @@ class MedicalTask(CatalogTask):
         return listed
 
 
-def _key(row: TableRow, origin: str) -> tuple[str, str]:
+def _pair(row: TableRow, origin: str) -> Pair:
     images, question = row.get("image"), row.get("question")
     image = images[0] if isinstance(images, list) and images else images
     if not isinstance(image, str) or not isinstance(question, str):
@@ -169,11 +143,10 @@ def _image_hash(image: str, root: Path, origin: str) -> bytes:
 
 
 def _entry(*splits: str) -> CatalogEntry:
-    counts = {"train": TRAIN_PAIRS, "test": TEST_PAIRS}
     return CatalogEntry(
         hub="FreedomIntelligence/Medical_Multimodal_Evaluation_Data",
         files={split: (f"{split}.jsonl", BUNDLE) for split in splits},
-        rows={split: counts[split] for split in splits},
+        rows={split: ROWS[split] for split in splits},
         licence="Apache-2.0 of the bundle; the images have those of their sources",
         url="https://github.com/FreedomIntelligence/HuatuoGPT-Vision",
         folders=("medical",),
@@ -191,8 +164,6 @@ SUBSETS = {
     "medical_ct": "CT(Computed Tomography)",
     "medical_xray": "X-Ray",
 }
-
-
 TASKS = {
     name: task_class(name, entry, MedicalTask, subset_name=SUBSETS[name])
     for name, entry in CATALOG.items()

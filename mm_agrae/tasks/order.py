@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 
@@ -11,7 +13,6 @@ class DataOrder:
     def __init__(self, rows: int, seed: int, shuffle: bool):
         self.rows, self.seed, self.shuffle = rows, seed, shuffle
         self.position = 0
-        self._orders: dict[int, list[int]] = {}
 
     def next(self) -> int:
         row = self._at(self.position)
@@ -24,11 +25,11 @@ class DataOrder:
 
     def _at(self, position: int) -> int:
         epoch, offset = divmod(position, self.rows)
-        if epoch not in self._orders:
-            order = np.arange(self.rows)
-            if self.shuffle:
-                np.random.default_rng([self.seed, epoch]).shuffle(order)
-            # Two epochs at most: one that ends and the one that is looked at ahead.
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = order.tolist()
-        return self._orders[epoch][offset]
+        return _order(self.rows, self.seed, epoch)[offset] if self.shuffle else offset
+
+
+@lru_cache(maxsize=2)  # the epoch that ends and the one that is looked at ahead
+def _order(rows: int, seed: int, epoch: int) -> list[int]:
+    order = np.arange(rows)
+    np.random.default_rng([seed, epoch]).shuffle(order)
+    return order.tolist()

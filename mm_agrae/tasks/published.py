@@ -10,17 +10,17 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 from zipfile import ZipFile
 
-from mm_agrae.errors import ConfigError, DataError, nearest
-from mm_agrae.tasks.files import COLUMNS, ColumnName, FileTask
-from mm_agrae.tasks.images import printable
-from mm_agrae.tasks.rows import LazyRow, TableRow, listing, read_rows
+from mm_agrae.errors import ConfigError, DataError, nearest, one_line
+from mm_agrae.tasks.files import COLUMNS, FileTask
+from mm_agrae.tasks.rows import LazyRow, TableRow, is_saved, listing, read_rows
 
 DOWNLOADS = Path("data/downloads")
 
@@ -67,48 +67,21 @@ class CatalogTask(FileTask):
 
     name: ClassVar[str]
     entry: ClassVar[CatalogEntry]
+    fixed: ClassVar = ("subset", "answer_after")
 
-    def __init__(
-        self,
-        path: str = "",
-        *,
-        split: str = "",
-        ask: str = "",
-        where: Mapping[str, Any] | None = None,
-        columns: Mapping[str, ColumnName] | None = None,
-        grading: Mapping[str, Any] | None = None,
-        show_choices: bool = True,
-        image_root: str | None = None,
-        meta: Sequence[str] = (),
-        limit: int | None = None,
-        on_bad_row: Literal["error", "skip"] = "error",
-    ):
+    def __init__(self, path: str = "", *, split: str = "", ask: str = "", **options: Any):
         self.check_options({"split": split, "ask": ask})
         self.ask = ask or next(iter(self.entry.ask), "")
         more = self.entry.ask.get(self.ask, {})
         self.candidates = {**COLUMNS, **self.entry.columns, **more}
-        super().__init__(
-            path,
-            split=split or next(iter(self.entry.files)),
-            columns=columns,
-            where=where,
-            grading=grading,
-            show_choices=show_choices,
-            image_root=image_root,
-            meta=meta,
-            limit=limit,
-            on_bad_row=on_bad_row,
-        )
+        super().__init__(path, split=split or next(iter(self.entry.files)), **options)
 
     @classmethod
     def check_options(cls, options: Mapping[str, Any]) -> None:
-        split = options.get("split")
-        if split and split not in cls.entry.files:
-            raise ConfigError(
-                f"{cls.name}: no split {split!r}; {nearest(str(split), cls.entry.files)}; the "
-                f"splits are {listing(cls.entry.files)}"
-            )
-        ask = options.get("ask")
+        split, ask, splits = options.get("split"), options.get("ask"), cls.entry.files
+        if split and split not in splits:
+            hint = f"{nearest(str(split), splits)}; the splits are {listing(splits)}"
+            raise ConfigError(f"{cls.name}: no split {split!r}; {hint}")
         if ask and ask not in cls.entry.ask:
             valid = f"valid: {listing(cls.entry.ask)}" if cls.entry.ask else "it has no such option"
             raise ConfigError(f"{cls.name}: ask: {ask!r}; {valid}")
@@ -123,71 +96,61 @@ class CatalogTask(FileTask):
     def _choices(self, row: TableRow, origin: str) -> list[str]:
         choices = super()._choices(row, origin)
         if self.ask == "letter" and not choices:
-            raise DataError(
-                f"{origin}: ask=letter, but it has no choices; the columns are {listing(row)}"
-            )
+            problem = f"ask=letter, but it has no choices; the columns are {listing(row)}"
+            raise DataError(f"{origin}: {problem}")
         return choices
 
     def _wanted(self, row: TableRow, origin: str) -> bool:
         marks = self.entry.split_where.get(self.split, {})
-        return all(row.get(name, value) == value for name, value in marks.items()) and (
-            super()._wanted(row, origin)
-        )
+        marked = all(row.get(name, value) == value for name, value in marks.items())
+        return marked and super()._wanted(row, origin)
 
     def _read_rows(self, path: str) -> Iterator[LazyRow]:
-        folder = locate(self.name, self.entry, path, self.split)
-        return split_rows(self.entry, folder, self.split)
+        found = self._locate(path)
+        if not is_saved(found):
+            for pattern in self.entry.files[self.split]:
+                if files := sorted(found.glob(pattern)):
+                    return chain.from_iterable(read_rows(str(file)) for file in files)
+        return read_rows(str(found), self.entry.saved_as.get(self.split, self.split))
 
+    def _locate(self, path: str) -> Path:
+        """The folder or file that holds the data set, fetched from the hub if there is none here.
 
-def locate(name: str, entry: CatalogEntry, path: str, split: str) -> Path:
-    """The folder or file that holds a data set, downloaded from the hub if there is none here.
-
-    Raises DataError that says what to fetch and where to put it.
-    """
-    if path:
-        if Path(path).exists():
-            return Path(path)
+        Raises DataError that says what to fetch and where to put it.
+        """
+        problem = f"{path}: no such file or folder (looked in {Path.cwd()})"
+        folders = [DOWNLOADS / folder for folder in self.entry.folders or (self.name,)]
+        for found in [Path(path)] if path else folders:
+            if found.exists():
+                return found
+        if not path:
+            try:
+                return _fetch(self.entry, self.split)
+            except Exception as error:  # no network, no such id, a full disk: the error's text says
+                problem = (
+                    f"not in {DOWNLOADS}, and fetching {self.entry.hub} from the Hugging Face hub "
+                    f"failed: {one_line(error)}"
+                )
         raise DataError(
-            f"{name}: {path}: no such file or folder (looked in {Path.cwd()}); "
-            f"{_recipe(name, entry)}"
+            f"{self.name}: {problem}; on a machine with a network run "
+            f"`{_download_command(self.name, self.entry)}`, and copy that folder to {folders[0]} "
+            "here, or elsewhere and set path to it"
         )
-    for folder in entry.folders or (name,):
-        if (DOWNLOADS / folder).is_dir():
-            return DOWNLOADS / folder
-    return _fetch(name, entry, split)
-
-
-def _recipe(name: str, entry: CatalogEntry) -> str:
-    return (
-        f"on a machine with a network run `{_download_command(name, entry)}`, and copy that folder "
-        f"to {_download_folder(name, entry)} here, or elsewhere and set path to it"
-    )
-
-
-def _download_folder(name: str, entry: CatalogEntry) -> Path:
-    return DOWNLOADS / (entry.folders or (name,))[0]
 
 
 def _download_command(name: str, entry: CatalogEntry) -> str:
-    folder = _download_folder(name, entry)
+    folder = DOWNLOADS / (entry.folders or (name,))[0]
     unpack = f" && unzip -q {folder}/{entry.archive} -d {folder}" if entry.archive else ""
     return f"hf download {entry.hub} --repo-type dataset --local-dir {folder}{unpack}"
 
 
-def _fetch(name: str, entry: CatalogEntry, split: str) -> Path:
+def _fetch(entry: CatalogEntry, split: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = [*entry.files[split], *([entry.archive] if entry.archive else [])]
-    try:
-        folder = Path(snapshot_download(entry.hub, repo_type="dataset", allow_patterns=patterns))
-        if entry.archive:
-            _unpack(folder / entry.archive)
-    except Exception as error:  # no network, no such id, a full disk: the error's text says
-        reason = printable(" ".join(str(error).split()), 300)
-        raise DataError(
-            f"{name}: not in {DOWNLOADS}, and fetching {entry.hub} from the Hugging Face hub "
-            f"failed: {reason}; {_recipe(name, entry)}"
-        ) from None
+    patterns = [*entry.files[split], *filter(None, [entry.archive])]
+    folder = Path(snapshot_download(entry.hub, repo_type="dataset", allow_patterns=patterns))
+    if entry.archive:
+        _unpack(folder / entry.archive)
     return folder
 
 
@@ -206,18 +169,6 @@ def _unpack(archive: Path) -> None:
         except OSError:
             if not target.exists():
                 raise
-
-
-def split_rows(entry: CatalogEntry, folder: Path, split: str) -> Iterator[LazyRow]:
-    """The rows of one split of a data set in a folder (or the rows of a file)."""
-    saved = any((folder / f"dataset_{what}.json").is_file() for what in ("info", "dict"))
-    if not saved:
-        for pattern in entry.files[split]:
-            if folder.is_dir() and (files := sorted(folder.glob(pattern))):
-                for file in files:
-                    yield from read_rows(str(file))
-                return
-    yield from read_rows(str(folder), entry.saved_as.get(split, split))
 
 
 def task_class(

@@ -3,9 +3,10 @@
 To add one, write a class with `__len__` and `__getitem__` (IndexError past the end) and put a
 line into `TASKS`, or name it as "module:Class" or "path/to/file.py:Class" in the config. A
 published data set needs only an entry in `catalog.py`. The keyword arguments of the constructor are
-the task's options in the config. Two of them are filled in, if the constructor has them: `limit`
-(stop after so many examples) and `on_bad_row` ("error" or "skip"). A task that leaves rows out
-lists the reasons in an attribute `skipped`.
+the task's options in the config; `**options` stand for those of the base class, less the names in
+the class attribute `fixed`. Two options are filled in, if the constructor has them: `limit` (stop
+after so many examples) and `on_bad_row` ("error" or "skip"). A task that leaves rows out lists the
+reasons in an attribute `skipped`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, Protocol
 
 from mm_agrae.config import DataSource
-from mm_agrae.config.plugins import check_arguments, is_import_name, load_object, signature
+from mm_agrae.config.plugins import UNSET, check_arguments, is_import_name, load_object, signature
 from mm_agrae.errors import ConfigError, nearest
 from mm_agrae.tasks import catalog, medical
 from mm_agrae.types import Example
@@ -35,8 +36,10 @@ TASKS: dict[str, str | type[Task]] = {
     **medical.TASKS,
 }
 
-FILLED_IN = ("limit", "on_bad_row")
-_REQUIRED = inspect.Parameter.empty
+
+def _filled_in(task_class: Any) -> Sequence[str]:
+    """Parameters of a task that are no options."""
+    return "limit", "on_bad_row", *getattr(task_class, "fixed", ())
 
 
 class Concatenation:
@@ -82,9 +85,8 @@ def load_all(
     for source in sources:
         task_class = _task_class(source)
         filled_in = {"limit": source.limit, "on_bad_row": on_bad_row}
-        accepted = signature(task_class)
-        options = {name: value for name, value in filled_in.items() if name in accepted}
-        tasks.append(task_class(**source.options, **options))
+        accepted = filled_in.keys() & signature(task_class)
+        tasks.append(task_class(**source.options, **{name: filled_in[name] for name in accepted}))
     return Concatenation(tasks, [source.limit for source in sources])
 
 
@@ -95,13 +97,12 @@ def check(source: DataSource) -> None:
     names the option and the nearest valid one.
     """
     task_class = _task_class(source)
-    where = f"data source {source.label!r}"
     try:
-        check_arguments(task_class, source.options, filled_in=FILLED_IN)
+        check_arguments(task_class, source.options, _filled_in(task_class))
         if hasattr(task_class, "check_options"):
             task_class.check_options(source.options)
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"data source {source.label!r}: {error}") from None
 
 
 def describe(name: str) -> str:
@@ -109,9 +110,9 @@ def describe(name: str) -> str:
     task_class = _task_class(DataSource(task=name))
     options = [
         f"  {parameter.name}: {parameter.annotation}"
-        + ("" if parameter.default is _REQUIRED else f" = {parameter.default!r}")
+        + ("" if parameter.default is UNSET else f" = {parameter.default!r}")
         for parameter in signature(task_class).values()
-        if parameter.name not in FILLED_IN
+        if parameter.name not in _filled_in(task_class)
     ]
     text = inspect.getdoc(task_class) or ""
     return "\n".join([name, *options, "", *(f"  {line}".rstrip() for line in text.splitlines())])

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mm_agrae.errors import DataError
+from mm_agrae.errors import DataError, one_line
 from mm_agrae.tasks.images import printable
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
@@ -40,7 +40,7 @@ def read_rows(path: str, split: str = "", subset: str = "") -> Iterator[LazyRow]
     local = Path(path)
     if local.is_file():
         yield from _file_rows(local)
-    elif (local / "dataset_info.json").is_file() or (local / "dataset_dict.json").is_file():
+    elif is_saved(local):
         from datasets import load_from_disk
 
         try:
@@ -60,6 +60,11 @@ def read_rows(path: str, split: str = "", subset: str = "") -> Iterator[LazyRow]
             f"{path}: no such file or folder (looked in {Path.cwd()}); put the data there or set "
             "the source's path, for instance data.train.0.path=/where/it/is/train.jsonl"
         )
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `datasets.save_to_disk` has written the folder."""
+    return any((folder / f"dataset_{what}.json").is_file() for what in ("info", "dict"))
 
 
 def _choose_files(folder: Path, split: str, subset: str) -> list[Path]:
@@ -106,12 +111,15 @@ def _first_byte(path: Path) -> bytes:
         return file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
 
 
-def _parse_line(line: bytes, origin: str) -> TableRow:
+def _json(data: bytes, origin: str) -> Any:
     try:
-        row = json.loads(line.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{origin}: not JSON ({error})") from None
-    return _mapping(row, origin)
+
+
+def _parse_line(line: bytes, origin: str) -> TableRow:
+    return _mapping(_json(line, origin), origin)
 
 
 def _mapping(row: Any, origin: str) -> TableRow:
@@ -126,11 +134,7 @@ def _mapping(row: Any, origin: str) -> TableRow:
 
 
 def _json_rows(path: Path) -> Iterator[LazyRow]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from None
-    for number, row in enumerate(rows):
+    for number, row in enumerate(_json(path.read_bytes(), str(path))):
         origin = f"{path}, row {number}"
         yield LazyRow(origin, path.parent, partial(_mapping, row, origin))
 
@@ -181,11 +185,10 @@ def _dataset_rows(data: Any, name: str, folder: Path, split: str) -> Iterator[La
     from datasets import Dataset
 
     if not isinstance(data, Dataset):
-        splits = list(data)
-        if split not in splits and not (split == "" and len(splits) == 1):
-            raise DataError(f"{name}: set split to one of {', '.join(splits)} (got {split!r})")
-        name = f"{name} [{split or splits[0]}]"
-        data = data[split or splits[0]]
+        chosen = next(iter(data)) if not split and len(data) == 1 else split
+        if chosen not in data:
+            raise DataError(f"{name}: set split to one of {', '.join(data)} (got {split!r})")
+        name, data = f"{name} [{chosen}]", data[chosen]
     rows = data.with_format("arrow")  # as stored: images stay encoded
     yield from _arrow_rows(rows.__getitem__, len(rows), name, folder)
 
@@ -196,12 +199,11 @@ def _hub_rows(name: str, split: str, subset: str) -> Iterator[LazyRow]:
     try:
         data = datasets.load_dataset(name, subset or None)
     except Exception as error:  # no network, no such id, a subset to choose: the error's text says
-        reason = printable(" ".join(str(error).split()), 300)
+        folder = f"data/downloads/{name.split('/')[1]}"
         raise DataError(
             f"{name}: no such file or folder, and fetching it from the Hugging Face hub failed: "
-            f"{reason}. On a machine with a network run `hf download {name} --repo-type dataset "
-            f"--local-dir data/downloads/{name.split('/')[1]}`, copy that folder here and set "
-            f"path=data/downloads/{name.split('/')[1]}"
+            f"{one_line(error)}. On a machine with a network run `hf download {name} --repo-type "
+            f"dataset --local-dir {folder}`, copy that folder here and set path={folder}"
         ) from None
     yield from _dataset_rows(data, name, Path(datasets.config.HF_CACHE_HOME), split)
 

@@ -1,16 +1,17 @@
-"""One function per kind of geometry figure: the given numbers -> a diagram to scale.
+"""The given numbers of a geometry figure -> a diagram to scale.
 
-Each takes a random generator (for what the numbers leave open) and the given numbers; `figures.py`
-says which numbers can be drawn.
+`rng` decides what the numbers leave open; `figures.py` says which numbers can be drawn.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
-from mm_agrae.tasks.synthetic.drawing import XY, Diagram
+from mm_agrae.tasks.synthetic.drawing import XY, AngleLabel, Diagram
 
 
 def _ray(degrees: float, length: float = 1.0) -> XY:
@@ -29,71 +30,44 @@ def _triangle_points(a: float, b: float) -> dict[str, XY]:
 
 
 _TRIANGLE = [("A", "B"), ("B", "C"), ("C", "A")]
-_AT_A, _AT_B, _AT_C = ("A", "B", "C"), ("B", "C", "A"), ("C", "A", "B")
+_CORNERS = {"A": ("A", "B", "C"), "B": ("B", "C", "A"), "C": ("C", "A", "B")}
+_CORNERS |= {"D": ("B", "D", "C"), "E": ("A", "C", "E")}
+"""Inner angles, and the exterior ones at B and A: D lies on A-B beyond B, E beyond A."""
+_QUADRILATERAL = [("A", "B"), ("B", "C"), ("C", "D"), ("D", "A")]
+_INNER = {"A": ("A", "B", "D"), "B": ("B", "C", "A"), "C": ("C", "D", "B"), "D": ("D", "A", "C")}
 
 
-def triangle(rng: random.Random, a: int, b: int) -> Diagram:
-    return Diagram(
-        _triangle_points(a, b), _TRIANGLE, [(*_AT_A, f"{a}"), (*_AT_B, f"{b}"), (*_AT_C, "x")]
-    )
+def _label(corners: Mapping[str, tuple[str, str, str]], **texts: Any) -> list[AngleLabel]:
+    """Labels of the named angles, in the given order."""
+    return [(*corners[name], f"{text}") for name, text in texts.items()]
 
 
-def right_triangle(rng: random.Random, a: int) -> Diagram:
-    points = _triangle_points(a, 90)
-    return Diagram(points, _TRIANGLE, [(*_AT_A, f"{a}"), (*_AT_C, "x")], right=[_AT_B])
+def triangle(
+    a: float,
+    b: float,
+    *,
+    extended: bool = False,
+    right: str = "",
+    equal: bool = False,
+    **labels: Any,
+) -> Diagram:
+    """Angles a at A and b at B. `labels`: an angle's name -> its text, in the order of placing.
 
-
-def _isosceles(a: float, labels: list[tuple[str, str, str, str]]) -> Diagram:
-    """AC = BC, angle a at A and B."""
-    return Diagram(_triangle_points(a, a), _TRIANGLE, labels, ticks=[("A", "C"), ("B", "C")])
-
-
-def isosceles_base(rng: random.Random, a: int) -> Diagram:
-    return _isosceles((180 - a) / 2, [(*_AT_A, "x"), (*_AT_C, f"{a}")])
-
-
-def isosceles_apex(rng: random.Random, a: int) -> Diagram:
-    return _isosceles(a, [(*_AT_A, f"{a}"), (*_AT_C, "x")])
-
-
-def _exterior_figure(a: float, b: float, labels: list[tuple[str, str, str, str]]) -> Diagram:
-    """Triangle whose side A-B is extended to D: the exterior angle is D-B-C."""
-    points = _triangle_points(a, b)
-    points["D"] = _beyond(points["A"], points["B"], 0.5)
-    return Diagram(points, [("A", "D"), ("B", "C"), ("C", "A")], labels)
-
-
-_OUTSIDE = ("B", "D", "C")
-
-
-def exterior(rng: random.Random, a: int, b: int) -> Diagram:
-    labels = [(*_AT_A, f"{a}"), (*_AT_C, f"{b}"), (*_OUTSIDE, "x")]
-    return _exterior_figure(a, 180 - a - b, labels)
-
-
-def remote(rng: random.Random, e: int, a: int) -> Diagram:
-    labels = [(*_AT_A, f"{a}"), (*_AT_C, "x"), (*_OUTSIDE, f"{e}")]
-    return _exterior_figure(a, 180 - e, labels)
-
-
-def isosceles_exterior(rng: random.Random, a: int) -> Diagram:
-    base = (180 - a) / 2
-    figure = _exterior_figure(base, base, [(*_AT_C, f"{a}"), (*_OUTSIDE, "x")])
-    figure.ticks = [("A", "C"), ("B", "C")]
-    return figure
-
-
-def right_exterior(rng: random.Random, a: int) -> Diagram:
-    figure = _exterior_figure(a, 90 - a, [(*_AT_A, f"{a}"), (*_OUTSIDE, "x")])
-    figure.right = [_AT_C]
-    return figure
+    `extended`: A-B goes on to D. `right`: corner marked as right. `equal`: A-C and B-C so marked.
+    """
+    points, segments = _triangle_points(a, b), _TRIANGLE
+    if extended:
+        points["D"] = _beyond(points["A"], points["B"])
+        segments = [("A", "D"), *_TRIANGLE[1:]]
+    signs = [_CORNERS[right]] if right else []
+    ticks = [("A", "C"), ("B", "C")] if equal else []
+    return Diagram(points, segments, _label(_CORNERS, **labels), right=signs, ticks=ticks)
 
 
 def two_exteriors(rng: random.Random, e: int, f: int) -> Diagram:
-    figure = _exterior_figure(180 - e, 180 - f, [(*_OUTSIDE, f"{f}"), (*_AT_C, "x")])
-    figure.points["E"] = _beyond(figure.points["B"], figure.points["A"], 0.5)
+    figure = triangle(180 - e, 180 - f, extended=True, D=f, C="x", E=e)
+    figure.points["E"] = _beyond(figure.points["B"], figure.points["A"])
     figure.segments[0] = ("E", "D")
-    figure.angles.append(("A", "C", "E", f"{e}"))
     return figure
 
 
@@ -103,13 +77,13 @@ def bow_tie(rng: random.Random, a: int, b: int, c: int) -> Diagram:
     side_a, side_b = math.dist(points["A"], points["C"]), math.dist(points["B"], points["C"])
     # The second triangle C-D-E has angle c at D on the line A-C and the rest at E.
     ratio = math.sin(math.radians(180 - third - c)) / math.sin(math.radians(c))
-    scale = min(1.2 / 1, 1.2 * side_b / (ratio * side_a)) if ratio else 1
+    scale = min(1.2, 1.2 * side_b / (ratio * side_a))
     points["D"] = _beyond(points["A"], points["C"], scale)
     points["E"] = _beyond(points["B"], points["C"], scale * side_a / ratio / side_b)
     return Diagram(
         points,
         [("A", "B"), ("A", "D"), ("B", "E"), ("D", "E")],
-        [(*_AT_A, f"{a}"), (*_AT_B, f"{b}"), ("D", "E", "C", f"{c}"), ("E", "C", "D", "x")],
+        [*_label(_CORNERS, A=a, B=b), ("D", "E", "C", f"{c}"), ("E", "C", "D", "x")],
     )
 
 
@@ -127,26 +101,21 @@ def _fan(labels: Sequence[tuple[float, str]], closed: bool = False) -> Diagram:
     return Diagram(points, segments, angles)
 
 
+def _split(rng: random.Random, whole: int, given: Sequence[int]) -> Diagram:
+    """The given angles and x, which make up the whole, in random order."""
+    angles = [*((a, f"{a}") for a in given), (whole - sum(given), "x")]
+    rng.shuffle(angles)
+    return _fan(angles, closed=whole == 360)
+
+
 def straight(rng: random.Random, *given: int) -> Diagram:
-    parts = [(float(a), f"{a}") for a in given] + [(180.0 - sum(given), "x")]
-    rng.shuffle(parts)
-    return _fan(parts)
+    return _split(rng, 180, given)
 
 
 def full_turn(rng: random.Random, *given: int) -> Diagram:
-    parts = [(float(a), f"{a}") for a in given] + [(360.0 - sum(given), "x")]
-    rng.shuffle(parts)
-    figure = _fan(parts, closed=True)
+    figure = _split(rng, 360, given)
     # Room for the label of a reflex angle.
     figure.points |= {"left": (-0.3, 0.0), "up": (0.0, 0.3), "down": (0.0, -0.3)}
-    return figure
-
-
-def right_split(rng: random.Random, a: int) -> Diagram:
-    parts = [(float(a), f"{a}"), (90.0 - a, "x")]
-    rng.shuffle(parts)
-    figure = _fan(parts)
-    figure.right = [("O", "P0", "P2")]
     return figure
 
 
@@ -154,7 +123,11 @@ def opposite(rng: random.Random, a: int) -> Diagram:
     return _fan([(a, f"{a}"), (180 - a, ""), (a, "x"), (180 - a, "")], closed=True)
 
 
-def _quadrilateral_points(rng: random.Random, a: int, b: int, c: int) -> dict[str, XY]:
+def right_split(rng: random.Random, a: int) -> Diagram:
+    return replace(_split(rng, 90, [a]), right=[("O", "P0", "P2")])
+
+
+def _quadrilateral_points(a: int, b: int, c: int) -> dict[str, XY]:
     """Angles a, b, c at A, B, C in turn, the rest at D."""
     best, widest = None, -math.inf
     for side in (0.5, 0.6, 0.7, 0.85, 1.0, 1.2, 1.4, 1.7, 2.0):
@@ -175,47 +148,24 @@ def _quadrilateral_points(rng: random.Random, a: int, b: int, c: int) -> dict[st
     return {"A": (0.0, 0.0), "B": (1.0, 0.0), "C": best[0], "D": best[1]}
 
 
-_QUADRILATERAL = [("A", "B"), ("B", "C"), ("C", "D"), ("D", "A")]
-
-
 def quadrilateral(rng: random.Random, *given: int) -> Diagram:
     a, b, c = rng.sample(given, 3)
-    return Diagram(
-        _quadrilateral_points(rng, a, b, c),
-        _QUADRILATERAL,
-        [
-            ("A", "B", "D", f"{a}"),
-            ("B", "C", "A", f"{b}"),
-            ("C", "D", "B", f"{c}"),
-            ("D", "A", "C", "x"),
-        ],
-    )
+    labels = _label(_INNER, A=a, B=b, C=c, D="x")
+    return Diagram(_quadrilateral_points(a, b, c), _QUADRILATERAL, labels)
 
 
 def parallelogram(rng: random.Random, a: int) -> Diagram:
     (x, y) = _ray(a, 0.7)
     points = {"A": (0.0, 0.0), "B": (1.0, 0.0), "C": (1 + x, y), "D": (x, y)}
-    return Diagram(
-        points,
-        _QUADRILATERAL,
-        [("A", "B", "D", f"{a}"), ("B", "C", "A", "x")],
-        arrows=[("A", "B", 0.5), ("D", "C", 0.5)],
-    )
+    arrows = [("A", "B", 0.5), ("D", "C", 0.5)]
+    return Diagram(points, _QUADRILATERAL, _label(_INNER, A=a, B="x"), arrows=arrows)
 
 
 def parallel(a: int, beside: str) -> Diagram:
     """Two parallel lines cut by a third at A and B; the given angle is above A, to the right."""
     (x, y) = _ray(a)
-    points = {
-        "A": (0.0, 0.0),
-        "B": (x, y),
-        "L": (-1.0, 0.0),
-        "R": (1.0, 0.0),
-        "M": (x - 1, y),
-        "N": (x + 1, y),
-        "S": (-0.5 * x, -0.5 * y),
-        "T": (1.5 * x, 1.5 * y),
-    }
+    points = {"A": (0.0, 0.0), "B": (x, y), "L": (-1.0, 0.0), "R": (1.0, 0.0)}
+    points |= {"M": (x - 1, y), "N": (x + 1, y), "S": (-0.5 * x, -0.5 * y), "T": (1.5 * x, 1.5 * y)}
     # Beside B: the same corner, or the one on the same side between the lines.
     at_b = {"same": ("N", "T"), "between": ("A", "N")}[beside]
     return Diagram(
@@ -226,27 +176,21 @@ def parallel(a: int, beside: str) -> Diagram:
     )
 
 
-def regular(corners: int) -> Callable[..., Diagram]:
-    def build(rng: random.Random, a: int) -> Diagram:
-        names = "ABCDEF"[:corners]
-        points = {name: _ray(360 * k / corners) for k, name in enumerate(names)}
-        edges = [(names[k], names[(k + 1) % corners]) for k in range(corners)]
-        return Diagram(points, edges, sides=[(*edges[0], f"{a}")], ticks=edges)
-
-    return build
+def regular(names: str, a: int) -> Diagram:
+    """A regular polygon with the named corners and the side a."""
+    points = {name: _ray(360 * k / len(names)) for k, name in enumerate(names)}
+    edges = list(zip(names, names[1:] + names[0], strict=True))
+    return Diagram(points, edges, sides=[(*edges[0], f"{a}")], ticks=edges)
 
 
-def rectangle(rng: random.Random, a: int, b: int, labels: tuple[str, str] = ("", "")) -> Diagram:
-    points = {
-        "A": (0.0, 0.0),
-        "B": (float(a), 0.0),
-        "C": (float(a), float(b)),
-        "D": (0.0, float(b)),
-    }
+def rectangle(a: int, b: int, shown: str) -> Diagram:
+    """Sides a and b, the second shown as `shown`."""
+    width, height = float(a), float(b)
+    points = {"A": (0.0, 0.0), "B": (width, 0.0), "C": (width, height), "D": (0.0, height)}
     return Diagram(
         points,
         _QUADRILATERAL,
-        sides=[("A", "B", labels[0] or f"{a}"), ("B", "C", labels[1] or f"{b}")],
+        sides=[("A", "B", f"{a}"), ("B", "C", shown)],
         right=[("A", "B", "D"), ("C", "D", "B")],
     )
 
@@ -257,19 +201,11 @@ def _sided_triangle(a: float, b: float, c: float) -> dict[str, XY]:
     return {"A": (0.0, 0.0), "B": (float(c), 0.0), "C": (x, math.sqrt(b * b - x * x))}
 
 
-def scalene_perimeter(rng: random.Random, a: int, b: int, c: int) -> Diagram:
+def scalene(rng: random.Random, a: int, b: int, c: int) -> Diagram:
     sides = [("B", "C", f"{a}"), ("C", "A", f"{b}"), ("A", "B", f"{c}")]
     return Diagram(_sided_triangle(a, b, c), _TRIANGLE, sides=sides)
 
 
-def isosceles_perimeter(rng: random.Random, leg: int, base: int) -> Diagram:
-    return Diagram(
-        _sided_triangle(leg, leg, base),
-        _TRIANGLE,
-        sides=[("B", "C", f"{leg}"), ("A", "B", f"{base}")],
-        ticks=[("C", "A"), ("B", "C")],
-    )
-
-
-def rectangle_side(rng: random.Random, perimeter: int, a: int) -> Diagram:
-    return rectangle(rng, a, perimeter // 2 - a, (f"{a}", "x"))
+def isosceles(rng: random.Random, leg: int, base: int) -> Diagram:
+    sides, ticks = [("B", "C", f"{leg}"), ("A", "B", f"{base}")], [("C", "A"), ("B", "C")]
+    return Diagram(_sided_triangle(leg, leg, base), _TRIANGLE, sides=sides, ticks=ticks)

@@ -10,13 +10,15 @@ from __future__ import annotations
 import functools
 import math
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
 XY = tuple[float, float]
 Box = tuple[float, float, float, float]
+Segment = tuple[XY, XY]
+AngleLabel = tuple[str, str, str, str]
 
 INK = (25, 25, 25)
 UNKNOWN = (200, 0, 0)
@@ -44,7 +46,7 @@ class Diagram:
 
     points: dict[str, XY]
     segments: list[tuple[str, str]]
-    angles: list[tuple[str, str, str, str]] = field(default_factory=list)
+    angles: list[AngleLabel] = field(default_factory=list)
     sides: list[tuple[str, str, str]] = field(default_factory=list)
     right: list[tuple[str, str, str]] = field(default_factory=list)
     ticks: list[tuple[str, str]] = field(default_factory=list)
@@ -58,22 +60,19 @@ def draw_diagram(
 
     Retries until no two labels collide; later attempts may turn further.
     """
-    fewest, best = math.inf, None
+    attempts = []
     for attempt in range(60):
         turned = _turned(diagram, rng, px, most_turn * max(1, attempt / 10))
-        labels, crowded = _place_labels(turned, px)
-        if crowded < fewest:
-            fewest, best = crowded, (turned, labels)
-        if crowded == 0:
+        attempts.append((turned, *_place_labels(turned, px)))
+        if attempts[-1][2] == 0:
             break
-    assert best is not None
-    turned, labels = best
+    turned, labels, crowded = min(attempts, key=lambda attempt: attempt[2])
     image, pen = _canvas(px)
     points = turned.points
     for p, q in turned.segments:
-        pen.line([*_zoom(points[p]), *_zoom(points[q])], fill=INK, width=3)
+        pen.line(_zoom(points[p], points[q]), fill=INK, width=3)
     for p, q in turned.ticks:
-        _tick(pen, points[p], points[q])
+        pen.line(_zoom(*_tick_ends(points[p], points[q])), fill=EQUAL, width=5)
     for p, q, share in turned.arrows:
         _arrow(pen, points[p], points[q], share)
     for vertex, p, q in turned.right:
@@ -82,18 +81,7 @@ def draw_diagram(
         _arc(pen, points[vertex], points[p], points[q], UNKNOWN if text == "x" else GIVEN)
     for text, box in labels:
         _write(pen, text, box, UNKNOWN if text == "x" else INK)
-    facts = {
-        "points": points,
-        "segments": turned.segments,
-        "angles": turned.angles,
-        "sides": turned.sides,
-        "right": turned.right,
-        "ticks": turned.ticks,
-        "arrows": turned.arrows,
-        "labels": labels,
-        "crowded": fewest,
-    }
-    return image.reduce(_ZOOM), facts
+    return image.reduce(_ZOOM), {**vars(turned), "labels": labels, "crowded": crowded}
 
 
 def draw_shapes(
@@ -109,16 +97,13 @@ def draw_shapes(
         x = (index % 4 + 0.5) * cell + rng.uniform(-slack, slack)
         y = (index // 4 + 0.5) * cell + rng.uniform(-slack, slack)
         if kind == "circle":
-            box = [*_zoom((x - radius, y - radius)), *_zoom((x + radius, y + radius))]
-            pen.ellipse(box, fill=COLOURS[colour])
+            pen.ellipse(_frame((x, y), radius), fill=COLOURS[colour])
         else:
             corners = 4 if kind == "square" else 3
             start = math.pi / 4 if kind == "square" else -math.pi / 2
-            ring = [
-                _zoom((x + radius * math.cos(turn), y + radius * math.sin(turn)))
-                for turn in (start + 2 * math.pi * k / corners for k in range(corners))
-            ]
-            pen.polygon(ring, fill=COLOURS[colour])
+            turns = [start + 2 * math.pi * k / corners for k in range(corners)]
+            ring = [(x + radius * math.cos(turn), y + radius * math.sin(turn)) for turn in turns]
+            pen.polygon(_zoom(*ring), fill=COLOURS[colour])
         shapes.append({"kind": kind, "colour": colour, "x": x, "y": y, "radius": radius})
     return image.reduce(_ZOOM), {"shapes": shapes}
 
@@ -131,7 +116,7 @@ def draw_bars(values: tuple[int, ...], px: int) -> tuple[Image.Image, dict[str, 
     for level in range(11):
         y = floor - level * unit
         shade = MARK if level == 0 else (175, 175, 175) if level % 2 == 0 else (225, 225, 225)
-        pen.line([*_zoom((left, y)), *_zoom((px - 2, y))], fill=shade, width=2)
+        pen.line(_zoom((left, y), (px - 2, y)), fill=shade, width=2)
         if level % 2 == 0:
             _write(pen, str(level), (2, y - 5, left - 3, y + 5), INK, 9)
     pitch = (px - left - 4) / len(values)
@@ -139,7 +124,7 @@ def draw_bars(values: tuple[int, ...], px: int) -> tuple[Image.Image, dict[str, 
     for k, value in enumerate(values):
         x0, x1 = left + (k + 0.18) * pitch, left + (k + 0.82) * pitch
         top = floor - value * unit
-        pen.rectangle([*_zoom((x0, top)), *_zoom((x1, floor))], fill=BARS[k])
+        pen.rectangle(_zoom((x0, top), (x1, floor)), fill=BARS[k])
         name = "ABCD"[k]
         _write(pen, name, (x0, floor + 2, x1, px - 1), INK)
         bars.append({"name": name, "x0": x0, "x1": x1, "top": top, "colour": BARS[k]})
@@ -151,8 +136,14 @@ def _canvas(px: int) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     return image, ImageDraw.Draw(image)
 
 
-def _zoom(point: XY) -> XY:
-    return point[0] * _ZOOM, point[1] * _ZOOM
+def _zoom(*points: XY) -> list[float]:
+    """The points' coordinates one after the other, as Pillow takes them."""
+    return [coordinate * _ZOOM for point in points for coordinate in point]
+
+
+def _frame(centre: XY, radius: float) -> list[float]:
+    (x, y), r = centre, radius
+    return _zoom((x - r, y - r), (x + r, y + r))
 
 
 @functools.cache
@@ -171,8 +162,8 @@ def _write(
 ) -> None:
     """Write `text` centred in `box`."""
     x0, y0, x1, y1 = _extent(text, size)
-    corner = ((box[0] + box[2] - x0 - x1) / 2, (box[1] + box[3] - y0 - y1) / 2)
-    pen.text(_zoom(corner), text, fill=ink, font=_font(size))
+    x, y = _zoom(((box[0] + box[2] - x0 - x1) / 2, (box[1] + box[3] - y0 - y1) / 2))
+    pen.text((x, y), text, fill=ink, font=_font(size))
 
 
 def _turned(diagram: Diagram, rng: random.Random, px: int, most_turn: float) -> Diagram:
@@ -198,15 +189,7 @@ def _turned(diagram: Diagram, rng: random.Random, px: int, most_turn: float) -> 
         for name, (x, y) in points.items()
     }
     angles = [(v, q, p, t) if mirror else (v, p, q, t) for v, p, q, t in diagram.angles]
-    return Diagram(
-        placed,
-        diagram.segments,
-        angles,
-        diagram.sides,
-        diagram.right,
-        diagram.ticks,
-        diagram.arrows,
-    )
+    return replace(diagram, points=placed, angles=angles)
 
 
 def opening(vertex: XY, p: XY, q: XY) -> tuple[float, float]:
@@ -225,26 +208,26 @@ def _place_labels(figure: Diagram, px: int) -> tuple[list[tuple[str, Box]], int]
     A position is free if it lies in the image, clear of lines, arcs and other labels; an angle's
     label also stays inside the angle, nearer to its vertex than to any other labelled one.
     """
-    points, crowded = figure.points, 0
-    labels: list[tuple[str, Box]] = []
+    points = figure.points
     lines = [(points[p], points[q]) for p, q in figure.segments]
-    ticks = [_tick_ends(points[p], points[q]) for p, q in figure.ticks]
-    corners = [points[vertex] for vertex, *_ in figure.angles]
+    vertices = [points[vertex] for vertex, *_ in figure.angles]
+    places: list[tuple[str, XY, XY, int, list[XY]]] = []
     for vertex, p, q, text in figure.angles:
         start, sweep = opening(points[vertex], points[p], points[q])
-        middle = start + sweep / 2
-        ray = (math.cos(middle), -math.sin(middle))
-        box, free = _free_box(text, points[vertex], ray, 46, labels, lines, ticks, corners, px)
-        labels.append((text, box))
-        crowded += not free
+        ray = (math.cos(start + sweep / 2), -math.sin(start + sweep / 2))
+        places.append((text, points[vertex], ray, 46, vertices))
     xs, ys = zip(*points.values(), strict=True)
     centre = (sum(xs) / len(xs), sum(ys) / len(ys))
     for p, q, text in figure.sides:
         dx, dy = _along(points[p], points[q])
-        middle_xy = ((points[p][0] + points[q][0]) / 2, (points[p][1] + points[q][1]) / 2)
-        away = dy * (middle_xy[0] - centre[0]) - dx * (middle_xy[1] - centre[1])
-        ray = (dy, -dx) if away > 0 else (-dy, dx)
-        box, free = _free_box(text, middle_xy, ray, 15, labels, lines, ticks, [], px)
+        middle = _between(points[p], points[q])
+        away = dy * (middle[0] - centre[0]) - dx * (middle[1] - centre[1])
+        places.append((text, middle, (dy, -dx) if away > 0 else (-dy, dx), 15, []))
+    marks = lines + [_tick_ends(points[p], points[q]) for p, q in figure.ticks]
+    labels: list[tuple[str, Box]] = []
+    crowded = 0
+    for text, origin, ray, reach, apart in places:
+        box, free = _free_box(text, origin, ray, reach, apart, labels, lines, marks, px)
         labels.append((text, box))
         crowded += not free
     return labels, crowded
@@ -255,10 +238,10 @@ def _free_box(
     origin: XY,
     ray: XY,
     reach: int,
+    apart: list[XY],
     labels: list[tuple[str, Box]],
-    lines: list[tuple[XY, XY]],
-    ticks: list[tuple[XY, XY]],
-    corners: list[XY],
+    lines: list[Segment],
+    marks: list[Segment],
     px: int,
 ) -> tuple[Box, bool]:
     """The first free position for `text` from `origin` along `ray`, and whether there is one."""
@@ -268,19 +251,18 @@ def _free_box(
     for distance in range(7, reach):
         x, y = origin[0] + ray[0] * distance, origin[1] + ray[1] * distance
         box = (x - half_w, y - half_h, x + half_w, y + half_h)
-        if corners:
+        if apart:
             gap_x, gap_y = abs(x - origin[0]) - half_w, abs(y - origin[1]) - half_h
             if math.hypot(max(gap_x, 0), max(gap_y, 0)) < _ARC_PX - 1:
                 continue
         if any(_cut(start, (x, y), *line) for line in lines):
             break
-        nearer = (math.dist((x, y), c) < 1.2 * distance for c in corners if c != origin)
         if (
             min(box) >= 0
             and max(box) <= px
             and not any(overlap(box, other) for _, other in labels)
-            and not any(crosses(box, *line) for line in lines + ticks)
-            and not any(nearer)
+            and not any(crosses(box, *mark) for mark in marks)
+            and all(math.dist((x, y), v) >= 1.2 * distance for v in apart if v != origin)
         ):
             return box, True
     return box, False
@@ -318,10 +300,9 @@ def crosses(box: Box, p: XY, q: XY) -> bool:
 
 def _arc(pen: ImageDraw.ImageDraw, v: XY, p: XY, q: XY, ink: tuple[int, int, int]) -> None:
     start, sweep = opening(v, p, q)
-    radius = _ARC_PX
-    box = [*_zoom((v[0] - radius, v[1] - radius)), *_zoom((v[0] + radius, v[1] + radius))]
     # Pillow measures clockwise from three o'clock.
-    pen.arc(box, -math.degrees(start + sweep), -math.degrees(start), fill=ink, width=5)
+    first, last = -math.degrees(start + sweep), -math.degrees(start)
+    pen.arc(_frame(v, _ARC_PX), first, last, fill=ink, width=5)
 
 
 def _along(p: XY, q: XY) -> XY:
@@ -331,20 +312,20 @@ def _along(p: XY, q: XY) -> XY:
 
 def _square_corner(pen: ImageDraw.ImageDraw, v: XY, p: XY, q: XY) -> None:
     (ax, ay), (bx, by) = _along(v, p), _along(v, q)
-    side = 8
-    corners = [(side * ax, side * ay), (side * (ax + bx), side * (ay + by)), (side * bx, side * by)]
-    pen.line([z for dx, dy in corners for z in _zoom((v[0] + dx, v[1] + dy))], fill=RIGHT, width=4)
+    corners = [
+        (8 * dx + v[0], 8 * dy + v[1]) for dx, dy in ((ax, ay), (ax + bx, ay + by), (bx, by))
+    ]
+    pen.line(_zoom(*corners), fill=RIGHT, width=4)
 
 
-def _tick_ends(p: XY, q: XY) -> tuple[XY, XY]:
+def _between(p: XY, q: XY) -> XY:
+    return (p[0] + q[0]) / 2, (p[1] + q[1]) / 2
+
+
+def _tick_ends(p: XY, q: XY) -> Segment:
     dx, dy = _along(p, q)
-    x, y = (p[0] + q[0]) / 2, (p[1] + q[1]) / 2
+    x, y = _between(p, q)
     return (x - 4 * dy, y + 4 * dx), (x + 4 * dy, y - 4 * dx)
-
-
-def _tick(pen: ImageDraw.ImageDraw, p: XY, q: XY) -> None:
-    start, end = _tick_ends(p, q)
-    pen.line([*_zoom(start), *_zoom(end)], fill=EQUAL, width=5)
 
 
 def _arrow(pen: ImageDraw.ImageDraw, p: XY, q: XY, share: float) -> None:
@@ -354,4 +335,4 @@ def _arrow(pen: ImageDraw.ImageDraw, p: XY, q: XY, share: float) -> None:
     tip = (x + 3 * dx, y + 3 * dy)
     for side in (-1, 1):
         tail = (x - 3 * dx - side * 4 * dy, y - 3 * dy + side * 4 * dx)
-        pen.line([*_zoom(tail), *_zoom(tip)], fill=PARALLEL, width=4)
+        pen.line(_zoom(tail, tip), fill=PARALLEL, width=4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mm_agrae.tasks.synthetic import diagrams
@@ -19,7 +19,7 @@ class Figure:
 
     `ways` are derivations such as "Triangle: s=a+b, 180-s", where a, b, c stand for the given
     numbers; all of them lead to the same answer. `numbers(step)` yields every choice of given
-    numbers that can be drawn, in multiples of `step`. `build` is a function of `diagrams.py`.
+    numbers that can be drawn, in multiples of `step`. `build(rng, *numbers)` makes the diagram.
     `asks` is "x" for an angle, "perimeter", or "side" (the first number is then the perimeter,
     which only the question states).
     """
@@ -69,18 +69,20 @@ def derive(way: str, given: Sequence[int]) -> tuple[str, int] | None:
     return " ".join(clauses), value
 
 
+def _fitting(
+    values: Iterable[int], arity: int, fits: Callable[..., bool], ordered: bool
+) -> Iterator[Numbers]:
+    """In falling order alone if swapping the numbers gives the same figure."""
+    combine = itertools.combinations_with_replacement
+    found = combine(values, arity) if ordered else itertools.product(values, repeat=arity)
+    return (numbers for numbers in found if fits(*numbers))
+
+
 def _multiples(
     arity: int, fits: Callable[..., bool], ordered: bool = True
 ) -> Callable[[int], Iterator[Numbers]]:
-    """Angles from 25 to 150 degrees; in falling order if swapping them gives the same figure."""
-
-    def every(step: int) -> Iterator[Numbers]:
-        for numbers in itertools.product(range(150, 24, -step), repeat=arity):
-            falling = all(x >= y for x, y in itertools.pairwise(numbers))
-            if (falling or not ordered) and fits(*numbers):
-                yield numbers
-
-    return every
+    """Angles from 25 to 150 degrees."""
+    return lambda step: _fitting(range(150, 24, -step), arity, fits, ordered)
 
 
 def _lengths(
@@ -88,60 +90,56 @@ def _lengths(
 ) -> Callable[[int], Iterator[Numbers]]:
     """Side lengths from 2 to 9, or to 12 if numbers need not be easy (`step` 5)."""
 
-    def every(step: int) -> Iterator[Numbers]:
-        for numbers in itertools.product(range(9 if step == 10 else 12, 1, -1), repeat=arity):
-            falling = all(x >= y for x, y in itertools.pairwise(numbers))
-            drawable = max(numbers) <= 2.5 * min(numbers)
-            if (falling or not ordered) and drawable and fits(*numbers):
-                yield numbers
+    def drawable(*numbers: int) -> bool:
+        return max(numbers) <= 2.5 * min(numbers) and fits(*numbers)
 
-    return every
-
-
-_MIN = 25
+    return lambda step: _fitting(range(9 if step == 10 else 12, 1, -1), arity, drawable, ordered)
 
 
 def _ok(*angles: float) -> bool:
-    return min(angles) >= _MIN
+    return min(angles) >= 25
 
 
 # fmt: off
-_THIRD = ("Triangle: s=a+b, 180-s", "Triangle: s=180-a, s-b")
-_SUM_OF_FOUR = ("Four corners: s=a+b+c, 360-s",)
 _FIGURES = [
     # One rule.
     Figure(
-        "triangle", (1, 2, 4), _THIRD,
-        _multiples(2, lambda a, b: _ok(180 - a - b) and a <= 120), diagrams.triangle,
+        "triangle", (1, 2, 4), ("Triangle: s=a+b, 180-s", "Triangle: s=180-a, s-b"),
+        _multiples(2, lambda a, b: _ok(180 - a - b) and a <= 120),
+        lambda _, a, b: diagrams.triangle(a, b, A=a, B=b, C="x"),
         "In a triangle two angles are {a} and {b}. x is the third angle. Find x.",
     ),
     Figure(
         "right_triangle", (1, 2, 4), ("Right triangle: 90-a", "Right triangle: s=90+a, 180-s"),
-        _multiples(1, lambda a: _ok(90 - a)), diagrams.right_triangle,
+        _multiples(1, lambda a: _ok(90 - a)),
+        lambda _, a: diagrams.triangle(a, 90, right="B", A=a, C="x"),
         "In a right triangle one acute angle is {a}. x is the other acute angle. Find x.",
     ),
     Figure(
         "exterior", (1, 2, 4), ("Exterior angle: a+b",),
         _multiples(2, lambda a, b: _ok(180 - a - b) and a <= 100 and 75 <= a + b <= 150),
-        diagrams.exterior,
+        lambda _, a, b: diagrams.triangle(a, 180 - a - b, extended=True, A=a, C=b, D="x"),
         "Two angles of a triangle are {a} and {b}. x is the exterior angle at the third corner. "
         "Find x.",
     ),
     Figure(
         "remote", (2, 4), ("Exterior angle: a-b", "Straight line: s=180-a. Triangle: t=s+b, 180-t"),
-        _multiples(2, lambda e, a: _ok(e - a, a - 5, 160 - e), ordered=False), diagrams.remote,
+        _multiples(2, lambda e, a: _ok(e - a, a - 5, 160 - e), ordered=False),
+        lambda _, e, a: diagrams.triangle(a, 180 - e, extended=True, A=a, C="x", D=e),
         "An exterior angle of a triangle is {a}. One of the two inner angles far from it is {b}, "
         "x is the other. Find x.",
     ),
     Figure(
         "isosceles_base", (2, 4), ("Equal sides: s=180-a, s/2",),
-        _multiples(1, lambda a: a % 2 == 0 and _ok((180 - a) / 2)), diagrams.isosceles_base,
+        _multiples(1, lambda a: a % 2 == 0 and _ok((180 - a) / 2)),
+        lambda _, a: diagrams.triangle(90 - a / 2, 90 - a / 2, equal=True, A="x", C=a),
         "A triangle with two equal sides has the angle {a} between them. x is an angle at its "
         "base. Find x.",
     ),
     Figure(
         "isosceles_apex", (2, 4), ("Equal sides: s=2*a, 180-s", "Equal sides: s=180-a, s-a"),
-        _multiples(1, lambda a: _ok(180 - 2 * a) and a >= 30), diagrams.isosceles_apex,
+        _multiples(1, lambda a: _ok(180 - 2 * a) and a >= 30),
+        lambda _, a: diagrams.triangle(a, a, equal=True, A=a, C="x"),
         "A triangle with two equal sides has the angle {a} at its base. x is the angle between "
         "the equal sides. Find x.",
     ),
@@ -188,34 +186,36 @@ _FIGURES = [
         "A parallelogram has an angle {a}. x is the angle next to it. Find x.",
     ),
     Figure(
-        "quadrilateral", (2, 4), _SUM_OF_FOUR,
+        "quadrilateral", (2, 4), ("Four corners: s=a+b+c, 360-s",),
         _multiples(3, lambda a, b, c: a <= 130 and c >= 50 and 50 <= 360 - a - b - c <= 130),
         diagrams.quadrilateral,
         "Three angles of a quadrilateral are {a}, {b} and {c}. x is the fourth. Find x.",
     ),
     Figure(
-        "square", (1, 2, 4), ("Four equal sides: 4*a",), _lengths(1), diagrams.regular(4),
+        "square", (1, 2, 4), ("Four equal sides: 4*a",), _lengths(1),
+        lambda _, a: diagrams.regular("ABCD", a),
         "A square has the side {a}. Find the perimeter.", "perimeter",
     ),
     Figure(
-        "equilateral", (1, 2, 4), ("Three equal sides: 3*a",), _lengths(1), diagrams.regular(3),
+        "equilateral", (1, 2, 4), ("Three equal sides: 3*a",), _lengths(1),
+        lambda _, a: diagrams.regular("ABC", a),
         "A triangle with three equal sides has the side {a}. Find the perimeter.", "perimeter",
     ),
     Figure(
         "rectangle", (1, 2, 4), ("Rectangle: s=a+b, 2*s", "Rectangle: s=2*a, t=2*b, s+t"),
-        _lengths(2, lambda a, b: a != b), diagrams.rectangle,
+        _lengths(2, lambda a, b: a != b), lambda _, a, b: diagrams.rectangle(a, b, f"{b}"),
         "A rectangle has the sides {a} and {b}. Find the perimeter.", "perimeter",
     ),
     Figure(
         "isosceles_perimeter", (1, 2, 4),
         ("Two equal sides: s=2*a, s+b", "Two equal sides: s=a+b, s+a"),
         _lengths(2, lambda leg, base: base < 1.6 * leg and base != leg, ordered=False),
-        diagrams.isosceles_perimeter,
+        diagrams.isosceles,
         "A triangle has two equal sides {a} and the base {b}. Find the perimeter.", "perimeter",
     ),
     Figure(
         "scalene_perimeter", (1, 2, 4), ("Three sides: s=a+b, s+c",),
-        _lengths(3, lambda a, b, c: a > b > c and b + c > 1.25 * a), diagrams.scalene_perimeter,
+        _lengths(3, lambda a, b, c: a > b > c and b + c > 1.25 * a), diagrams.scalene,
         "A triangle has the sides {a}, {b} and {c}. Find the perimeter.", "perimeter",
     ),
     # Two rules, one after the other.
@@ -225,14 +225,18 @@ _FIGURES = [
             "Equal sides: s=180-a, b=s/2. Straight line: 180-b",
             "Equal sides: s=180-a, b=s/2. Exterior angle: a+b",
         ),
-        _multiples(1, lambda a: a % 2 == 0 and a <= 120), diagrams.isosceles_exterior,
+        _multiples(1, lambda a: a % 2 == 0 and a <= 120),
+        lambda _, a: diagrams.triangle(
+            90 - a / 2, 90 - a / 2, extended=True, equal=True, C=a, D="x"
+        ),
         "A triangle with two equal sides has the angle {a} between them. x is the exterior angle "
         "at its base. Find x.",
     ),
     Figure(
         "right_exterior", (3, 4),
         ("Right triangle: b=90-a. Straight line: 180-b", "Exterior angle: 90+a"),
-        _multiples(1, lambda a: _ok(90 - a)), diagrams.right_exterior,
+        _multiples(1, lambda a: _ok(90 - a)),
+        lambda _, a: diagrams.triangle(a, 90 - a, extended=True, right="C", A=a, D="x"),
         "A right triangle has an acute angle {a}. x is the exterior angle at the other acute "
         "angle. Find x.",
     ),
@@ -268,7 +272,7 @@ _FIGURES = [
         lambda step: (
             (2 * (a + b), a) for a, b in _lengths(2, lambda a, b: a != b, ordered=False)(step)
         ),
-        diagrams.rectangle_side,
+        lambda _, perimeter, a: diagrams.rectangle(a, perimeter // 2 - a, "x"),
         "A rectangle has the perimeter {a} and one side {b}. x is the other side. Find x.", "side",
     ),
 ]

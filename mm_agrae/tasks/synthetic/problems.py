@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,17 +55,14 @@ def split_of(family: str, numbers: Iterable[int]) -> str:
 
 
 def _geometry(level: int, split: str, rng: random.Random) -> Problem:
-    figures = [f for f in FIGURES.values() if level in f.levels]
-    figure = rng.choice(figures)
-    pool = numbers_of(figure.name, level, split)
-    numbers = rng.choice(pool)
-    derived = [derive(way, numbers) for way in figure.ways]
+    figure = rng.choice([f for f in FIGURES.values() if level in f.levels])
+    numbers = rng.choice(numbers_of(figure.name, level, split))
+    derived = [found for way in figure.ways if (found := derive(way, numbers))]
     given = ", ".join(map(str, numbers))
-    ways = tuple(f"Given {given}. {text}" for text, _ in filter(None, derived))
-    answer = next(value for _, value in filter(None, derived))
+    ways = tuple(f"Given {given}. {text}" for text, _ in derived)
 
     def draw(rng: random.Random, px: int) -> tuple[Image.Image, dict[str, Any]]:
-        # Upright at first: a turn makes a figure harder to recognise.
+        # Below level 4 almost upright: a turn makes a figure harder to recognise.
         turn = 180 if level == 4 else 20
         return drawing.draw_diagram(figure.build(rng, *numbers), rng, px, turn)
 
@@ -75,7 +73,7 @@ def _geometry(level: int, split: str, rng: random.Random) -> Problem:
         numbers,
         _geometry_question(figure.asks, level, numbers),
         figure.described.format(**dict(zip("abcd", numbers, strict=False))),
-        str(answer),
+        str(derived[0][1]),
         ways,
         draw,
     )
@@ -86,9 +84,8 @@ def _geometry_question(asks: str, level: int, numbers: Numbers) -> str:
     if asks == "side":
         shown = "" if level == 4 else f", side {numbers[1]}"
         return f"Perimeter {numbers[0]}{shown}. Find x."
-    if asks == "perimeter":
-        return ("" if level == 4 else f"Sides {listed}. ") + "Find the perimeter."
-    return ("" if level == 4 else f"Angles {listed}. ") + "Find x."
+    names, unknown = ("Sides", "the perimeter") if asks == "perimeter" else ("Angles", "x")
+    return ("" if level == 4 else f"{names} {listed}. ") + f"Find {unknown}."
 
 
 @functools.cache
@@ -96,49 +93,41 @@ def numbers_of(figure: str, level: int, split: str) -> list[Numbers]:
     """Every choice of given numbers of a figure at a level that belongs to the split."""
     # A single number goes in finer steps, for enough problems.
     step = 10 if level in (1, 4) and FIGURES[figure].arity > 1 else 5
-    return [
-        numbers
-        for numbers in FIGURES[figure].numbers(step)
-        if split_of("geometry", numbers) == split
-    ]
+    found = FIGURES[figure].numbers(step)
+    return [numbers for numbers in found if split_of("geometry", numbers) == split]
 
 
 # --- Counting ---------------------------------------------------------------------------------
 
 KINDS = ("circle", "square", "triangle")
-_PLURAL = {"circle": "circles", "square": "squares", "triangle": "triangles"}
 
 
 def _counting(level: int, split: str, rng: random.Random) -> Problem:
-    most = {1: 4, 2: 5, 3: 5, 4: 5}[level]
+    most = 4 if level == 1 else 5
     counts: Numbers = ()
-    while not counts or sum(counts) < 3 or split_of("counting", counts) != split:
+    while sum(counts) < 3 or split_of("counting", counts) != split:
         counts = tuple(rng.randint(0, most) for _ in KINDS)
     # Colours matter at level 4 alone; below it all shapes of an image share one.
     palette = list(drawing.COLOURS)
     colour = rng.choice(palette)
+    n = dict(zip(KINDS, counts, strict=True))
     shapes = [
         (kind, rng.choice(palette[:2]) if level == 4 else colour)
-        for kind, count in zip(KINDS, counts, strict=True)
-        for _ in range(count)
+        for kind in KINDS
+        for _ in range(n[kind])
     ]
     kinds = rng.sample(KINDS, 3)
-    ask = rng.choice({1: ["how_many"], 2: ["more", "together", "compare"]}.get(level, ["not"]))
-    n = dict(zip(KINDS, counts, strict=True))
-    if level == 4:
-        ask = "red"
-    elif ask == "more" and n[kinds[0]] <= n[kinds[1]]:
+    asks = {1: ["how_many"], 2: ["more", "together", "compare"], 3: ["not"], 4: ["red"]}
+    ask = rng.choice(asks[level])
+    if ask == "more" and n[kinds[0]] <= n[kinds[1]]:
         ask = "together"
-    choices: tuple[str, ...] = ()
-    if ask == "compare":
-        choices = (_PLURAL[kinds[0]], _PLURAL[kinds[1]], "equal")
-    red = sum(shape == (kinds[0], "red") for shape in shapes)
+    choices = (f"{kinds[0]}s", f"{kinds[1]}s", "equal") if ask == "compare" else ()
+    red = shapes.count((kinds[0], "red"))
     question, answer, ways = _counting_question(ask, kinds, n, red)
-    listed = shapes if level == 4 else [(kind, "") for kind, _ in shapes]
+    listed = Counter((kind, f"{shade} " if level == 4 else "") for kind, shade in shapes)
     described = ", ".join(
-        " ".join(filter(None, (str(many), shape[1], shape[0] if many == 1 else _PLURAL[shape[0]])))
-        for shape in sorted(set(listed))
-        for many in [listed.count(shape)]
+        f"{many} {shade}{kind}{'s' if many > 1 else ''}"
+        for (kind, shade), many in sorted(listed.items())
     )
     return Problem(
         "counting",
@@ -160,7 +149,7 @@ def _counting_question(
 ) -> tuple[str, str, list[str]]:
     """Question, answer and derivations. `n` counts each kind; `red` are red of the first."""
     first, second, third = kinds
-    one, two, three = (_PLURAL[kind] for kind in kinds)
+    one, two, three = (f"{kind}s" for kind in kinds)
     read = f"Count: {one} {n[first]}"
     both = f"{read}, {two} {n[second]}"
     if ask == "red":
@@ -171,22 +160,21 @@ def _counting_question(
         return f"How many {one}?", str(n[first]), [f"{read}."]
     if ask == "together":
         total = n[first] + n[second]
-        ways = [f"{both}. Sum: {n[first]}+{n[second]}={total}."]
-        return f"How many {one} and {two}?", str(total), ways
+        way = f"{both}. Sum: {n[first]}+{n[second]}={total}."
+        return f"How many {one} and {two}?", str(total), [way]
     if ask == "more":
         difference = n[first] - n[second]
-        ways = [f"{both}. Difference: {n[first]}-{n[second]}={difference}."]
-        return f"How many more {one} than {two}?", str(difference), ways
+        way = f"{both}. Difference: {n[first]}-{n[second]}={difference}."
+        return f"How many more {one} than {two}?", str(difference), [way]
     if ask == "compare":
         which = 2 if n[first] == n[second] else int(n[first] < n[second])
-        ways = [f"{both}. Compare: {n[first]}{'><='[which]}{n[second]}."]
-        return f"Which are more? A) {one} B) {two} C) equal", "ABC"[which], ways
+        way = f"{both}. Compare: {n[first]}{'><='[which]}{n[second]}."
+        return f"Which are more? A) {one} B) {two} C) equal", "ABC"[which], [way]
     total = sum(n.values())
     rest = total - n[first]
-    others = f"{two} {n[second]}, {three} {n[third]}"
     ways = [
         f"Count: all {total}, {one} {n[first]}. Rest: {total}-{n[first]}={rest}.",
-        f"Count: {others}. Sum: {n[second]}+{n[third]}={rest}.",
+        f"Count: {two} {n[second]}, {three} {n[third]}. Sum: {n[second]}+{n[third]}={rest}.",
     ]
     return f"How many shapes are not {one}?", str(rest), ways
 
@@ -202,12 +190,10 @@ def _charts(level: int, split: str, rng: random.Random) -> Problem:
     names = "ABCD"[:size]
     bars = dict(zip(names, values, strict=True))
     listed = ", ".join(f"{name} {value}" for name, value in bars.items())
-    ask = rng.choice(
-        {1: ["value", "highest"], 2: ["difference", "lowest"], 3: ["sum"], 4: ["without"]}[level]
-    )
+    asks = {1: ["value", "highest"], 2: ["difference", "lowest"], 3: ["sum"], 4: ["without"]}
+    ask = rng.choice(asks[level])
     choices: tuple[str, ...] = ()
     asked: dict[str, Any] = {"ask": ask}
-    high, low = max(values), min(values)
     if ask == "value":
         name = rng.choice(names)
         question, answer = f"How high is bar {name}?", str(bars[name])
@@ -215,28 +201,23 @@ def _charts(level: int, split: str, rng: random.Random) -> Problem:
         asked["bars"] = [name]
     elif ask in ("highest", "lowest"):
         choices = tuple(names)
-        extreme = high if ask == "highest" else low
-        answer = names[values.index(extreme)]
-        question = f"Which bar is {ask}?"
+        extreme = max(values) if ask == "highest" else min(values)
+        question, answer = f"Which bar is {ask}?", names[values.index(extreme)]
         ways = [f"Read: {listed}. The {ask} is {extreme}."]
     elif ask == "difference":
         top, bottom = sorted(rng.sample(names, 2), key=lambda name: -bars[name])
-        question = f"How much higher is bar {top} than bar {bottom}?"
-        difference = bars[top] - bars[bottom]
-        answer = str(difference)
-        ways = [
-            f"Read: {top} {bars[top]}, {bottom} {bars[bottom]}. "
-            f"Difference: {bars[top]}-{bars[bottom]}={difference}."
-        ]
+        high, low = bars[top], bars[bottom]
+        question, answer = f"How much higher is bar {top} than bar {bottom}?", str(high - low)
+        ways = [f"Read: {top} {high}, {bottom} {low}. Difference: {high}-{low}={answer}."]
         asked["bars"] = [top, bottom]
     else:
-        picked = list(values) if ask == "sum" else [value for value in values if value != high]
+        a, b, c = values if ask == "sum" else [value for value in values if value != max(values)]
         question = "What is the sum of the bars" + (" without the highest?" if size == 4 else "?")
-        total = sum(picked)
-        answer = str(total)
-        a, b, c = picked
-        ways = [f"Read: {listed}. Sum: {a}+{b}={a + b}, {a + b}+{c}={total}."]
-        ways.append(f"Read: {listed}. Sum: {b}+{c}={b + c}, {a}+{b + c}={total}.")
+        answer = str(a + b + c)
+        ways = [
+            f"Read: {listed}. Sum: {a}+{b}={a + b}, {a + b}+{c}={answer}.",
+            f"Read: {listed}. Sum: {b}+{c}={b + c}, {a}+{b + c}={answer}.",
+        ]
     return Problem(
         "charts",
         "bars",

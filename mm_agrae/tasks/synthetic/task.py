@@ -22,10 +22,8 @@ in both modalities.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
-
-from PIL import Image
 
 from mm_agrae.errors import ConfigError, nearest
 from mm_agrae.tasks.synthetic.problems import MAKERS, Problem
@@ -87,18 +85,16 @@ class SyntheticTask(Sequence[Example]):
             raise IndexError(f"example {index} of {self.size}")
         index %= self.size
         problem, rng = self.problem(index)
-        images: tuple[Image.Image, ...] = ()
-        drawn: dict[str, Any] = {}
-        if self.modality == "image":
-            image, drawn = problem.draw(rng, self.picture_px)
-            images = (image,)
-        choices = problem.choices
+        image, drawn = (
+            problem.draw(rng, self.picture_px) if self.modality == "image" else (None, {})
+        )
+        choices = list(problem.choices)
         return Example(
             id=f"synthetic-{self.split}-{self.seed}-{index}",
-            question=problem.question if images else problem.described,
+            question=problem.question if image else problem.described,
             answer=problem.answer,
-            images=images,
-            grading={"kind": "choice", "choices": list(choices)} if choices else {"kind": "number"},
+            images=(image,) if image else (),
+            grading={"kind": "choice", "choices": choices} if choices else {"kind": "number"},
             origin=f"synthetic {self.split} (seed {self.seed}), example {index}",
             meta={
                 "family": problem.family,
@@ -112,23 +108,22 @@ class SyntheticTask(Sequence[Example]):
         )
 
 
-def _valid(option: str, value: Any, choices: Iterable[Any]) -> Any:
-    names = list(choices)
-    if value in names and not isinstance(value, bool):
+def _valid(option: str, value: Any, choices: Collection[Any]) -> Any:
+    if value in list(choices) and not isinstance(value, bool):
         return value
-    hint = nearest(str(value), map(str, names))
+    hint = nearest(str(value), map(str, choices))
     raise ConfigError(f"synthetic task: {option} is {value!r}; {hint}")
 
 
-def _several(option: str, values: Any, choices: Iterable[Any]) -> list[Any]:
-    names = list(choices)
+def _several(option: str, values: Any, choices: Collection[Any]) -> list[Any]:
     if values is None:
-        return names
+        return list(choices)
     if isinstance(values, str | int):
         values = [values]
     if not values:
-        raise ConfigError(f"synthetic task: {option} is empty; valid: {', '.join(map(str, names))}")
-    return [_valid(option, value, names) for value in values]
+        valid = ", ".join(map(str, choices))
+        raise ConfigError(f"synthetic task: {option} is empty; valid: {valid}")
+    return [_valid(option, value, choices) for value in values]
 
 
 def _at_least(option: str, value: Any, least: int) -> int:

@@ -145,14 +145,9 @@ class Servers:
         with self.lock:
             first, server.lost = not server.lost, reason
         if first:
-            logger.warning(
-                "vLLM server %s is lost: %s. %d of %d are left; it is tried again when the weights "
-                "next change",
-                server.address,
-                reason,
-                len(self.live()),
-                len(self.all),
-            )
+            left = f"{len(self.live())} of {len(self.all)} are left"
+            what = "vLLM server %s is lost: %s. %s; it is tried again when the weights next change"
+            logger.warning(what, server.address, reason, left)
 
 
 def at_once(servers: Iterable[Server], function: Callable[[Server], Any]) -> dict[Server, Any]:

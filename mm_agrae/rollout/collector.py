@@ -89,10 +89,10 @@ class Collector:
         Raises DataError for rows and EngineError for engines that cannot be used.
         """
         rollout = self.config.rollout
-        positions: list[int] = list(range(rollout.prompts_per_step))
         if rollout.overlap:
-            return self._collect_overlapped(step, positions, last)
+            return self._collect_overlapped(step, last)
         self.sync()
+        positions = [*range(rollout.prompts_per_step)]
         rounds = 1 + (rollout.dynamic_sampling.max_draws if rollout.dynamic_sampling else 0)
         groups: dict[int, Group] = {}
         for resample_round in range(rounds):
@@ -283,10 +283,10 @@ class Collector:
         )
         return dict(zip(prompts, groups, strict=True))
 
-    def _collect_overlapped(self, step: int, positions: Sequence[int], last: bool) -> list[Group]:
+    def _collect_overlapped(self, step: int, last: bool) -> list[Group]:
         """The groups sampled during the last update; starts sampling those of the next step."""
         self.sync()
-        present = self._overlapped or self._start_sampling(step, positions)
+        present = self._overlapped or self._start_sampling(step)
         completions = self._wait(present)
         self._check_mismatch(step, list(present.prompts.values()))
         self._overlapped = None
@@ -296,15 +296,15 @@ class Collector:
                 "its message is in the log. Remove the row, or set rollout.overlap=false"
             )
         if not last:
-            self._overlapped = self._start_sampling(step + 1, positions)
+            self._overlapped = self._start_sampling(step + 1)
         self.behaviour_version = present.version
         return self._score(present.prompts, completions, resample_round=0)
 
-    def _start_sampling(self, step: int, positions: Sequence[int]) -> _Overlapped:
+    def _start_sampling(self, step: int) -> _Overlapped:
         """Draw the prompts of `step`, and have the engine sample while the update runs."""
         data_state = self._data_state()
         with self.stopwatch("prompts"):
-            prompts = self._draw_prompts(positions)
+            prompts = self._draw_prompts(range(self.config.rollout.prompts_per_step))
         future = self._sampling_thread.submit(self._generate, prompts, step, 0)
         return _Overlapped(prompts, future, self.engine.version, data_state)
 

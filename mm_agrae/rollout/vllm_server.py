@@ -231,11 +231,7 @@ class VllmServerEngine(VllmBase):
         answering = [server for server in self.servers.all if not failed[server]]
         also_failed, sent = self.transfer.send(answering, tag, self._tag)
         failed |= also_failed
-        for server, reason in failed.items():
-            if reason:
-                self.servers.lose(server, reason)
-            elif server.lost:
-                logger.warning("vLLM server %s is back and has the weights", server.address)
+        self.servers.report(failed)
         return tag, {server.address: reason for server, reason in failed.items()}, sent
 
     def _require_current_weights(self, count: int) -> None:
@@ -252,9 +248,7 @@ class VllmServerEngine(VllmBase):
                 raise Refused(OTHER_WEIGHTS)
 
         failed = failures(self.servers.live(), check_tag)
-        for server, reason in failed.items():
-            if reason:
-                self.servers.lose(server, reason)
+        self.servers.report(failed)
         restarted = self.version < 0 or OTHER_WEIGHTS in failed.values()
         if restarted and self._may_sync_again and self.version in (-1, self.policy.version):
             self.sync()

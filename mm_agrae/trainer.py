@@ -26,9 +26,8 @@ from mm_agrae.parallel.processes import Processes, announced
 from mm_agrae.parallel.signals import StopRequest
 from mm_agrae.progress import Reporter
 from mm_agrae.rewards import Rewarder
-from mm_agrae.rollout import derive_seed, make_engine
+from mm_agrae.rollout import derive_seed, engine_class
 from mm_agrae.rollout.collector import Collector
-from mm_agrae.rollout.engine import engine_class
 from mm_agrae.run import checkpoint, metrics
 from mm_agrae.run.checkpointer import Checkpointer
 from mm_agrae.run.context import RunContext
@@ -119,10 +118,10 @@ class Trainer:
         self.processes.distribute(self.policy)
         if config.update.kl_coef > 0:
             self.policy.keep_reference()
-        self.engine = make_engine(
-            config.rollout,
+        self.engine = engine_class(config.rollout.engine)(
             self.policy,
             self.processing,
+            config.rollout,
             batch_completions=config.rollout.batch_completions,
             max_tokens=config.prompt.max_tokens
             + max(config.rollout.max_new_tokens, config.evaluate.max_new_tokens),

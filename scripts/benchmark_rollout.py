@@ -29,7 +29,7 @@ import torch
 from mm_agrae.config import ModelSection, PromptSection, RolloutSection, SamplingSection
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
-from mm_agrae.rollout import make_engine
+from mm_agrae.rollout import engine_class
 from mm_agrae.rollout.mismatch import measure
 from mm_agrae.tasks.synthetic.task import SyntheticTask
 
@@ -65,8 +65,8 @@ def benchmark(
     seeds = range(len(prompts))
     longest = max(map(len, prompts)) + options.new_tokens
     started = time.perf_counter()
-    engine = make_engine(
-        rollout, policy, processing, batch_completions=len(prompts) * options.group,
+    engine = engine_class(name)(
+        policy, processing, rollout, batch_completions=len(prompts) * options.group,
         max_tokens=longest,
     )  # fmt: skip
     start = time.perf_counter() - started

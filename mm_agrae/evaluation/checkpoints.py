@@ -17,7 +17,7 @@ from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.progress import Reporter
 from mm_agrae.rewards import Rewarder
-from mm_agrae.rollout import Engine, make_engine
+from mm_agrae.rollout import Engine, engine_class
 from mm_agrae.run import checkpoint
 from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.records import EvaluationResult
@@ -37,10 +37,10 @@ def build_engine(config: Config, path: str) -> tuple[Processing, Policy, Engine]
         trust_remote_code=config.model.trust_remote_code,
     )
     policy = Policy(model, processing, device="cuda" if use_cuda else "cpu")
-    engine = make_engine(
-        config.rollout,
+    engine = engine_class(config.rollout.engine)(
         policy,
         processing,
+        config.rollout,
         batch_completions=config.evaluate.batch_completions,
         max_tokens=config.prompt.max_tokens + config.evaluate.max_new_tokens,
     )

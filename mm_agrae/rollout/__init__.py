@@ -5,6 +5,6 @@ Begin with `engine.py`, the protocol and the list of engines; `hf.py` is the ref
 `collector.py` gathers the groups of a training step.
 """
 
-from mm_agrae.rollout.engine import ENGINES, Engine, Sync, derive_seed, make_engine
+from mm_agrae.rollout.engine import ENGINES, Engine, Sync, derive_seed, engine_class
 
-__all__ = ["ENGINES", "Engine", "Sync", "derive_seed", "make_engine"]
+__all__ = ["ENGINES", "Engine", "Sync", "derive_seed", "engine_class"]

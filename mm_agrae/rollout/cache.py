@@ -7,35 +7,20 @@ safetensors: token ids and log-probabilities as tensors, the rest as JSON in its
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mm_agrae.run.files import write_atomic
-from mm_agrae.types import Completion, Group, Prompt, Score
+from mm_agrae.types import Completion, Group, Score
 
 _TENSORS = ("token_ids", "logprobs")
 _DATA_STATE = ("data_position", "rows_skipped")
-
-
-@dataclass(frozen=True)
-class CachedGroup:
-    """A group without its prompt, of which the `row` in the data and `prompt_ids` are stored."""
-
-    position: int
-    row: int
-    prompt_ids: list[int]
-    completions: list[Completion]
-    scores: list[Score]
-    resample_round: int
-
-    def with_prompt(self, prompt: Prompt) -> Group:
-        return Group(self.position, prompt, self.completions, self.scores, self.resample_round)
 
 
 def write(
@@ -80,40 +65,40 @@ def write(
     write_atomic(path, save(tensors, {"rollouts": json.dumps(header)}))
 
 
-def read(path: Path, checkpoint: str) -> tuple[list[CachedGroup], dict[str, int]] | None:
-    """What `write` stored after the checkpoint of this id; None if there is nothing of it."""
+def read(
+    path: Path, checkpoint: str
+) -> tuple[list[tuple[int, list[int], dict[str, Any]]], dict[str, int]] | None:
+    """What `write` stored after the checkpoint of this id, and the data cursor.
+
+    A group is given as its row in the data, the token ids of its prompt, and all of `Group` but
+    the prompt. None if the file holds nothing of this checkpoint.
+    """
     from safetensors import safe_open
 
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["rollouts"])
-            token_ids, logprobs = (file.get_tensor(name).tolist() for name in _TENSORS)
+            ids, logprobs = (iter(file.get_tensor(name).tolist()) for name in _TENSORS)
         if not checkpoint or header["checkpoint"] != checkpoint:
             return None
-        ids, values = iter(token_ids), iter(logprobs)
-        groups = [_group(group, ids, values) for group in header["groups"]]
+        groups = [
+            (group["row"], group["prompt_ids"], _group(group, ids, logprobs))
+            for group in header["groups"]
+        ]
         return groups, {name: int(header["data_state"][name]) for name in _DATA_STATE}
     except Exception:  # not whole, or not ours: sampling again costs only time
         return None
 
 
-def _group(values: dict[str, Any], ids: Iterator[int], logprobs: Iterator[float]) -> CachedGroup:
-    completions = [
-        Completion(
-            token_ids=tuple(itertools.islice(ids, each["length"])),
-            logprobs=tuple(itertools.islice(logprobs, each["length"])),
-            text=each["text"],
-            finish_reason=each["finish_reason"],
-            policy_version=each["policy_version"],
-        )
-        for each in values["completions"]
-    ]
-    scores = [Score(**score) for score in values["scores"]]
-    return CachedGroup(
-        values["position"],
-        values["row"],
-        values["prompt_ids"],
-        completions,
-        scores,
-        values["resample_round"],
-    )
+def _group(stored: dict[str, Any], ids: Iterator[int], logprobs: Iterator[float]) -> dict[str, Any]:
+    completions = []
+    for each in stored["completions"]:
+        length = each.pop("length")
+        own = tuple(islice(ids, length))
+        completions.append(Completion(own, tuple(islice(logprobs, length)), **each))
+    return {
+        "position": stored["position"],
+        "completions": completions,
+        "scores": [Score(**score) for score in stored["scores"]],
+        "resample_round": stored["resample_round"],
+    }

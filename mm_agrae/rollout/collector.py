@@ -9,10 +9,10 @@ everywhere.
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 
 from mm_agrae.batching import StepTable
@@ -27,6 +27,10 @@ from mm_agrae.tasks import Concatenation
 from mm_agrae.tasks.order import DataOrder
 from mm_agrae.types import Completion, Group, Prompt
 
+Prompts = dict[int, Prompt]
+Completions = dict[int, list[Completion]]
+"""A rank's prompts, and the completions of each, by position in the step."""
+
 MAX_REFUSALS = 20
 """Prompts in a row that a rollout server may refuse; after that the rows are not at fault."""
 
@@ -39,8 +43,8 @@ class _Overlapped:
     their prompts were drawn.
     """
 
-    prompts: dict[int, Prompt]
-    completions: Future[list[list[Completion]]]
+    prompts: Prompts
+    completions: Future[Completions]
     version: int
     data_state: dict[str, int]
 
@@ -85,10 +89,10 @@ class Collector:
         Raises DataError for rows and EngineError for engines that cannot be used.
         """
         rollout = self.config.rollout
-        positions: list[int] = list(range(rollout.prompts_per_step))
         if rollout.overlap:
-            return self._collect_overlapped(step, positions, last)
+            return self._collect_overlapped(step, last)
         self.sync()
+        positions = [*range(rollout.prompts_per_step)]
         rounds = 1 + (rollout.dynamic_sampling.max_draws if rollout.dynamic_sampling else 0)
         groups: dict[int, Group] = {}
         for resample_round in range(rounds):
@@ -132,7 +136,7 @@ class Collector:
 
     def check_versions(self, groups: Iterable[Group]) -> None:
         """Raise RuntimeError for completions of another than the behaviour-policy version."""
-        for completion in itertools.chain.from_iterable(group.completions for group in groups):
+        for completion in chain.from_iterable(group.completions for group in groups):
             if completion.policy_version != self.behaviour_version:
                 raise RuntimeError(
                     f"a completion of policy version {completion.policy_version} reached the "
@@ -177,11 +181,11 @@ class Collector:
         cached = cache.read(self.cache_path, checkpoint_id)
         groups: list[Group] = []
         with self.stopwatch("prompts"), contextlib.suppress(DataError, IndexError):
-            for each in cached[0] if cached else []:
-                prompt = self.processing.prompt(self.task[each.row])
-                if prompt.token_ids.tolist() == each.prompt_ids:
-                    self._row_at[each.position] = each.row
-                    groups.append(each.with_prompt(prompt))
+            for row, prompt_ids, values in cached[0] if cached else []:
+                prompt = self._prompt(row)
+                if prompt.token_ids.tolist() == prompt_ids:
+                    groups.append(Group(prompt=prompt, **values))
+                    self._row_at[groups[-1].position] = row
         positions = range(
             self.processes.rank, self.config.rollout.prompts_per_step, self.processes.world
         )
@@ -209,9 +213,9 @@ class Collector:
     def _prompt(self, row: int) -> Prompt:
         return self.processing.prompt(self.task[row])
 
-    def _draw_prompts(self, positions: Iterable[int]) -> dict[int, Prompt]:
+    def _draw_prompts(self, positions: Iterable[int]) -> Prompts:
         """This rank's prompts by position; a bad row is skipped on all ranks alike."""
-        drawn: dict[int, Prompt] = {}
+        drawn: Prompts = {}
         missing = list(positions)
         in_a_row = 0
         while missing:
@@ -238,23 +242,18 @@ class Collector:
         return dict(sorted(drawn.items()))
 
     def _replace_refused(
-        self,
-        prompts: dict[int, Prompt],
-        completions: list[list[Completion]],
-        step: int,
-        resample_round: int,
-    ) -> tuple[dict[int, Prompt], list[list[Completion]]]:
+        self, prompts: Prompts, completions: Completions, step: int, resample_round: int
+    ) -> tuple[Prompts, Completions]:
         """Replace prompts that a rollout server refused by the next ones of the data."""
-        found = dict(zip(prompts, completions, strict=True))
         for attempt in range(1, MAX_REFUSALS + 1):
             own = [
                 (position, prompts[position].example.origin or prompts[position].example.id)
-                for position, group in found.items()
+                for position, group in completions.items()
                 if not group
             ]
             refused = sorted(self.processes.gather(own, "refused rows"))
             if not refused:
-                return prompts, [found[position] for position in prompts]
+                return prompts, completions
             for _, where in refused:
                 self.reporter.say(f"skipped {where}: the rollout server refused it")
             if self.config.data.on_bad_row == "error":
@@ -265,53 +264,51 @@ class Collector:
             self.rows_skipped += len(refused)
             fresh = self._draw_prompts([position for position, _ in refused])
             prompts = dict(sorted({**prompts, **fresh}.items()))
-            again = self._generate(fresh, step, resample_round + 1000 * attempt)
-            found |= dict(zip(fresh, again, strict=True))
+            completions |= self._generate(fresh, step, resample_round + 1000 * attempt)
         raise EngineError(f"the rollout server refused {MAX_REFUSALS} rows in a row")
 
     # ------------------------------------------------------------------ completions
 
     def _generate(
         self,
-        prompts: dict[int, Prompt],
+        prompts: Prompts,
         step: int,
         resample_round: int,
         advance: Callable[[int], None] | None = None,
-    ) -> list[list[Completion]]:
+    ) -> Completions:
         rollout, seed = self.config.rollout, self.config.train.seed
-        seeds = [
-            derive_seed(seed, "rollout", step, resample_round, position) for position in prompts
-        ]
-        return self.engine.generate(
+        seeds = [derive_seed(seed, "rollout", step, resample_round, each) for each in prompts]
+        groups = self.engine.generate(
             list(prompts.values()), rollout.completions_per_prompt, rollout, seeds, advance
         )
+        return dict(zip(prompts, groups, strict=True))
 
-    def _collect_overlapped(self, step: int, positions: Sequence[int], last: bool) -> list[Group]:
+    def _collect_overlapped(self, step: int, last: bool) -> list[Group]:
         """The groups sampled during the last update; starts sampling those of the next step."""
         self.sync()
-        present = self._overlapped or self._start_sampling(step, positions)
+        present = self._overlapped or self._start_sampling(step)
         completions = self._wait(present)
         self._check_mismatch(step, list(present.prompts.values()))
         self._overlapped = None
-        if any(self.processes.gather([not all(completions)], "refused rows")):
+        if any(self.processes.gather([not all(completions.values())], "refused rows")):
             raise DataError(
                 "a rollout server refused a row, which rollout.overlap cannot replace in time; "
                 "its message is in the log. Remove the row, or set rollout.overlap=false"
             )
         if not last:
-            self._overlapped = self._start_sampling(step + 1, positions)
+            self._overlapped = self._start_sampling(step + 1)
         self.behaviour_version = present.version
         return self._score(present.prompts, completions, resample_round=0)
 
-    def _start_sampling(self, step: int, positions: Sequence[int]) -> _Overlapped:
+    def _start_sampling(self, step: int) -> _Overlapped:
         """Draw the prompts of `step`, and have the engine sample while the update runs."""
         data_state = self._data_state()
         with self.stopwatch("prompts"):
-            prompts = self._draw_prompts(positions)
+            prompts = self._draw_prompts(range(self.config.rollout.prompts_per_step))
         future = self._sampling_thread.submit(self._generate, prompts, step, 0)
         return _Overlapped(prompts, future, self.engine.version, data_state)
 
-    def _wait(self, overlapped: _Overlapped) -> list[list[Completion]]:
+    def _wait(self, overlapped: _Overlapped) -> Completions:
         with self.stopwatch("rollout"):
             return overlapped.completions.result()
 
@@ -353,21 +350,16 @@ class Collector:
     # ------------------------------------------------------------------ scores
 
     def _score(
-        self, prompts: dict[int, Prompt], completions: list[list[Completion]], resample_round: int
+        self, prompts: Prompts, completions: Completions, resample_round: int
     ) -> list[Group]:
         count = self.config.rollout.completions_per_prompt
         with self.stopwatch("reward"):
             scores = self.rewarder.score(
                 [prompt.example for prompt in prompts.values() for _ in range(count)],
-                list(itertools.chain(*completions)),
+                [each for position in prompts for each in completions[position]],
             )
+        rest = iter(scores)
         return [
-            Group(
-                position,
-                prompt,
-                completions[row],
-                scores[row * count : (row + 1) * count],
-                resample_round,
-            )
-            for row, (position, prompt) in enumerate(prompts.items())
+            Group(position, prompt, completions[position], [*islice(rest, count)], resample_round)
+            for position, prompt in prompts.items()
         ]

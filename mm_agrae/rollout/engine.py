@@ -103,20 +103,6 @@ def engine_class(name: str) -> type[Engine]:
         raise ConfigError(f"rollout.engine: {error}") from None
 
 
-def make_engine(
-    rollout: RolloutSection,
-    policy: Policy,
-    processing: Processing,
-    *,
-    batch_completions: int,
-    max_tokens: int,
-) -> Engine:
-    """The engine that `rollout.engine` names; arguments and errors as in `Engine.__init__`."""
-    return engine_class(rollout.engine)(
-        policy, processing, rollout, batch_completions=batch_completions, max_tokens=max_tokens
-    )
-
-
 def derive_seed(*parts: int | str) -> int:
     """A 63-bit seed from a path of names and numbers, the same on every machine."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()

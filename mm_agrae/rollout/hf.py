@@ -82,9 +82,8 @@ class HFEngine:
             try:
                 for start in range(0, len(prompts), prompts_at_once):
                     part = slice(start, start + prompts_at_once)
-                    watch = on_tokens and _shifted(on_tokens, start * count)
                     groups += self._generate(
-                        prompts[part], count, sampling, seeds[part], on_progress, watch
+                        prompts[part], count, sampling, seeds[part], on_progress, on_tokens, start
                     )
             finally:
                 self.policy.train(was_training)
@@ -99,6 +98,7 @@ class HFEngine:
         seeds: Sequence[int],
         on_progress: Callable[[int], None] | None,
         on_tokens: OnTokens | None,
+        first_prompt: int,
     ) -> list[list[Completion]]:
         policy, device = self.policy, self.policy.device
         limit = sampling.max_new_tokens
@@ -122,7 +122,7 @@ class HFEngine:
                 token_BT[target, step] = token[running]
                 logp_BT[target, step] = logp[running]
                 if on_tokens:
-                    on_tokens(target, token[running], logits[running])
+                    on_tokens(target + first_prompt * count, token[running], logits[running])
                 ended = running & torch.isin(token, self._eos)
                 length_B[live[ended]] = step + 1
                 stopped_B[live[ended]] = True
@@ -143,7 +143,7 @@ class HFEngine:
                 mask = torch.nn.functional.pad(mask, (0, 1), value=1)
                 logits = self._decode(token, cache, mask, position)
                 position = position + 1
-        return self._completions(token_BT, logp_BT, length_B, stopped_B, count)
+        return self._completions(count, token_BT, logp_BT, length_B, stopped_B)
 
     def _prefill(
         self, prompts: Sequence[Prompt], count: int
@@ -176,10 +176,9 @@ class HFEngine:
         self, token_B: torch.Tensor, cache: Any, mask: torch.Tensor, position_B: torch.Tensor
     ) -> torch.Tensor:
         """Append one token per row to the cache; returns the logits [B,V] of the next one."""
+        positions = position_B[:, None]
         if self.policy.is_multimodal:  # M-RoPE: temporal, height and width are equal for text
-            positions = position_B.view(1, -1, 1).expand(3, -1, 1)
-        else:
-            positions = position_B[:, None]
+            positions = positions.expand(3, -1, 1)
         hidden = self.policy.backbone(
             input_ids=token_B[:, None],
             attention_mask=mask,
@@ -189,32 +188,16 @@ class HFEngine:
         ).last_hidden_state[:, -1]
         return self.policy.logits(hidden)
 
-    def _completions(
-        self,
-        token_BT: torch.Tensor,
-        logp_BT: torch.Tensor,
-        length_B: torch.Tensor,
-        stopped_B: torch.Tensor,
-        count: int,
-    ) -> list[list[Completion]]:
-        tokens, logps = token_BT.tolist(), logp_BT.tolist()
-        lengths, stopped = length_B.tolist(), stopped_B.tolist()
-        flat = [
-            Completion(
-                token_ids=tuple(tokens[row][: lengths[row]]),
-                logprobs=tuple(logps[row][: lengths[row]]),
-                text=self.processing.decode(tokens[row][: lengths[row]]),
-                finish_reason="stop" if stopped[row] else "length",
-                policy_version=self.policy.version,
-            )
-            for row in range(len(tokens))
-        ]
-        return [flat[start : start + count] for start in range(0, len(flat), count)]
-
-
-def _shifted(on_tokens: OnTokens, first_row: int) -> OnTokens:
-    """Output rows of a later batch of prompts are numbered after those of the earlier ones."""
-    return lambda row_B, token_B, logits_BV: on_tokens(row_B + first_row, token_B, logits_BV)
+    def _completions(self, count: int, *outputs: torch.Tensor) -> list[list[Completion]]:
+        """Groups of `count` from the rows' tokens, log-probs, lengths, and whether they stopped."""
+        made = []
+        for tokens, logps, length, stopped in zip(
+            *(each.tolist() for each in outputs), strict=True
+        ):
+            ids, reason = tokens[:length], "stop" if stopped else "length"
+            text, version = self.processing.decode(ids), self.policy.version
+            made.append(Completion(tuple(ids), tuple(logps[:length]), text, reason, version))
+        return [made[start : start + count] for start in range(0, len(made), count)]
 
 
 def sample(
@@ -252,10 +235,6 @@ def sample(
 
 def _uniforms(seeds: Sequence[int], count: int, limit: int) -> np.ndarray:
     """[len(seeds)·count, limit] numbers in [0,1), one counter-based stream per completion."""
-    return np.stack(
-        [
-            np.random.Generator(np.random.Philox(key=[seed, index])).random(limit, np.float32)
-            for seed in seeds
-            for index in range(count)
-        ]
-    )
+    keys = [[seed, index] for seed in seeds for index in range(count)]
+    streams = (np.random.Generator(np.random.Philox(key=key)) for key in keys)
+    return np.stack([stream.random(limit, np.float32) for stream in streams])

@@ -65,13 +65,8 @@ def check(
     The engine must hold the policy's current weights. The whole distribution is compared, so
     `top_p` and `top_k` of `sampling` are ignored.
     """
-    whole = sampling.model_copy(
-        update={
-            "top_p": 1.0,
-            "top_k": 0,
-            "max_new_tokens": min(sampling.max_new_tokens, CHECK_TOKENS),
-        }
-    )
+    limit = min(sampling.max_new_tokens, CHECK_TOKENS)
+    whole = sampling.model_copy(update={"top_p": 1.0, "top_k": 0, "max_new_tokens": limit})
     return measure(policy, prompts, engine.generate(prompts, 1, whole, seeds))
 
 

@@ -19,15 +19,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator, Sequence
 
-import requests
 import torch
 
 from mm_agrae.errors import EngineError
 from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.rollout.vllm_common import max_lora_rank
+from mm_agrae.rollout.vllm_connection import CHECK_LIMIT_S, Server
 from mm_agrae.rollout.vllm_gate import FOLDER_VARIABLE, KEY_VARIABLE
 
 STOP_LIMIT_S = 30.0
@@ -199,12 +198,8 @@ def _passing_on_signals(child: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def _wait_until_ready(child: subprocess.Popen[bytes], address: str) -> bool:
-    address = address.replace("//0.0.0.0:", "//127.0.0.1:")
-    with requests.Session() as session:
-        session.trust_env = False  # no proxy for this machine
-        while child.poll() is None:
-            with contextlib.suppress(requests.RequestException):
-                if session.get(f"{address}/health", timeout=2).status_code == 200:
-                    return True
-            time.sleep(0.5)
+    server = Server(address.replace("//0.0.0.0:", "//127.0.0.1:"), CHECK_LIMIT_S)
+    while child.poll() is None:
+        if server.is_healthy():
+            return True
     return False

@@ -10,31 +10,23 @@ from __future__ import annotations
 import collections
 import contextlib
 import gc
+import itertools
 import os
 import random
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
-from mm_agrae.config import RolloutSection, SamplingSection
 from mm_agrae.errors import ConfigError, EngineError
 from mm_agrae.model.lora import model_and_adapter
-from mm_agrae.model.policy import Policy
-from mm_agrae.model.processing import Processing
 from mm_agrae.model.weights import adapter_config, save_adapter
-from mm_agrae.rollout import Sync
-from mm_agrae.rollout.vllm_common import (
-    VllmBase,
-    collapse_image_tokens,
-    max_lora_rank,
-    world_size,
-)
+from mm_agrae.rollout.vllm_common import Progress, Request, VllmBase, max_lora_rank, world_size
 from mm_agrae.rollout.vllm_worker import load_weights, prepare_vllm
 from mm_agrae.types import Completion, Prompt
 
@@ -43,21 +35,15 @@ class VllmEngine(VllmBase):
     _alive: ClassVar[int] = 0
     """Open engines of this process, which share vLLM's process groups."""
 
-    def __init__(
-        self,
-        policy: Policy,
-        processing: Processing,
-        rollout: RolloutSection,
-        *,
-        batch_completions: int,
-        max_tokens: int,
-    ):
+    _lost = ""
+    """Why the engine cannot be used any more; empty while it can."""
+    _lora: Any = None
+
+    def _start(self) -> None:
         """Start vLLM and load the policy's weights.
 
-        Raises ConfigError for settings that exclude each other, EngineError if vLLM is not
-        installed or cannot start.
+        Raises EngineError if vLLM is not installed or cannot start.
         """
-        super().__init__(policy, processing, rollout, max_tokens)
         self._processes = world_size()
         if self._processes % self.settings.tensor_parallel:
             raise ConfigError(
@@ -65,14 +51,11 @@ class VllmEngine(VllmBase):
                 f"divide the run's {self._processes} process(es), in which the engine lives; start "
                 "more processes, or use rollout.engine=vllm_server"
             )
-        self._lost = ""
-        """Why the engine cannot be used any more; empty while it can."""
         self._asleep: set[str] = set()
-        self._lora: Any = None
         self._folder = tempfile.TemporaryDirectory(prefix="mm-agrae-adapter-")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # about vLLM's own code
-            self._llm: Any = self._start(batch_completions)
+            self._llm: Any = self._start_vllm()
         VllmEngine._alive += 1
         try:
             self.sync()
@@ -80,48 +63,42 @@ class VllmEngine(VllmBase):
             self.close()
             raise
 
-    def sync(self) -> Sync:
-        """See `rollout.Engine.sync`."""
-        started = time.perf_counter()
+    def _sync(self) -> int:
         self._require_usable()
-        version = self.policy.version
         weights = self.weights()
         try:
             self._wake("weights")
-            sent = self._load_adapter(weights) if self.by_adapter else self._load(weights)
+            if self.by_adapter:
+                sent = self._load_adapter(weights)
+            else:
+                sent = self._llm.collective_rpc(lambda worker: load_weights(worker, weights))[0]
             # Both hold what the previous weights made of prompts and images.
             if not self._llm.llm_engine.reset_prefix_cache():
                 raise EngineError("vLLM did not drop prompts that older weights have read")
             self._llm.llm_engine.reset_encoder_cache()
         except Exception as error:
-            self._lost = f"loading the weights of version {version} failed: {error}"
+            self._lost = f"loading the weights of version {self.policy.version} failed: {error}"
             # Gathering shards is collective: finish it for the sake of the other processes.
             collections.deque(weights, maxlen=0)
             raise EngineError(f"engine vllm: {self._lost}") from error
-        self.version = version
-        return Sync(megabytes=sent / 1e6, seconds=time.perf_counter() - started)
+        return sent
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        count: int,
-        sampling: SamplingSection,
-        seeds: Sequence[int],
-        on_progress: Callable[[int], None] | None = None,
+    def _generate(
+        self, prompts: Sequence[Prompt], requests: list[Request], count: int, on_progress: Progress
     ) -> list[list[Completion]]:
-        """See `rollout.Engine.generate`; `on_progress` counts by whole prompts.
-
-        Raises DataError for a prompt that vLLM must not get, before anything is sampled.
-        """
         self._require_usable()
-        arguments = self.sampling_arguments(prompts, count, sampling, seeds)
-        inputs = [self._input(prompt) for prompt in prompts]
-        inputs, arguments, own = self._gather_requests(inputs, arguments)
+        pairs: list[Any] = []
+        for prompt, (ids, arguments) in zip(prompts, requests, strict=True):
+            images = {"multi_modal_data": {"image": list(prompt.images)}} if prompt.images else {}
+            pairs.append(({"prompt_token_ids": ids, **images}, arguments))
+        pairs, own = self._gather(pairs)
         try:
             self._wake("weights", "kv_cache")
             with _random_state(self.policy.device):
-                outputs = self._sample(inputs, arguments, on_progress)
-            self._sleep()
+                outputs = self._sample(pairs, on_progress)
+            if self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
+                self._llm.sleep(level=1)  # frees the GPU; the weights are kept in main memory
+                self._asleep = {"weights", "kv_cache"}
         except Exception as error:
             self._lost = f"sampling failed: {error or type(error).__name__}"
             raise EngineError(f"engine vllm: {self._lost}") from error
@@ -150,8 +127,16 @@ class VllmEngine(VllmBase):
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _start(self, batch_completions: int) -> Any:
-        set_environment(on_gpu=torch.cuda.is_available())
+    def _start_vllm(self) -> Any:
+        variables = {  # vLLM reads them when it is imported
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_LOGGING_LEVEL": "ERROR",
+        }
+        if not torch.cuda.is_available():
+            variables["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled on CPUs
+        for name, value in variables.items():
+            os.environ.setdefault(name, value)
         try:
             prepare_vllm()
             import vllm
@@ -164,7 +149,7 @@ class VllmEngine(VllmBase):
             ) from error
         # It would destroy the process group of the whole process, which may be the trainer's.
         core.cleanup_dist_env_and_memory = lambda: None
-        options = self._options(batch_completions, cpu=current_platform.is_cpu())
+        options = self._options(cpu=current_platform.is_cpu())
         threads = torch.set_num_threads
         try:
             with _random_state(self.policy.device):
@@ -175,7 +160,7 @@ class VllmEngine(VllmBase):
             # On CPUs vLLM replaces it by a function that does nothing.
             torch.set_num_threads = threads
 
-    def _options(self, batch_completions: int, *, cpu: bool) -> dict[str, Any]:
+    def _options(self, *, cpu: bool) -> dict[str, Any]:
         """Arguments of vllm.LLM; those in `rollout.vllm.options` take precedence."""
         settings, policy = self.settings, self.policy
         options: dict[str, Any] = {
@@ -183,7 +168,7 @@ class VllmEngine(VllmBase):
             "dtype": self.dtype,
             "trust_remote_code": policy.settings.trust_remote_code,
             "max_model_len": self.max_tokens,
-            "max_num_seqs": batch_completions,
+            "max_num_seqs": self.batch_completions,
             "tensor_parallel_size": settings.tensor_parallel,
             "enforce_eager": settings.enforce_eager or cpu,
             "generation_config": "vllm",  # no sampling defaults from the checkpoint
@@ -215,9 +200,6 @@ class VllmEngine(VllmBase):
             options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
         return options | settings.options
 
-    def _load(self, weights: Iterator[tuple[str, torch.Tensor]]) -> int:
-        return self._llm.collective_rpc(lambda worker: load_weights(worker, weights))[0]
-
     def _load_adapter(self, weights: Iterator[tuple[str, torch.Tensor]]) -> int:
         from vllm.lora.request import LoRARequest
 
@@ -228,41 +210,28 @@ class VllmEngine(VllmBase):
         self._lora = LoRARequest("policy", 1, folder)
         return sum(tensor.nbytes for tensor in whole.values())
 
-    def _input(self, prompt: Prompt) -> dict[str, Any]:
-        made: dict[str, Any] = {"prompt_token_ids": collapse_image_tokens(prompt, self.processing)}
-        if prompt.images:
-            made["multi_modal_data"] = {"image": list(prompt.images)}
-        return made
-
-    def _gather_requests(
-        self, inputs: list[Any], arguments: list[Any]
-    ) -> tuple[list[Any], list[Any], slice]:
-        """Requests of all processes of this engine, and which of them are this process's.
+    def _gather(self, pairs: list[Any]) -> tuple[list[Any], slice]:
+        """Inputs and arguments of all processes of this engine, and which are this process's.
 
         Under tensor parallelism each process of an engine must submit the same requests.
         """
         if self.settings.tensor_parallel == 1:
-            return inputs, arguments, slice(None)
+            return pairs, slice(None)
         from vllm.distributed import parallel_state
 
         group = parallel_state.get_tp_group()
         gathered: list[Any] = [None] * group.world_size
-        torch.distributed.all_gather_object(gathered, (inputs, arguments), group=group.cpu_group)
-        start = sum(len(theirs) for theirs, _ in gathered[: group.rank_in_group])
-        return (
-            [each for theirs, _ in gathered for each in theirs],
-            [each for _, theirs in gathered for each in theirs],
-            slice(start, start + len(inputs)),
-        )
+        torch.distributed.all_gather_object(gathered, pairs, group=group.cpu_group)
+        start = sum(map(len, gathered[: group.rank_in_group]))
+        return [*itertools.chain(*gathered)], slice(start, start + len(pairs))
 
-    def _sample(
-        self, inputs: list[Any], arguments: list[Any], on_progress: Callable[[int], None] | None
-    ) -> list[Any]:
-        """vLLM's outputs in the order of `inputs`."""
+    def _sample(self, pairs: list[Any], on_progress: Progress) -> list[Any]:
+        """vLLM's outputs in the order of the inputs."""
         from vllm import SamplingParams
 
         engine = self._llm.llm_engine
-        params = [SamplingParams(**each) for each in arguments]
+        inputs = [each for each, _ in pairs]
+        params = [SamplingParams(**arguments) for _, arguments in pairs]
         requests = self._llm.enqueue(inputs, params, lora_request=self._lora, use_tqdm=False)
         outputs = []
         last = time.monotonic()
@@ -272,8 +241,7 @@ class VllmEngine(VllmBase):
                 outputs += done
                 if done:
                     last = time.monotonic()
-                    if on_progress:
-                        on_progress(sum(len(output.outputs) for output in done))
+                    on_progress(sum(len(output.outputs) for output in done))
                 elif time.monotonic() - last > self.settings.request_limit_s:
                     raise EngineError(
                         f"no prompt was finished within {self.settings.request_limit_s:.0f} s "
@@ -295,37 +263,14 @@ class VllmEngine(VllmBase):
             outputs.append((each.token_ids, logprobs, each.finish_reason))
         return self.group(outputs, count)
 
-    def _sleep(self) -> None:
-        """Free the GPU's memory for the update; the weights are kept in main memory."""
-        if self._sleeps:
-            self._llm.sleep(level=1)
-            self._asleep = {"weights", "kv_cache"}
-
     def _wake(self, *tags: str) -> None:
         if due := [tag for tag in tags if tag in self._asleep]:
             self._llm.wake_up(tags=due)
             self._asleep -= set(due)
 
-    @property
-    def _sleeps(self) -> bool:
-        return self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode
-
     def _require_usable(self) -> None:
         if self._lost:
             raise EngineError(f"engine vllm cannot be used any more: {self._lost}")
-
-
-def set_environment(*, on_gpu: bool) -> None:
-    """Variables that vLLM reads when it is imported; those already set are kept."""
-    wanted = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-    }
-    if not on_gpu:
-        wanted["TORCHDYNAMO_DISABLE"] = "1"  # nothing is compiled on CPUs
-    for name, value in wanted.items():
-        os.environ.setdefault(name, value)
 
 
 @contextlib.contextmanager

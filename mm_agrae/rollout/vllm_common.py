@@ -6,7 +6,8 @@ Nothing in this module imports vllm, so the trainer of `vllm_server` does withou
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mm_agrae.model.loading import model_modules
 from mm_agrae.model.policy import EXCLUDED, Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.model.weights import adapter_weights, full_weights
-from mm_agrae.rollout import derive_seed
+from mm_agrae.rollout import Sync, derive_seed
 from mm_agrae.types import Completion, Prompt
 
 TEMPERATURES = (0.01, 2.0)
@@ -26,20 +27,40 @@ TEMPERATURES = (0.01, 2.0)
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as max_lora_rank."""
 
+Request = tuple[list[int], dict[str, Any]]
+"""A prompt's token ids with one placeholder per image, and its sampling arguments."""
+
+Output = tuple[Sequence[int], Sequence[float], "str | None"]
+"""Token ids, log-probabilities and finish reason of a completion."""
+
+Progress = Callable[[int], None]
+
 
 class VllmBase:
-    """Settings and translations common to both engines; `version` is -1 before the first sync."""
+    """What both engines share; they add `_start`, `_generate`, `_sync` and `close`.
+
+    `version` is -1 before the first sync.
+    """
 
     exact = False
 
     def __init__(
-        self, policy: Policy, processing: Processing, rollout: RolloutSection, max_tokens: int
+        self,
+        policy: Policy,
+        processing: Processing,
+        rollout: RolloutSection,
+        *,
+        batch_completions: int,
+        max_tokens: int,
     ):
-        """Raises ConfigError for LoRA that vLLM cannot load as `rollout.vllm.sync` says."""
-        self.policy = policy
-        self.processing = processing
-        self.settings = rollout.vllm
+        """Check the settings, then `_start`.
+
+        Raises ConfigError for LoRA that vLLM cannot load as `rollout.vllm.sync` says.
+        """
+        self.policy, self.processing = policy, processing
+        self.rollout, self.settings = rollout, rollout.vllm
         self.version = -1
+        self.batch_completions = batch_completions
         self.max_tokens = self.settings.max_model_len or max_tokens
         dtype = self.settings.dtype
         self.dtype: str = policy.settings.dtype if dtype == "auto" else dtype
@@ -49,6 +70,52 @@ class VllmBase:
         vocabulary = len(policy.bias_V)
         self.forbidden_ids = [index for index in processing.forbidden_ids if index < vocabulary]
         self.stop_ids = [index for index in processing.eos_ids if index < vocabulary]
+        self._start()
+
+    def _start(self) -> None:
+        raise NotImplementedError
+
+    def _sync(self) -> int:
+        """Send the policy's weights; returns the bytes sent to one copy of the model."""
+        raise NotImplementedError
+
+    def _generate(
+        self, prompts: Sequence[Prompt], requests: list[Request], count: int, on_progress: Progress
+    ) -> list[list[Completion]]:
+        """`generate` for prompts that have been checked, by their requests."""
+        raise NotImplementedError
+
+    def sync(self) -> Sync:
+        """See `rollout.Engine.sync`."""
+        started, version = time.perf_counter(), self.policy.version
+        sent = self._sync()
+        self.version = version
+        return Sync(sent / 1e6, time.perf_counter() - started)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        count: int,
+        sampling: SamplingSection,
+        seeds: Sequence[int],
+        on_progress: Progress | None = None,
+    ) -> list[list[Completion]]:
+        """See `rollout.Engine.generate`; `on_progress` counts by whole prompts.
+
+        Before anything is sampled, raises DataError for a prompt that vLLM must not get, and
+        ConfigError for a temperature that it would change or refuse.
+        """
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
+        ids = [self._token_ids(prompt, sampling.max_new_tokens) for prompt in prompts]
+        arguments = self._sampling_arguments(count, sampling)
+        # vLLM seeds completion i with seed + i: prompts with neighbouring seeds would share
+        # random numbers.
+        requests = [
+            (own, arguments | {"seed": derive_seed("vllm", seed) >> 1})
+            for own, seed in zip(ids, seeds, strict=True)
+        ]
+        return self._generate(prompts, requests, count, on_progress or (lambda finished: None))
 
     @property
     def adapter_rank(self) -> int:
@@ -58,20 +125,13 @@ class VllmBase:
         """What a sync sends, by checkpoint name. Collective if the policy is sharded."""
         return adapter_weights(self.policy) if self.by_adapter else full_weights(self.policy)
 
-    def sampling_arguments(
-        self, prompts: Sequence[Prompt], count: int, sampling: SamplingSection, seeds: Sequence[int]
-    ) -> list[dict[str, Any]]:
+    def _sampling_arguments(self, count: int, sampling: SamplingSection) -> dict[str, Any]:
         """Plain values for `vllm.SamplingParams(**values)` and for /inference/v1/generate.
 
         The distribution is the policy's: `forbidden_ids` get the same finite bias as there, which
         endpoints such as /v1/completions would clip to ±100. Greedy completions are all the same,
-        and vLLM samples only one: `n` is then 1. Raises DataError for a prompt that vLLM must not
-        get, ConfigError for a temperature that it would change or refuse.
+        and vLLM samples only one: `n` is then 1.
         """
-        if len(seeds) != len(prompts):
-            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-        for prompt in prompts:
-            check_prompt(prompt, self.max_tokens, self.processing, sampling.max_new_tokens)
         lowest, highest = TEMPERATURES
         temperature = sampling.temperature
         if temperature and not lowest <= temperature <= highest:
@@ -79,7 +139,7 @@ class VllmBase:
                 f"temperature is {temperature}, but vLLM samples only between {lowest} and "
                 f"{highest}; change it, or use rollout.engine=hf"
             )
-        shared = {
+        return {
             "n": count if temperature else 1,
             "temperature": temperature,
             "top_p": sampling.top_p,
@@ -90,31 +150,74 @@ class VllmBase:
             "logprobs": 0,  # of the sampled token only
             "detokenize": False,
         }
-        # vLLM seeds completion i with seed + i: prompts with neighbouring seeds would share
-        # random numbers.
-        return [shared | {"seed": derive_seed("vllm", seed) >> 1} for seed in seeds]
 
-    def group(
-        self, outputs: Iterable[tuple[Sequence[int], Sequence[float], str | None]], count: int
-    ) -> list[Completion]:
-        """Completions of (token ids, log-probs, finish reason).
+    def _token_ids(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
+        """Token ids with a single placeholder per image, which vLLM expands again itself.
 
-        Raises EngineError for one that is not finished.
+        Raises DataError, naming the row, for a prompt that is empty, longer than `max_tokens` with
+        its completion, or whose image placeholders do not match its images one to one in number,
+        position and size.
         """
+        where = prompt.example.origin or prompt.example.id
+        ids: list[int] = prompt.token_ids.tolist()
+        if not ids:
+            raise DataError(f"{where}: the prompt is empty")
+        if len(ids) + max_new_tokens > self.max_tokens:
+            raise DataError(
+                f"{where}: the prompt is {len(ids)} tokens, with max_new_tokens = {max_new_tokens} "
+                f"more than the engine's {self.max_tokens}; raise rollout.vllm.max_model_len or "
+                "lower one of both"
+            )
+        processing = self.processing
+        if prompt.images and not processing.is_multimodal:
+            raise DataError(
+                f"{where}: has an image, but the model {processing.path!r} is text-only"
+            )
+        placeholders = [i for i, token in enumerate(ids) if token == processing.image_token_id]
+        grids = [] if prompt.image_grid_thw is None else prompt.image_grid_thw.tolist()
+        if len(prompt.images) != len(grids):
+            raise DataError(f"{where}: {len(prompt.images)} images, but features of {len(grids)}")
+        repeated: set[int] = set()
+        start = 0
+        for index, (image, (frames, high, wide)) in enumerate(
+            zip(prompt.images, grids, strict=True)
+        ):
+            image_processor = processing.processor.image_processor
+            patch, merge = image_processor.patch_size, image_processor.merge_size
+            if (frames, high * patch, wide * patch) != (1, image.height, image.width):
+                raise DataError(
+                    f"{where}: image {index} is {image.width}×{image.height}, but its features are "
+                    f"of {wide * patch}×{high * patch}"
+                )
+            count = high * wide // merge**2
+            own = placeholders[start : start + count]
+            if len(own) < count or own[-1] - own[0] != count - 1:
+                raise DataError(
+                    f"{where}: image {index} has {count} features, but not as many image "
+                    "placeholders in a row"
+                )
+            repeated.update(own[1:])
+            start += count
+        if start != len(placeholders):
+            raise DataError(
+                f"{where}: {len(placeholders)} image placeholders for {start} features of "
+                f"{len(grids)} images"
+            )
+        return [token for index, token in enumerate(ids) if index not in repeated]
+
+    def group(self, outputs: Iterable[Output], count: int) -> list[Completion]:
+        """Raises EngineError for a completion that is not finished."""
         made = []
         for token_ids, logprobs, finish_reason in outputs:
             if finish_reason not in ("stop", "length") or not token_ids:
                 raise EngineError(
                     f"vLLM ended a completion with {finish_reason!r} instead of finishing it"
                 )
-            if len(token_ids) != len(logprobs):
-                raise EngineError(
-                    f"vLLM gave {len(logprobs)} log-probabilities for {len(token_ids)} tokens"
-                )
-            text = self.processing.decode(token_ids)
-            made.append(
-                Completion(tuple(token_ids), tuple(logprobs), text, finish_reason, self.version)
-            )
+            ids, logps = tuple(token_ids), tuple(logprobs)
+            if len(ids) != len(logps):
+                raise EngineError(f"vLLM gave {len(logps)} log-probabilities for {len(ids)} tokens")
+            text = self.processing.decode(ids)
+            made.append(Completion(ids, logps, text, finish_reason, self.version))
         return made * (count // len(made))  # a greedy completion is sampled only once
 
 
@@ -155,81 +258,6 @@ def max_lora_rank(rank: int) -> int:
     )
 
 
-def check_prompt(
-    prompt: Prompt, max_tokens: int, processing: Processing, max_new_tokens: int
-) -> None:
-    """Raise DataError, naming the row, for a prompt that vLLM must not get.
-
-    That is one that is empty, longer than `max_tokens` with its completion, or whose image
-    placeholders do not match its images one to one in number, position and size.
-    """
-    where = prompt.example.origin or prompt.example.id
-    length = len(prompt)
-    if length == 0:
-        raise DataError(f"{where}: the prompt is empty")
-    if length + max_new_tokens > max_tokens:
-        raise DataError(
-            f"{where}: the prompt is {length} tokens, with max_new_tokens = {max_new_tokens} more "
-            f"than the engine's {max_tokens}; raise rollout.vllm.max_model_len or lower one of both"
-        )
-    if prompt.images and not processing.is_multimodal:
-        raise DataError(f"{where}: has an image, but the model {processing.path!r} is text-only")
-    image_runs(prompt, processing)
-
-
-def image_runs(prompt: Prompt, processing: Processing) -> list[range]:
-    """Positions of each image's placeholders in `prompt.token_ids`.
-
-    Raises DataError, naming the row, unless images, their grids and placeholders match.
-    """
-    where = prompt.example.origin or prompt.example.id
-    placeholder = processing.image_token_id
-    found = (
-        [] if placeholder is None else (prompt.token_ids == placeholder).nonzero()[:, 0].tolist()
-    )
-    grids = [] if prompt.image_grid_thw is None else prompt.image_grid_thw.tolist()
-    if len(prompt.images) != len(grids):
-        raise DataError(f"{where}: {len(prompt.images)} images, but features of {len(grids)}")
-    if not grids:
-        if found:
-            raise DataError(f"{where}: {len(found)} image placeholders, but no image")
-        return []
-    image_processor = processing.processor.image_processor
-    patch, merge = image_processor.patch_size, image_processor.merge_size
-    runs, start = [], 0
-    for index, (image, (frames, high, wide)) in enumerate(zip(prompt.images, grids, strict=True)):
-        if (frames, high * patch, wide * patch) != (1, image.height, image.width):
-            raise DataError(
-                f"{where}: image {index} is {image.width}×{image.height}, but its features are of "
-                f"{wide * patch}×{high * patch}"
-            )
-        count = high * wide // merge**2
-        own = found[start : start + count]
-        if len(own) < count or own[-1] - own[0] != count - 1:
-            raise DataError(
-                f"{where}: image {index} has {count} features, but not as many image placeholders "
-                "in a row"
-            )
-        runs.append(range(own[0], own[-1] + 1))
-        start += count
-    if start != len(found):
-        raise DataError(
-            f"{where}: {len(found)} image placeholders for {start} features of {len(grids)} images"
-        )
-    return runs
-
-
-def collapse_image_tokens(prompt: Prompt, processing: Processing) -> list[int]:
-    """Token ids with a single placeholder per image, which vLLM expands again itself.
-
-    Raises DataError as `image_runs`.
-    """
-    repeated = {index for run in image_runs(prompt, processing) for index in run[1:]}
-    return [token for index, token in enumerate(prompt.token_ids.tolist()) if index not in repeated]
-
-
 def world_size() -> int:
     """Processes of this run: 1 without torch.distributed."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return 1
-    return torch.distributed.get_world_size()
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1

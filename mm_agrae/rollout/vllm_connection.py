@@ -99,8 +99,8 @@ class Server:
         """Raises EngineError if the server is not ready within `limit_s` seconds."""
         until = time.monotonic() + limit_s
         while True:
+            limit = min(CHECK_LIMIT_S, max(1.0, until - time.monotonic()))
             try:
-                limit = min(CHECK_LIMIT_S, max(1.0, until - time.monotonic()))
                 self.ok("GET", "/health", limit=limit)
                 return
             except (Unreachable, Refused) as error:
@@ -145,14 +145,17 @@ class Servers:
         with self.lock:
             first, server.lost = not server.lost, reason
         if first:
-            logger.warning(
-                "vLLM server %s is lost: %s. %d of %d are left; it is tried again when the weights "
-                "next change",
-                server.address,
-                reason,
-                len(self.live()),
-                len(self.all),
-            )
+            left = f"{len(self.live())} of {len(self.all)} are left"
+            what = "vLLM server %s is lost: %s. %s; it is tried again when the weights next change"
+            logger.warning(what, server.address, reason, left)
+
+    def report(self, failed: dict[Server, str]) -> None:
+        """`lose` servers with a reason to; say which of those without one had been lost."""
+        for server, reason in failed.items():
+            if reason:
+                self.lose(server, reason)
+            elif server.lost:
+                logger.warning("vLLM server %s is back and has the weights", server.address)
 
 
 def at_once(servers: Iterable[Server], function: Callable[[Server], Any]) -> dict[Server, Any]:

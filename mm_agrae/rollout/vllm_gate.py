@@ -6,13 +6,11 @@ vLLM's own `--api-key` leaves the endpoints open that change weights; this key c
 from __future__ import annotations
 
 import asyncio
-import atexit
 import hmac
 import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ KEY_VARIABLE = "MM_AGRAE_VLLM_KEY"
 """Environment variable with the servers' key. Never an argument: other users can see those."""
 
 FOLDER_VARIABLE = "MM_AGRAE_VLLM_FOLDER"
-"""Environment variable with the folder that weights are stored in; unset: a temporary one."""
+"""Environment variable with the folder that weights are stored in; `mm-agrae serve` sets it."""
 
 FILES = "/mm_agrae/files/"
 FILE_PATH = re.compile(re.escape(FILES) + r"([0-9a-z-]{1,64})(?:/([A-Za-z0-9_-][A-Za-z0-9_.-]*))?")
@@ -41,7 +39,7 @@ class Gate:
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]):
         self.app = app
         self.key = os.environ.get(KEY_VARIABLE, "")
-        self._root: Path | None = None
+        self.root = Path(os.environ[FOLDER_VARIABLE])
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -54,23 +52,15 @@ class Gate:
         match = FILE_PATH.fullmatch(path)
         method = scope.get("method")
         if match and match[2] and method == "PUT":
-            return await self._store(self._folder(match[1]), match[2], scope, receive, send)
+            return await self._store(self.root / match[1], match[2], scope, receive, send)
         if match and not match[2] and method == "DELETE":
-            shutil.rmtree(self._folder(match[1]), ignore_errors=True)
+            shutil.rmtree(self.root / match[1], ignore_errors=True)
             return await _reply(scope, send, 200, {})
         return await _reply(scope, send, 400, {"error": f"{method} {path} is not supported"})
 
     def _has_key(self, scope: Message) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, f"Bearer {self.key}".encode())
-
-    def _folder(self, name: str) -> Path:
-        if self._root is None:
-            given = os.environ.get(FOLDER_VARIABLE)
-            self._root = Path(given or tempfile.mkdtemp(prefix="mm-agrae-weights-"))
-            if not given:
-                atexit.register(shutil.rmtree, self._root, ignore_errors=True)
-        return self._root / name
 
     async def _store(
         self, folder: Path, name: str, scope: Message, receive: Receive, send: Send

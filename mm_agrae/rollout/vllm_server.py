@@ -1,10 +1,6 @@
-"""vLLM over HTTP: any number of servers, on this machine or others.
+"""vLLM over HTTP: any number of servers (`mm-agrae serve`), on this machine or others.
 
-    rollout:
-      engine: vllm_server
-      vllm: {servers: [http://127.0.0.1:8000, http://127.0.0.1:8001]}
-
-`mm-agrae serve` starts a server. A prompt is one request with n = G, so that it is encoded once
+A prompt is one request with n = G, so that it is encoded once
 with its images. Token ids go in and come out; text is never tokenized again. Every token comes
 with the tag of the weights that sampled it (`vllm_transfer`), so a server that restarted, or got
 weights from another run, is noticed before its tokens are used. A lost server's requests go to
@@ -14,26 +10,22 @@ the others, and it is tried again at the next `sync`.
 from __future__ import annotations
 
 import base64
+import collections
 import contextlib
 import io
 import logging
 import time
 import uuid
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from mm_agrae.config import RolloutSection, SamplingSection
 from mm_agrae.errors import DataError, EngineError
 from mm_agrae.model.lora import model_and_adapter
-from mm_agrae.model.policy import Policy
-from mm_agrae.model.processing import Processing
-from mm_agrae.rollout import Sync
-from mm_agrae.rollout.vllm_common import VllmBase, collapse_image_tokens, world_size
+from mm_agrae.rollout.vllm_common import Output, Progress, Request, VllmBase, world_size
 from mm_agrae.rollout.vllm_connection import (
     CHECK_LIMIT_S,
     FIRST_PAUSE_S,
@@ -66,7 +58,7 @@ class _Call:
     """One call to `generate`: its requests in flight at each server."""
 
     servers: Servers
-    in_flight: dict[Server, set[str]] = field(default_factory=lambda: defaultdict(set))
+    in_flight: dict[Server, set[str]] = field(default_factory=lambda: collections.defaultdict(set))
     ended: bool = False
 
     @contextlib.contextmanager
@@ -96,25 +88,14 @@ class _Call:
 
 
 class VllmServerEngine(VllmBase):
-    def __init__(
-        self,
-        policy: Policy,
-        processing: Processing,
-        rollout: RolloutSection,
-        *,
-        batch_completions: int,
-        max_tokens: int,
-    ):
+    def _start(self) -> None:
         """Wait until every server is ready and check that it fits the policy.
 
         Each server samples `batch_completions` at once, but at least one group. Raises EngineError
-        if a server is not ready in time or does not fit, ConfigError for LoRA that vLLM cannot
-        load.
+        if a server is not ready in time or does not fit.
         """
-        super().__init__(policy, processing, rollout, max_tokens)
-        self.batch_completions = batch_completions
         # With overlap the policy may be changing while completions are sampled.
-        self._may_sync_again = not rollout.overlap and world_size() == 1
+        self._may_sync_again = not self.rollout.overlap and world_size() == 1
         self._run, self._tag = uuid.uuid4().hex[:12], ""
         self.servers = Servers(self.settings.servers, self.settings.request_limit_s)
         self.transfer = WeightTransfer(self)
@@ -125,21 +106,13 @@ class VllmServerEngine(VllmBase):
 
     # ------------------------------------------------------------------ sampling
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        count: int,
-        sampling: SamplingSection,
-        seeds: Sequence[int],
-        on_progress: Callable[[int], None] | None = None,
+    def _generate(
+        self, prompts: Sequence[Prompt], requests: list[Request], count: int, on_progress: Progress
     ) -> list[list[Completion]]:
-        """See `rollout.Engine.generate`; `on_progress` counts by whole prompts.
+        """A prompt that only a server refuses gets an empty group and a warning in the log.
 
-        Raises DataError for a prompt that vLLM must not get, before anything is sampled. A prompt
-        that only a server refuses gets an empty group and a warning in the log; DataError if all
-        are refused. EngineError if no server is left.
+        Raises DataError if all are refused, EngineError if no server is left.
         """
-        arguments = self.sampling_arguments(prompts, count, sampling, seeds)
         if not prompts:
             return []
         self._require_current_weights(count)
@@ -149,19 +122,18 @@ class VllmServerEngine(VllmBase):
         groups_at_once = len(self.servers.live()) * max(1, self.batch_completions // count)
         pool = ThreadPoolExecutor(min(groups_at_once, MOST_AT_ONCE), "vllm_server")
         waiting = {
-            pool.submit(self._sample, call, prompt, arguments[index]): index
+            pool.submit(self._sample, call, prompt, *requests[index]): index
             for index, prompt in enumerate(prompts)
         }
         try:
             for future in as_completed(waiting):
                 index = waiting[future]
                 try:
-                    groups[index] = self.group(map(_output, future.result()), count)
+                    groups[index] = self.group(future.result(), count)
                 except Refused as error:
                     example = prompts[index].example
                     refused[index] = DataError(f"{example.origin or example.id}: {error}")
-                if on_progress:
-                    on_progress(count)
+                on_progress(count)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             call.end()
@@ -172,15 +144,15 @@ class VllmServerEngine(VllmBase):
         return groups
 
     def _sample(
-        self, call: _Call, prompt: Prompt, arguments: dict[str, Any]
-    ) -> list[dict[str, Any]]:
+        self, call: _Call, prompt: Prompt, token_ids: list[int], arguments: dict[str, Any]
+    ) -> list[Output]:
         """One prompt's completions, from whichever server can give them. Runs in its own thread.
 
         Raises Refused if the prompt is to blame, EngineError if no server is left.
         """
         body: dict[str, Any] = {
             "request_id": uuid.uuid4().hex,
-            "token_ids": collapse_image_tokens(prompt, self.processing),
+            "token_ids": token_ids,
             "content_parts": [
                 {"type": "image_url", "url": _data_url(image)} for image in prompt.images
             ],
@@ -203,10 +175,8 @@ class VllmServerEngine(VllmBase):
                         raise Refused(f"failed {failed} times, {error}") from None
             time.sleep(FIRST_PAUSE_S * 2 ** (failed - 1))
 
-    def _request(
-        self, server: Server, body: dict[str, Any], prompt: Prompt
-    ) -> list[dict[str, Any]]:
-        """The choices of a reply, checked to be for this prompt and from the expected weights."""
+    def _request(self, server: Server, body: dict[str, Any], prompt: Prompt) -> list[Output]:
+        """What `group` takes, checked to be of this prompt and from the expected weights."""
         response = server.call("POST", "/inference/v1/generate", json=body)
         status = response.status_code
         if status >= 500 or status == 429:
@@ -229,30 +199,31 @@ class VllmServerEngine(VllmBase):
         spans = [span for choice in choices for span in choice["weight_versions"] or ()]
         if {span["version"] for span in spans} != {self._tag}:
             raise Unreachable(OTHER_WEIGHTS, final=True)
-        return sorted(choices, key=lambda choice: choice["index"])
+        outputs: list[Output] = []
+        for choice in sorted(choices, key=lambda choice: choice["index"]):
+            logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+            outputs.append((choice["token_ids"], logprobs, choice["finish_reason"]))
+        return outputs
 
     # ------------------------------------------------------------------ weights
 
-    def sync(self) -> Sync:
+    def _sync(self) -> int:
         """Send the policy's weights to every server that answers, lost ones included.
 
         Raises EngineError, on all processes, if no server took them.
         """
-        started = time.perf_counter()
         outcome: list[Any] = [None]
         if world_size() == 1 or torch.distributed.get_rank() == 0:
             outcome = [self._send(f"{self._run}.{self.policy.version}.{uuid.uuid4().hex[:8]}")]
         else:
-            for _ in self.weights():
-                pass  # gathering shards is collective
+            collections.deque(self.weights(), maxlen=0)  # gathering shards is collective
         if world_size() > 1:
             torch.distributed.broadcast_object_list(outcome)
         self._tag, lost, sent = outcome[0]
         for server in self.servers.all:
             server.lost = lost[server.address]
         self.servers.require_one()
-        self.version = self.policy.version
-        return Sync(sent / 1e6, time.perf_counter() - started)
+        return sent
 
     def _send(self, tag: str) -> tuple[str, dict[str, str], int]:
         """Returns the tag, why each server is lost ("" if it has the weights), and the bytes."""
@@ -260,11 +231,7 @@ class VllmServerEngine(VllmBase):
         answering = [server for server in self.servers.all if not failed[server]]
         also_failed, sent = self.transfer.send(answering, tag, self._tag)
         failed |= also_failed
-        for server, reason in failed.items():
-            if reason:
-                self.servers.lose(server, reason)
-            elif server.lost:
-                logger.warning("vLLM server %s is back and has the weights", server.address)
+        self.servers.report(failed)
         return tag, {server.address: reason for server, reason in failed.items()}, sent
 
     def _require_current_weights(self, count: int) -> None:
@@ -281,9 +248,7 @@ class VllmServerEngine(VllmBase):
                 raise Refused(OTHER_WEIGHTS)
 
         failed = failures(self.servers.live(), check_tag)
-        for server, reason in failed.items():
-            if reason:
-                self.servers.lose(server, reason)
+        self.servers.report(failed)
         restarted = self.version < 0 or OTHER_WEIGHTS in failed.values()
         if restarted and self._may_sync_again and self.version in (-1, self.policy.version):
             self.sync()
@@ -302,21 +267,18 @@ class VllmServerEngine(VllmBase):
         try:
             self._check_fit(server)
         except (Unreachable, Refused) as error:
-            raise EngineError(f"vLLM server {server.address}: {error}") from None
+            raise EngineError(
+                f"vLLM server {server.address} cannot take weights ({error}); {HOW_TO_START}"
+            ) from None
 
     def _check_again(self, server: Server) -> None:
         server.ok("GET", "/health", limit=CHECK_LIMIT_S)
         self._check_fit(server)
 
     def _check_fit(self, server: Server) -> None:
-        """Raises EngineError if the policy cannot be sampled from this server."""
+        """Raises EngineError if this server does not fit, Refused if it cannot take weights."""
         question = {"method": "mm_agrae_describe"}
-        response = server.call("POST", "/collective_rpc", json=question, limit=6 * CHECK_LIMIT_S)
-        if response.status_code != 200:
-            raise EngineError(
-                f"vLLM server {server.address} cannot take weights (POST /collective_rpc: "
-                f"{error_of(response)}); {HOW_TO_START}"
-            )
+        response = server.ok("POST", "/collective_rpc", json=question, limit=6 * CHECK_LIMIT_S)
         server.about = about = response.json()["results"][0]
         hf = self.policy.hf
         text = hf.config.get_text_config()
@@ -349,11 +311,6 @@ class VllmServerEngine(VllmBase):
                 f"vLLM server {server.address} does not fit: {'; '.join(problems)}. Start it with "
                 f"`mm-agrae serve {model_and_adapter(self.policy.settings.path)[0]} {flags}`"
             )
-
-
-def _output(choice: dict[str, Any]) -> tuple[list[int], list[float], str | None]:
-    logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-    return choice["token_ids"], logprobs, choice["finish_reason"]
 
 
 def _data_url(image: Any) -> str:

@@ -51,22 +51,14 @@ class WorkerExtension:
             "weight_transfer": getattr(self.vllm_config.weight_transfer_config, "backend", None),
         }
 
-    def mm_agrae_load(self, folder: str) -> dict[str, Any]:
+    def mm_agrae_load(self, folder: str) -> None:
         """Load all weights from the safetensors files that `vllm_gate.Gate` stored in `folder`."""
+        from safetensors.torch import load_file
+
         files = sorted(Path(folder).glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(f"{folder} holds no safetensors files")
-        load_weights(self, _tensors(files))
-        return {"files": len(files)}
-
-
-def _tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    from safetensors import safe_open
-
-    for file in files:
-        with safe_open(file, framework="pt", device="cpu") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                yield name, opened.get_tensor(name)
+        load_weights(self, (pair for file in files for pair in load_file(file).items()))
 
 
 def load_weights(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> int:

@@ -16,8 +16,7 @@ from helpers import TEXT, VL, engine, policy, processing, prompts, sampling
 
 from mm_agrae.batching import UpdateRow, micro_batch
 from mm_agrae.errors import ConfigError
-from mm_agrae.rollout import derive_seed
-from mm_agrae.rollout.engine import engine_class
+from mm_agrae.rollout import derive_seed, engine_class
 from mm_agrae.rollout.hf import sample
 
 BOTH = pytest.mark.parametrize("path", [VL, TEXT], ids=["vl", "text"])

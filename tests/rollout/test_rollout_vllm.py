@@ -32,8 +32,8 @@ from mm_agrae.errors import ConfigError, DataError, EngineError
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.model.weights import full_weights
-from mm_agrae.rollout import make_engine
 from mm_agrae.rollout.mismatch import measure
+from mm_agrae.rollout.vllm import VllmEngine
 from mm_agrae.rollout.vllm_worker import load_weights
 
 pytestmark = [
@@ -53,10 +53,10 @@ class Setup:
         torch.manual_seed(0)
         self.processing, self.prompts = processing, prompts
         self.policy = Policy(ModelSection(path=path, **model), processing).eval()
-        self.engine = make_engine(
-            RolloutSection(engine="vllm", vllm=settings or {}),
+        self.engine = VllmEngine(
             self.policy,
             processing,
+            RolloutSection(engine="vllm", vllm=settings or {}),
             batch_completions=64,
             max_tokens=384,
         )
@@ -367,7 +367,7 @@ def test_weights_must_fit_one_to_one(untied, weights):
 def test_settings_that_cannot_work(untied):
     def start(setup=untied, **settings):
         rollout = RolloutSection(engine="vllm", vllm=settings)
-        make_engine(rollout, setup.policy, setup.processing, batch_completions=8, max_tokens=64)
+        VllmEngine(setup.policy, setup.processing, rollout, batch_completions=8, max_tokens=64)
 
     with pytest.raises(ConfigError, match=r"needs model\.lora"):
         start(sync="adapter")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from mm_agrae import config as configs
-from mm_agrae.config import Config, ModelSection
+from mm_agrae.config import Config
 from mm_agrae.errors import ConfigError
-from mm_agrae.evaluation import evaluate
+from mm_agrae.evaluation.evaluate import evaluate_all
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.progress import Reporter
@@ -28,15 +27,12 @@ from mm_agrae.tasks import load
 def build_engine(config: Config, path: str) -> tuple[Processing, Policy, Engine]:
     """A checkpoint loaded for sampling with the settings of `config`."""
     processing = Processing(path, config.prompt, trust_remote_code=config.model.trust_remote_code)
-    wants_cuda = config.model.device == "cuda"
-    use_cuda = wants_cuda or (config.model.device == "auto" and torch.cuda.is_available())
-    model = ModelSection(
-        path=path,
-        dtype=config.model.dtype,
-        attn_implementation=config.model.attn_implementation,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    policy = Policy(model, processing, device="cuda" if use_cuda else "cpu")
+    device = config.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    for_training = {"freeze": (), "lora": None, "gradient_checkpointing": False}
+    model = config.model.model_copy(update={"path": path} | for_training)
+    policy = Policy(model, processing, device=device)
     engine = make_engine(
         config.rollout,
         policy,
@@ -58,7 +54,7 @@ def evaluate_checkpoints(
 
     Returns the exit status. Raises ConfigError if no config is given and the first model has none.
     """
-    paths = [resolve(model) for model in models]
+    paths = [str(checkpoint.newest(Path(model) / "checkpoints") or model) for model in models]
     if config_path is None:
         own = Path(paths[0]) / checkpoint.CONFIG_FILE
         if not own.is_file():
@@ -67,44 +63,24 @@ def evaluate_checkpoints(
     config = load_config(config_path, overrides)
     if not config.data.evaluate:
         raise ConfigError(f"{config_path}: data.evaluate is empty; add data to evaluate on")
-    names = _names(models)
+    tasks = {
+        source.label: load(source, on_bad_row=config.data.on_bad_row)
+        for source in config.data.evaluate
+    }
     reporter = Reporter()
     run = RunFolder(out).create(configs.dump(config), versions(), resume=True)
     results: list[EvaluationResult] = []
     with Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder, reporter.bars():
-        for name, path in zip(names, paths, strict=True):
+        for name, path in zip(_names(models), paths, strict=True):
             processing, _, engine = build_engine(config, path)
             with contextlib.closing(engine):
-                for source in config.data.evaluate:
-                    task = load(source, on_bad_row=config.data.on_bad_row)
-                    section = config.evaluate.for_source(source)
-                    total = len(task) * (section.samples + section.greedy)
-                    started = time.perf_counter()
-                    with reporter.bar(f"{name} on {source.label}", total) as advance:
-                        problems = evaluate.run(
-                            engine,
-                            processing,
-                            rewarder,
-                            task,
-                            range(len(task)),
-                            section,
-                            on_bad_row=config.data.on_bad_row,
-                            on_progress=advance,
-                        )
-                    seconds = time.perf_counter() - started
-                    result = evaluate.write(run, name, source.label, problems, section, seconds)
-                    reporter.say(evaluate.one_line(result))
-                    results.append(result)
-    for source in config.data.evaluate:
-        _table(reporter, source.label, [r for r in results if r.label == source.label])
+                results += evaluate_all(
+                    name, config, tasks, engine, processing, rewarder, run, reporter
+                )
+    for label in tasks:
+        _table(reporter, label, [result for result in results if result.label == label])
     reporter.say(f"results and samples in {out}")
     return 0
-
-
-def resolve(model: str) -> str:
-    """The newest checkpoint if `model` is a run folder, else `model` itself."""
-    newest = checkpoint.newest(Path(model) / "checkpoints")
-    return str(newest) if newest else model
 
 
 def _names(models: Sequence[str]) -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mm_agrae.config import EvaluateSection
+from mm_agrae.config import Config, EvaluateSection
 from mm_agrae.errors import DataError
 from mm_agrae.evaluation.statistics import summarise
 from mm_agrae.rollout import Engine, derive_seed
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mm_agrae.model.processing import Processing
+    from mm_agrae.parallel.processes import Processes
+    from mm_agrae.progress import Reporter
     from mm_agrae.rewards import Rewarder
     from mm_agrae.tasks import Task
 
@@ -32,6 +35,51 @@ class EvaluatedProblem:
     example: Example
     images: list[Image]
     records: list[SampleRecord]
+
+
+def evaluate_all(
+    name: str,
+    config: Config,
+    tasks: Mapping[str, Task],
+    engine: Engine,
+    processing: Processing,
+    rewarder: Rewarder,
+    run_folder: RunFolder,
+    reporter: Reporter,
+    processes: Processes | None = None,
+) -> list[EvaluationResult]:
+    """Sample and grade every evaluation set; results go into the run folder under `name`.
+
+    `tasks` are the sets of `config.data.evaluate` by label. The engine must hold the weights to
+    evaluate. With `processes` every rank calls this and takes its share of the problems; only the
+    main one writes and returns results. Raises DataError as `run` and `write`.
+    """
+    rank, world = (processes.rank, processes.world) if processes else (0, 1)
+    sections = {each.label: config.evaluate.for_source(each) for each in config.data.evaluate}
+    results = []
+    for label, task in tasks.items():
+        section, started = sections[label], time.perf_counter()
+        mine = range(rank, len(task), world)
+        count = len(mine) * (section.samples + section.greedy)
+        with reporter.bar(f"evaluate {label} ({name})", count) as advance:
+            problems = run(
+                engine,
+                processing,
+                rewarder,
+                task,
+                mine,
+                section,
+                on_bad_row=config.data.on_bad_row,
+                on_progress=advance,
+            )
+        if processes:
+            problems = processes.gather(problems, "evaluation")
+        if rank == 0:
+            problems = sorted(problems, key=lambda problem: problem.index)
+            seconds = time.perf_counter() - started
+            results.append(write(run_folder, name, label, problems, section, seconds))
+            reporter.say(_one_line(results[-1]))
+    return results
 
 
 def run(
@@ -98,9 +146,28 @@ def write(
 
     Raises DataError if there are no problems.
     """
-    result = _summarise(name, label, problems, section, seconds)
+    if not problems:
+        raise DataError(f"evaluation {label!r} holds no usable rows")
+
+    def table(of: Callable[[SampleRecord], Any], greedy: bool = False) -> np.ndarray:
+        return np.array([[of(r) for r in p.records if (r.sample < 0) == greedy] for p in problems])
+
+    result = summarise(
+        name,
+        label,
+        correct_PN=table(lambda r: r.success),
+        greedy_correct_P=table(lambda r: r.success, True)[:, 0] if section.greedy else None,
+        length_PN=table(lambda r: r.tokens),
+        truncated_PN=table(lambda r: r.finish_reason == "length"),
+        entropy_PN=table(lambda r: np.nan if r.entropy is None else r.entropy),
+        meta_P=[problem.example.meta for problem in problems],
+        seconds=seconds,
+        tokens=sum(r.tokens for problem in problems for r in problem.records),
+        bootstrap=section.bootstrap,
+        seed=section.seed,
+    )
     samples = [
-        replace(record, images=tuple(run_folder.store_image(image) for image in problem.images))
+        replace(record, images=tuple(map(run_folder.store_image, problem.images)))
         for problem in problems
         for record in problem.records
     ]
@@ -108,36 +175,7 @@ def write(
     return result
 
 
-def _summarise(
-    name: str,
-    label: str,
-    problems: Sequence[EvaluatedProblem],
-    section: EvaluateSection,
-    seconds: float,
-) -> EvaluationResult:
-    if not problems:
-        raise DataError(f"evaluation {label!r} holds no usable rows")
-    sampled = [[r for r in problem.records if r.sample >= 0] for problem in problems]
-    greedy = [[r.success for r in problem.records if r.sample < 0] for problem in problems]
-    return summarise(
-        name,
-        label,
-        correct_PN=np.array([[r.success for r in row] for row in sampled]),
-        greedy_correct_P=np.array(greedy)[:, 0] if section.greedy else None,
-        length_PN=np.array([[r.tokens for r in row] for row in sampled]),
-        truncated_PN=np.array([[r.finish_reason == "length" for r in row] for row in sampled]),
-        entropy_PN=np.array(
-            [[np.nan if r.entropy is None else r.entropy for r in row] for row in sampled]
-        ),
-        meta_P=[problem.example.meta for problem in problems],
-        seconds=seconds,
-        tokens=sum(r.tokens for problem in problems for r in problem.records),
-        bootstrap=section.bootstrap,
-        seed=section.seed,
-    )
-
-
-def one_line(result: EvaluationResult) -> str:
+def _one_line(result: EvaluationResult) -> str:
     """A result's most important numbers, for the terminal."""
     shown = [k for k in (1, 4, 16, 64, 256) if k in result.pass_at_k]
     parts = [f"pass@{k} {result.pass_at_k[k].mean:.1%}" for k in shown]

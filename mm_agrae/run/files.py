@@ -54,15 +54,19 @@ def _plain(value: Any) -> Any:
     return clean_text(value)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or leave what was there. Raises RunFolderError."""
-    with explained(path.parent, f"writing {path.name}"), replacement(path) as file:
+def write_atomic(path: Path, content: str | bytes, run: Path | None = None) -> None:
+    """Write a whole file or leave what was there.
+
+    Raises RunFolderError that names the run folder `run`; not given: the file's own folder.
+    """
+    folder = run or path.parent
+    with explained(folder, f"writing {path.relative_to(folder)}"), _replacement(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Write dataclasses or mappings as JSON lines, atomically. Raises RunFolderError."""
-    with explained(path.parent, f"writing {path.name}"), replacement(path) as file:
+    with explained(path.parent, f"writing {path.name}"), _replacement(path) as file:
         for row in rows:
             values = row if isinstance(row, Mapping) else asdict(row)
             file.write((to_json(values) + "\n").encode())
@@ -104,7 +108,7 @@ def open_lines(path: Path) -> io.BufferedIOBase:
 
 
 @contextmanager
-def replacement(path: Path) -> Iterator[IO[bytes]]:
+def _replacement(path: Path) -> Iterator[IO[bytes]]:
     """A file that replaces `path` only once it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

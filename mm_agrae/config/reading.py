@@ -134,29 +134,26 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: {text!r} is not valid YAML") from None
     *parents, last = key.split(".")
     node: Any = values
-    for depth, parent in enumerate(parents):
-        if isinstance(node, list):
-            node = _list_item(node, parent, key)
-            continue
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
+    for depth, name in enumerate(parents, 1):
+        part = _part(node, name, key)
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict | list):
-            where = ".".join(parents[: depth + 1])
+            where = ".".join(parents[:depth])
             raise ConfigError(f"override {override!r}: {where} is a single value, not a section")
-    if isinstance(node, list):
-        _list_item(node, last, key)
-        node[int(last)] = value
-    else:
-        node[last] = value
+    node[_part(node, last, key)] = value
 
 
-def _list_item(node: list[Any], index: str, key: str) -> Any:
-    if not index.isdecimal() or int(index) >= len(node):
+def _part(node: dict[str, Any] | list[Any], name: str, key: str) -> Any:
+    """What a name in an override's key stands for: a key of a mapping, or an index of a list."""
+    if isinstance(node, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(node):
         raise ConfigError(
-            f"override {key}: {index!r} is not an index of a list of {len(node)} (counted from 0)"
+            f"override {key}: {name!r} is not an index of a list of {len(node)} (counted from 0)"
         )
-    return node[int(index)]
+    return int(name)
 
 
 def _number(value: Any) -> Any:

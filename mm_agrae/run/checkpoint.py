@@ -230,8 +230,8 @@ def _matches(path: Path, expected: Any) -> bool:
 
 def candidates(folder: Path) -> list[Path]:
     """Complete checkpoints of a run's checkpoint folder, newest first."""
-    found = sorted(folder.glob("step_*"), reverse=True)
-    return [path for path in found if (path / STATE_FILE).is_file()]
+    files = folder.glob(f"step_*/{STATE_FILE}")
+    return sorted((path.parent for path in files if path.is_file()), reverse=True)
 
 
 def newest(folder: Path) -> Path | None:
@@ -282,15 +282,13 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
             f"and this version ({__version__}) reads format {FORMAT}; go on with that version, or "
             "start a new run from its weights: model.path set to it, and another run_dir"
         )
-    counts = [state.get(name) for name in COUNTS]
-    seconds: Any = state.setdefault("seconds", {})
-    state.setdefault("versions", {})
+    filled: dict[str, Any] = {"seconds": {}, "versions": {}, **state}
     whole = (
-        all(isinstance(state.get(name), dict) for name in ("sha256", "seconds", "versions"))
-        and all(type(count) is int and count >= 0 for count in counts)
-        and all(type(spent) in (int, float) for spent in seconds.values())
+        all(isinstance(filled.get(name), dict) for name in ("sha256", "seconds", "versions"))
+        and all(type(filled.get(name)) is int and filled[name] >= 0 for name in COUNTS)
+        and all(type(spent) in (int, float) for spent in filled["seconds"].values())
     )
-    return state if whole else None
+    return filled if whole else None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -92,10 +92,8 @@ def append_line(path: Path, line: str) -> None:
 def _drop_unfinished_line(file: IO[bytes]) -> int:
     """Truncate a file to its last newline; return its length."""
     end = file.seek(0, os.SEEK_END)
-    if not end:
-        return 0
-    file.seek(end - 1)
-    if file.read(1) != b"\n":
+    file.seek(max(0, end - 1))
+    if file.read(1) not in (b"", b"\n"):
         file.seek(0)
         end = file.read().rfind(b"\n") + 1
         file.truncate(end)
@@ -140,7 +138,5 @@ def explained(folder: Path, action: str) -> Iterator[None]:
             advice = "a file stands in the way: choose another run_dir or move that file"
         else:
             advice = "choose another run_dir or fix the cause"
-        reason = error.strerror or str(error)
-        raise RunFolderError(
-            f"run folder {folder}: {action} failed ({reason}); {advice}"
-        ) from error
+        problem = f"{action} failed ({error.strerror or error})"
+        raise RunFolderError(f"run folder {folder}: {problem}; {advice}") from error

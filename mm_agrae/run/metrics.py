@@ -41,15 +41,13 @@ class MetricLogger:
         for sink in sinks:
             try:
                 self._trackers[sink] = _start(sink, run_folder.path, project, dict(config or {}))
-            except ImportError as error:
-                raise ConfigError(
-                    f"log.sinks holds {sink}, which is not installed ({error}); run "
-                    "pip install 'mm-agrae[trackers]' or remove it from log.sinks"
-                ) from None
             except Exception as error:
+                problem, remedy = f"cannot start ({error})", "set it up"
+                if isinstance(error, ImportError):
+                    problem = f"is not installed ({error})"
+                    remedy = "run pip install 'mm-agrae[trackers]'"
                 raise ConfigError(
-                    f"log.sinks holds {sink}, which cannot start ({error}); set it up or remove "
-                    "it from log.sinks"
+                    f"log.sinks holds {sink}, which {problem}; {remedy} or remove it from log.sinks"
                 ) from error
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:

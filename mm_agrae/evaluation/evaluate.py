@@ -261,14 +261,14 @@ def evaluate_checkpoints(
         for source in config.data.evaluate
     }
     reporter = Reporter()
-    run = RunFolder(out).create(configs.dump(config), versions(), resume=True)
+    run_folder = RunFolder(out).create(configs.dump(config), versions(), resume=True)
     results: list[EvaluationResult] = []
     with Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder, reporter.bars():
         for name, path in zip(_names(models), paths, strict=True):
             processing, _, engine = build_engine(config, path)
             with contextlib.closing(engine):
                 results += evaluate_all(
-                    name, config, tasks, engine, processing, rewarder, run, reporter
+                    name, config, tasks, engine, processing, rewarder, run_folder, reporter
                 )
     for label in tasks:
         _table(reporter, label, [result for result in results if result.label == label])

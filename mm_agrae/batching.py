@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from mm_agrae import advantage
 from mm_agrae.advantage import AdvantageLevels
@@ -45,29 +46,19 @@ def pad_sequences(
     """
     rows, kinds = [], []
     for index, prompt in enumerate(prompts):
-        ids = prompt.token_ids
-        kind = prompt.mm_token_type_ids
+        ids, kind = prompt.token_ids, prompt.mm_token_type_ids
         kind = torch.zeros_like(ids) if kind is None else kind.to(ids.dtype)
         if completions is not None:
             ids = torch.cat([ids, completions[index].to(ids.dtype)])
             kind = torch.nn.functional.pad(kind, (0, len(ids) - len(kind)))
         rows.append(ids)
         kinds.append(kind)
-    longest = max(len(row) for row in rows)
-    shape = (len(rows), longest)
-    input_ids = torch.full(shape, pad_id, dtype=torch.long)
-    attention_mask = torch.zeros(shape, dtype=torch.long)
-    mm_token_type_ids = torch.zeros(shape, dtype=torch.int32)
-    for index, (row, kind) in enumerate(zip(rows, kinds, strict=True)):
-        span = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-        input_ids[index, span] = row
-        attention_mask[index, span] = 1
-        mm_token_type_ids[index, span] = kind.to(torch.int32)
+    ones = [torch.ones_like(ids) for ids in rows]
     grids = [prompt.image_grid_thw for prompt in prompts if prompt.image_grid_thw is not None]
     return PaddedBatch(
-        input_ids=input_ids.to(device),
-        attention_mask=attention_mask.to(device),
-        mm_token_type_ids=mm_token_type_ids.to(device),
+        input_ids=pad_sequence(rows, True, pad_id, side).to(device, torch.long),
+        attention_mask=pad_sequence(ones, True, 0, side).to(device, torch.long),
+        mm_token_type_ids=pad_sequence(kinds, True, 0, side).to(device, torch.int32),
         image_grid_thw=torch.cat(grids).to(device) if grids else None,
     )
 
@@ -86,20 +77,18 @@ def micro_batch(
 ) -> MicroBatch:
     """Rows, those of a prompt adjacent, as padded tensors."""
     used = sorted({row.prompt for row in rows})
-    longest = max(1, *(len(row.completion.token_ids) for row in rows))
-    token_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-    mask_BT = torch.zeros(len(rows), longest)
-    logp_BT = torch.zeros(len(rows), longest)
-    for index, row in enumerate(rows):
-        length = len(row.completion.token_ids)
-        token_BT[index, :length] = torch.tensor(row.completion.token_ids, dtype=torch.long)
-        mask_BT[index, :length] = 1
-        logp_BT[index, :length] = torch.tensor(row.completion.logprobs)
+    completions = [row.completion for row in rows]
+    length_B = torch.tensor([len(completion.token_ids) for completion in completions])
+    inside_BT = torch.arange(max(1, int(length_B.max()))) < length_B[:, None]
+    token_BT = torch.zeros(inside_BT.shape, dtype=torch.long)
+    token_BT[inside_BT] = torch.tensor([t for each in completions for t in each.token_ids])
+    logp_BT = torch.zeros(inside_BT.shape)
+    logp_BT[inside_BT] = torch.tensor([logp for each in completions for logp in each.logprobs])
     return MicroBatch(
         prompts=[prompts[index] for index in used],
         prompt_index_B=torch.tensor([used.index(row.prompt) for row in rows]),
         token_BT=token_BT.to(device),
-        mask_BT=mask_BT.to(device),
+        mask_BT=inside_BT.float().to(device),
         advantage_B=torch.tensor([row.advantage for row in rows]).to(device),
         sampling_logp_BT=logp_BT.to(device),
     )
@@ -149,12 +138,8 @@ class StepTable:
     @classmethod
     def of(cls, groups: Iterable[GroupSummary]) -> StepTable:
         groups = sorted(groups, key=lambda group: group.position)
-        return cls(
-            groups,
-            reward_PG=torch.tensor([group.rewards for group in groups], dtype=torch.float64),
-            success_PG=torch.tensor([group.success for group in groups], dtype=torch.float64),
-            length_PG=torch.tensor([group.lengths for group in groups], dtype=torch.float64),
-        )
+        columns = zip(*((each.rewards, each.success, each.lengths) for each in groups), strict=True)
+        return cls(groups, *(torch.tensor(column, dtype=torch.float64) for column in columns))
 
     def advantages(self, section: AdvantageSection) -> AdvantageLevels:
         """Advantages of the whole step by the rule that the config names."""

@@ -191,7 +191,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     models = [item for item in given if item not in overrides]
     if not models:
         raise ConfigError("eval: name at least one model or checkpoint")
-    from mm_agrae.evaluation.checkpoints import evaluate_checkpoints
+    from mm_agrae.evaluation.evaluate import evaluate_checkpoints
 
     return evaluate_checkpoints(models, arguments.config, overrides, Path(arguments.out), _load)
 

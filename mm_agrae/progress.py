@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 
@@ -26,12 +18,12 @@ class Reporter:
     def __init__(self, enabled: bool = True):
         self.enabled = enabled
         self.console = Console(quiet=not enabled, highlight=False, soft_wrap=True)
-        self._bars: Progress | None = None
+        self._bars: progress.Progress | None = None
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False)
 
-    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
+    def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         table = Table(title=title, title_justify="left", title_style="bold")
         for index, column in enumerate(columns):
             table.add_column(column, justify="left" if index == 0 else "right")
@@ -45,13 +37,13 @@ class Reporter:
         if not (self.enabled and sys.stdout.isatty()):
             yield
             return
-        with Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
+        with progress.Progress(
+            progress.SpinnerColumn(),
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TimeRemainingColumn(),
             console=self.console,
         ) as self._bars:
             try:
@@ -64,7 +56,7 @@ class Reporter:
         """A bar of `total` units; the value is called with the units just finished."""
         bars = self._bars
         if bars is None:
-            yield _ignore
+            yield lambda units: None
             return
         task: Any = bars.add_task(name, total=total)
         try:
@@ -72,7 +64,3 @@ class Reporter:
         finally:
             if not keep:
                 bars.remove_task(task)
-
-
-def _ignore(units: int) -> None:
-    pass

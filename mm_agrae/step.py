@@ -40,12 +40,7 @@ class Updater:
     """
 
     def __init__(
-        self,
-        context: RunContext,
-        policy: Policy,
-        *,
-        total_steps: int,
-        exact_engine: bool,
+        self, context: RunContext, policy: Policy, *, total_steps: int, exact_engine: bool
     ):
         self.config, self.reporter, self.policy = context.config, context.reporter, policy
         self.processes, self.strategy = context.processes, context.processes.strategy
@@ -134,9 +129,8 @@ class Updater:
             level = "off" if self._exact_engine else "token"
         if level == "off":
             return None
-        old_BT = batch.old_logp_BT if batch.old_logp_BT is not None else logp_BT
         return losses.sampler_weight(
-            old_BT,
+            logp_BT if batch.old_logp_BT is None else batch.old_logp_BT,
             batch.sampling_logp_BT,
             batch.mask_BT,
             level=level,
@@ -217,14 +211,14 @@ class UpdateTotals:
             "policy/ratio_max": self.ratio_max,
             "policy/approx_kl": mean["approx_kl"],
         }
-        if "ref_kl" in mean:
-            values["policy/kl_reference"] = mean["ref_kl"]
-        if "weight" in mean:
-            values["mismatch/mean_abs"] = mean["mismatch_abs"]
-            values["mismatch/kl"] = mean["mismatch_kl"]
-            values["mismatch/cut"] = mean["mismatch_cut"]
-            values["mismatch/weight"] = mean["weight"]
-        return values
+        where_measured = {
+            "policy/kl_reference": "ref_kl",
+            "mismatch/mean_abs": "mismatch_abs",
+            "mismatch/kl": "mismatch_kl",
+            "mismatch/cut": "mismatch_cut",
+            "mismatch/weight": "weight",
+        }
+        return values | {name: mean[sum] for name, sum in where_measured.items() if sum in mean}
 
 
 # ---------------------------------------------------------------------------- metrics and records

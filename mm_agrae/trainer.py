@@ -8,6 +8,7 @@ goes through `self.processes`.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,10 @@ from mm_agrae.advantage import AdvantageLevels
 from mm_agrae.batching import StepTable, plan_update
 from mm_agrae.config import Config
 from mm_agrae.errors import DataError
-from mm_agrae.evaluation.evaluator import Evaluator
+from mm_agrae.evaluation.evaluate import evaluate_all
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
-from mm_agrae.parallel.processes import Processes, announced
-from mm_agrae.parallel.signals import StopRequest
+from mm_agrae.parallel.processes import Processes, StopRequest, announced
 from mm_agrae.progress import Reporter
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout import derive_seed, engine_class
@@ -64,7 +64,6 @@ class Trainer:
             context, self.policy, total_steps=self.total_steps, exact_engine=self.engine.exact
         )
         self.collector = Collector(context, self.task, self.processing, self.policy, self.engine)
-        self.evaluator = Evaluator(context, self.evaluation_tasks, self.processing, self.engine)
         self.checkpointer = Checkpointer(
             context,
             self.policy,
@@ -88,9 +87,7 @@ class Trainer:
             raise DataError("data.train holds no usable rows")
         self.total_steps = configs.total_steps(self.config, len(self.task))
         plan = configs.plan(self.config, len(self.task), self.world)
-        self.reporter.table(
-            f"Plan of {self.config.run_dir}", ["what", "how much"], list(map(list, plan))
-        )
+        self.reporter.table(f"Plan of {self.config.run_dir}", ["what", "how much"], plan)
         for message in self.task.skipped[:5]:
             self.reporter.say(f"skipped {message}")
 
@@ -100,11 +97,8 @@ class Trainer:
         self.processing = Processing(
             model.path, config.prompt, trust_remote_code=model.trust_remote_code
         )
-        self.reporter.table(
-            f"Prompts for {model.path}",
-            ["what", "how"],
-            [list(line) for line in self.processing.describe()],
-        )
+        how = self.processing.describe()
+        self.reporter.table(f"Prompts for {model.path}", ["what", "how"], how)
         self.policy = Policy(
             model,
             self.processing,
@@ -115,7 +109,9 @@ class Trainer:
         )
         if self.policy.repeats_because:
             self.reporter.say(f"prompts are repeated in the update: {self.policy.repeats_because}")
-        self.processes.distribute(self.policy)
+        if self.world > 1:
+            barrier = functools.partial(self.processes.barrier, "gathering weights")
+            self.policy.distribute(barrier, self.processes.strategy.shard)
         if config.update.kl_coef > 0:
             self.policy.keep_reference()
         self.engine = engine_class(config.rollout.engine)(
@@ -157,10 +153,9 @@ class Trainer:
                     f"stopped after step {self.steps_done}; the same command goes on from there"
                 )
             elif self.config.evaluate.after and not (
-                started_at_the_end and not self.evaluator.lacks("after")
+                started_at_the_end and self._evaluated("after")
             ):
                 self.evaluate("after")
-                self._keep_best()
             self.checkpointer.wait()
             self.collector.cache_path.unlink(missing_ok=True)
         summary = self._write_summary()
@@ -181,7 +176,7 @@ class Trainer:
                     if self._due(self.config.checkpoint.every):
                         self.save()
                     if self._evaluation_due():
-                        self._evaluate_midway()
+                        self.evaluate(checkpoint.name_of(self.steps_done))
             except Exception:
                 self._save_after_error()
                 raise
@@ -242,21 +237,40 @@ class Trainer:
     # ------------------------------------------------------------------ evaluation
 
     def evaluate(self, name: str) -> None:
-        """Evaluate the present weights; results go into the run folder under `name`."""
+        """Evaluate the present weights; results go into the run folder under `name`.
+
+        If they are the best so far, their checkpoint is saved and marked.
+        """
         self.collector.sync()
-        self.evaluator.run(name, self.collector.rewarder)
+        with self.stopwatch("evaluate"):
+            evaluate_all(
+                name,
+                self.config,
+                self.evaluation_tasks,
+                self.engine,
+                self.processing,
+                self.collector.rewarder,
+                self.run,
+                self.reporter,
+                self.processes,
+            )
+        self._keep_best()
+
+    def _evaluated(self, name: str) -> bool:
+        """Whether the run folder holds the results of the evaluation `name`."""
+        results = self.run.read_evaluations() if self.is_main else []
+        found = {result.label for result in results if result.name == name}
+        missing = self.is_main and not found.issuperset(self.evaluation_tasks)
+        return not any(self.processes.gather([missing], "evaluations done"))
 
     def _evaluate_at_start(self) -> None:
+        name = checkpoint.name_of(self.steps_done)
         if self.config.evaluate.before and self.steps_done == 0:
             self.evaluate("before")
-        elif self._evaluation_due() and self.evaluator.lacks(checkpoint.name_of(self.steps_done)):
-            self._evaluate_midway()  # the run was cut off between checkpoint and evaluation
+        elif self._evaluation_due() and not self._evaluated(name):
+            self.evaluate(name)  # the run was cut off between checkpoint and evaluation
         else:
             self._keep_best()
-
-    def _evaluate_midway(self) -> None:
-        self.evaluate(checkpoint.name_of(self.steps_done))
-        self._keep_best()
 
     def _evaluation_due(self) -> bool:
         between = 0 < self.steps_done < self.total_steps
@@ -271,21 +285,16 @@ class Trainer:
         """Write a checkpoint of the last whole step. Raises RunFolderError."""
         with self.stopwatch("checkpoint"):
             state = {**self._whole_step, "seconds": dict(self.stopwatch.totals)}
-            self.checkpointer.save(state, self._best().get("step"))
+            best = self.checkpointer.best(self.steps_done, self.total_steps)
+            self.checkpointer.save(state, best.get("step"))
 
     def newest_checkpoint(self) -> Path | None:
-        return self.checkpointer.newest()
-
-    def _best(self) -> dict[str, Any]:
-        if not (self.is_main and self.config.checkpoint.best):
-            return {}
-        return self.checkpointer.best(self.steps_done, self.total_steps)
+        return checkpoint.newest(self.checkpointer.folder)
 
     def _keep_best(self) -> None:
-        """After an evaluation: if it is the best so far, its checkpoint is saved and marked."""
         if not self.config.checkpoint.best:
             return
-        best = self._best()
+        best = self.checkpointer.best(self.steps_done, self.total_steps)
         if not any(self.processes.gather([best.get("step") == self.steps_done], "best")):
             return
         if self.checkpointer.saved_step != self.steps_done:
@@ -356,11 +365,7 @@ class Trainer:
         self.run.rewind(self.steps_done)
         self.checkpointer.forget_after(self.steps_done)
         logger = metrics.MetricLogger(
-            self.run,
-            config.log.sinks,
-            config.log.project,
-            Path(config.run_dir).name,
-            configs.public(config),
+            self.run, config.log.sinks, config.log.project, configs.public(config)
         )
         stack.callback(logger.close)
         return logger
@@ -388,7 +393,7 @@ class Trainer:
             "peak_memory_mb": metrics.peak_memory_mb(),
             "versions": versions(),
         }
-        if best := self._best():
+        if best := self.checkpointer.best(self.steps_done, self.total_steps):
             summary["best"] = best
         self.run.write_summary(summary)
         return summary

@@ -313,7 +313,7 @@ def trl_steps(config: Config, folder: Path) -> Callable[[], None]:
 
 def grade(config: Config, model: str, out: Path) -> float:
     """pass@1 on the config's first evaluation set."""
-    from mm_agrae.evaluation.checkpoints import evaluate_checkpoints
+    from mm_agrae.evaluation.evaluate import evaluate_checkpoints
     from mm_agrae.run.folder import RunFolder
 
     def same(path: str, overrides: Any) -> Config:

@@ -346,7 +346,7 @@ def _whole_checkpoint() -> tuple[Path, Any]:
     made = policy(MODEL)
     optimizer = torch.optim.AdamW(made.trainable_parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    snapshot = checkpoint.Snapshot.take(
+    snapshot = checkpoint.Snapshot(
         made,
         processing(MODEL),
         config_yaml=configs.dump(run_config(workshop() / "run", MODEL)),

@@ -1,7 +1,4 @@
-"""What a config amounts to, worked out before a model is loaded: steps, batches, tokens.
-
-Also what a resumed run may change without becoming another run.
-"""
+"""What a config amounts to: steps, batches, tokens; and what a resumed run may change of it."""
 
 from __future__ import annotations
 
@@ -25,10 +22,8 @@ def plan(config: Config, train_rows: int, processes: int = 1) -> list[tuple[str,
     if update.micro_batch_tokens:
         micro_batches = f"of up to {update.micro_batch_tokens:,} tokens"
     else:
-        micro_batches = (
-            f"{micro} an optimiser step and process, up to "
-            f"{min(rows, update.micro_batch_completions)} completions each"
-        )
+        most = min(rows, update.micro_batch_completions)
+        micro_batches = f"{micro} an optimiser step and process, up to {most} completions each"
     tokens = completions * rollout.max_new_tokens
     policy = "on-policy" if optimiser_steps == 1 else "off-policy after the first"
     epochs = steps * prompts / train_rows
@@ -83,16 +78,14 @@ def contradictions(config: Config, earlier: Config) -> list[str]:
     return found
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(values, dict):
-        items = values.items()
-    elif isinstance(values, list):
-        items = {str(index): value for index, value in enumerate(values)}.items()
-    else:
-        return {prefix.removesuffix("."): values}
+def _flat(values: Any, key: str = "") -> dict[str, Any]:
+    if isinstance(values, list):
+        values = dict(enumerate(values))
+    if not isinstance(values, dict):
+        return {key: values}
     flat: dict[str, Any] = {}
-    for key, value in items:
-        flat.update(_flat(value, f"{prefix}{key}."))
+    for name, value in values.items():
+        flat |= _flat(value, f"{key}.{name}" if key else str(name))
     return flat
 
 

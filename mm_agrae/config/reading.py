@@ -41,17 +41,14 @@ def _read(path: Path, built_on_it: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The plain values of a config file, over those of its `base`."""
     named_by = f" (base of {built_on_it[-1]})" if built_on_it else ""
     try:
-        again = path.resolve() in [other.resolve() for other in built_on_it]
-        text = "" if again else path.read_text(encoding="utf-8")
+        if path.resolve() in [other.resolve() for other in built_on_it]:
+            circle = " -> ".join(str(other) for other in (*built_on_it, path))
+            raise ConfigError(f"config {path}: base goes in a circle: {circle}")
+        values = _from_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError) as error:
         not_text = "not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "no file name"
         reason = getattr(error, "strerror", None) or not_text
         raise ConfigError(f"config {path}{named_by}: cannot be read ({reason})") from None
-    if again:
-        circle = " -> ".join(str(other) for other in (*built_on_it, path))
-        raise ConfigError(f"config {path}: base goes in a circle: {circle}")
-    try:
-        values = _from_yaml(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"config {path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -132,36 +129,31 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             f"override {override!r}: expected key=value, such as train.steps=10, or a YAML file"
         )
     try:
-        value = _from_yaml(text) if text else ""
+        value = _number(_from_yaml(text)) if text else ""
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not valid YAML") from None
-    if isinstance(value, str):
-        value = _number(value)
     *parents, last = key.split(".")
     node: Any = values
-    for depth, parent in enumerate(parents):
-        if isinstance(node, list):
-            node = _list_item(node, parent, key)
-            continue
-        if node.get(parent) is None:
-            node[parent] = {}
-        node = node[parent]
+    for depth, name in enumerate(parents, 1):
+        part = _part(node, name, key)
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict | list):
-            where = ".".join(parents[: depth + 1])
+            where = ".".join(parents[:depth])
             raise ConfigError(f"override {override!r}: {where} is a single value, not a section")
-    if isinstance(node, list):
-        _list_item(node, last, key)
-        node[int(last)] = value
-    else:
-        node[last] = value
+    node[_part(node, last, key)] = value
 
 
-def _list_item(node: list[Any], index: str, key: str) -> Any:
-    if not index.isdecimal() or int(index) >= len(node):
+def _part(node: dict[str, Any] | list[Any], name: str, key: str) -> Any:
+    """What a name in an override's key stands for: a key of a mapping, or an index of a list."""
+    if isinstance(node, dict):
+        return name
+    if not name.isdecimal() or int(name) >= len(node):
         raise ConfigError(
-            f"override {key}: {index!r} is not an index of a list of {len(node)} (counted from 0)"
+            f"override {key}: {name!r} is not an index of a list of {len(node)} (counted from 0)"
         )
-    return node[int(index)]
+    return int(name)
 
 
 def _number(value: Any) -> Any:
@@ -196,11 +188,8 @@ def _explain(item: Any) -> str:
         return f"{key}: required, but not set"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
-        return (
-            message
-            if (key and message.startswith(key)) or "." in message.split(" ")[0]
-            else (f"{key}: {message}" if key else message)
-        )
+        names_it = (key and message.startswith(key)) or "." in message.split(" ")[0]
+        return message if names_it or not key else f"{key}: {message}"
     message = message[:1].lower() + message[1:]
     if item["type"] == "literal_error" and isinstance(item["input"], str):
         expected = item["ctx"]["expected"].replace("' or '", "', '").replace("'", "")

@@ -4,9 +4,6 @@ A run is one YAML file; `key=value` overrides with dotted keys change single set
 files are laid over it:
 
     mm-agrae train configs/quickstart.yaml train.steps=10 configs/with/grpo.yaml
-
-Unknown keys, wrong types and settings that contradict each other raise `ConfigError`, which
-names the key and the nearest valid one.
 """
 
 from __future__ import annotations
@@ -287,8 +284,7 @@ class AdvantageSection(Section):
         try:
             advantage.check_settings(self.rule, self.settings)
         except ValueError as error:
-            problem = str(error).replace("advantage setting ", "advantage.")
-            raise ValueError(problem) from None
+            raise ValueError(str(error).replace("advantage setting ", "advantage.")) from None
         return self
 
 
@@ -428,18 +424,17 @@ class Config(Section):
                 f"update.mini_batch_prompts is {mini}, which does not divide "
                 f"rollout.prompts_per_step = {prompts}; the nearest that does is {nearest}"
             )
-        if self.reward.overlong is not None:
-            buffer = self.reward.overlong.buffer_tokens
-            if buffer > self.rollout.max_new_tokens:
-                raise ValueError(
-                    f"reward.overlong.buffer_tokens is {buffer}, more than "
-                    f"rollout.max_new_tokens = {self.rollout.max_new_tokens}"
-                )
+        buffer = self.reward.overlong.buffer_tokens if self.reward.overlong else 0
+        if buffer > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"reward.overlong.buffer_tokens is {buffer}, more than "
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens}"
+            )
         most = max([self.evaluate.samples, *(s.samples or 1 for s in self.data.evaluate)])
         if self.evaluate.temperature == 0 and most > 1:
             raise ValueError(
-                "evaluate.temperature is 0 but evaluate.samples is "
-                f"{most}: greedy samples are all the same; set samples=1"
+                f"evaluate.temperature is 0 but evaluate.samples is {most}: greedy samples are all "
+                "the same; set samples=1"
             )
         if self.evaluate.every and not self.data.evaluate:
             raise ValueError("evaluate.every is set but data.evaluate names no data")
@@ -450,13 +445,12 @@ class Config(Section):
     def _check_best(self) -> None:
         best, settings = self.checkpoint.best, self.evaluate
         values = {
-            f"{source.label}/{metric}"
+            f"{source.label}/pass@{k}"
             for source in self.data.evaluate
-            for metric in (
-                *(f"pass@{k}" for k in passes(settings.for_source(source).samples)),
-                *(["greedy"] if settings.greedy else []),
-            )
+            for k in passes(settings.for_source(source).samples)
         }
+        if settings.greedy:
+            values |= {f"{source.label}/greedy" for source in self.data.evaluate}
         if best not in values:
             raise ValueError(
                 f"checkpoint.best is {best!r}, which no evaluation measures; "

@@ -1,27 +1,41 @@
-"""An engine and a task -> graded samples per problem -> result and samples in a run folder."""
+"""An engine and a task -> graded samples per problem -> result and samples in a run folder.
+
+`evaluate_all` is what a training run does with its evaluation sets, `evaluate_checkpoints` is
+`mm-agrae eval`: several checkpoints on the same problems with the same random numbers.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from mm_agrae.config import EvaluateSection
-from mm_agrae.errors import DataError
+from mm_agrae import config as configs
+from mm_agrae.config import Config, EvaluateSection
+from mm_agrae.errors import ConfigError, DataError
 from mm_agrae.evaluation.statistics import summarise
-from mm_agrae.rollout import Engine, derive_seed
+from mm_agrae.model.policy import Policy
+from mm_agrae.model.processing import Processing
+from mm_agrae.progress import Reporter
+from mm_agrae.rewards import Rewarder
+from mm_agrae.rollout import Engine, derive_seed, engine_class
+from mm_agrae.run import checkpoint
 from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.records import EvaluationResult, SampleRecord
+from mm_agrae.run.versions import versions
+from mm_agrae.tasks import Task, load
 from mm_agrae.types import Completion, Example, Prompt, Score
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mm_agrae.model.processing import Processing
-    from mm_agrae.rewards import Rewarder
-    from mm_agrae.tasks import Task
+    from mm_agrae.parallel.processes import Processes
 
 
 @dataclass
@@ -32,6 +46,51 @@ class EvaluatedProblem:
     example: Example
     images: list[Image]
     records: list[SampleRecord]
+
+
+def evaluate_all(
+    name: str,
+    config: Config,
+    tasks: Mapping[str, Task],
+    engine: Engine,
+    processing: Processing,
+    rewarder: Rewarder,
+    run_folder: RunFolder,
+    reporter: Reporter,
+    processes: Processes | None = None,
+) -> list[EvaluationResult]:
+    """Sample and grade every evaluation set; results go into the run folder under `name`.
+
+    `tasks` are the sets of `config.data.evaluate` by label. The engine must hold the weights to
+    evaluate. With `processes` every rank calls this and takes its share of the problems; only the
+    main one writes and returns results. Raises DataError as `run` and `write`.
+    """
+    rank, world = (processes.rank, processes.world) if processes else (0, 1)
+    sections = {each.label: config.evaluate.for_source(each) for each in config.data.evaluate}
+    results = []
+    for label, task in tasks.items():
+        section, started = sections[label], time.perf_counter()
+        mine = range(rank, len(task), world)
+        count = len(mine) * (section.samples + section.greedy)
+        with reporter.bar(f"evaluate {label} ({name})", count) as advance:
+            problems = run(
+                engine,
+                processing,
+                rewarder,
+                task,
+                mine,
+                section,
+                on_bad_row=config.data.on_bad_row,
+                on_progress=advance,
+            )
+        if processes:
+            problems = processes.gather(problems, "evaluation")
+        if rank == 0:
+            problems = sorted(problems, key=lambda problem: problem.index)
+            seconds = time.perf_counter() - started
+            results.append(write(run_folder, name, label, problems, section, seconds))
+            reporter.say(_one_line(results[-1]))
+    return results
 
 
 def run(
@@ -98,9 +157,28 @@ def write(
 
     Raises DataError if there are no problems.
     """
-    result = _summarise(name, label, problems, section, seconds)
+    if not problems:
+        raise DataError(f"evaluation {label!r} holds no usable rows")
+
+    def table(of: Callable[[SampleRecord], Any], greedy: bool = False) -> np.ndarray:
+        return np.array([[of(r) for r in p.records if (r.sample < 0) == greedy] for p in problems])
+
+    result = summarise(
+        name,
+        label,
+        correct_PN=table(lambda r: r.success),
+        greedy_correct_P=table(lambda r: r.success, True)[:, 0] if section.greedy else None,
+        length_PN=table(lambda r: r.tokens),
+        truncated_PN=table(lambda r: r.finish_reason == "length"),
+        entropy_PN=table(lambda r: np.nan if r.entropy is None else r.entropy),
+        meta_P=[problem.example.meta for problem in problems],
+        seconds=seconds,
+        tokens=sum(r.tokens for problem in problems for r in problem.records),
+        bootstrap=section.bootstrap,
+        seed=section.seed,
+    )
     samples = [
-        replace(record, images=tuple(run_folder.store_image(image) for image in problem.images))
+        replace(record, images=tuple(map(run_folder.store_image, problem.images)))
         for problem in problems
         for record in problem.records
     ]
@@ -108,36 +186,7 @@ def write(
     return result
 
 
-def _summarise(
-    name: str,
-    label: str,
-    problems: Sequence[EvaluatedProblem],
-    section: EvaluateSection,
-    seconds: float,
-) -> EvaluationResult:
-    if not problems:
-        raise DataError(f"evaluation {label!r} holds no usable rows")
-    sampled = [[r for r in problem.records if r.sample >= 0] for problem in problems]
-    greedy = [[r.success for r in problem.records if r.sample < 0] for problem in problems]
-    return summarise(
-        name,
-        label,
-        correct_PN=np.array([[r.success for r in row] for row in sampled]),
-        greedy_correct_P=np.array(greedy)[:, 0] if section.greedy else None,
-        length_PN=np.array([[r.tokens for r in row] for row in sampled]),
-        truncated_PN=np.array([[r.finish_reason == "length" for r in row] for row in sampled]),
-        entropy_PN=np.array(
-            [[np.nan if r.entropy is None else r.entropy for r in row] for row in sampled]
-        ),
-        meta_P=[problem.example.meta for problem in problems],
-        seconds=seconds,
-        tokens=sum(r.tokens for problem in problems for r in problem.records),
-        bootstrap=section.bootstrap,
-        seed=section.seed,
-    )
-
-
-def one_line(result: EvaluationResult) -> str:
+def _one_line(result: EvaluationResult) -> str:
     """A result's most important numbers, for the terminal."""
     shown = [k for k in (1, 4, 16, 64, 256) if k in result.pass_at_k]
     parts = [f"pass@{k} {result.pass_at_k[k].mean:.1%}" for k in shown]
@@ -162,4 +211,96 @@ def _sample_record(
         entropy=-float(np.mean(completion.logprobs)) if completion.logprobs else None,
         error=score.error,
         meta=dict(example.meta),
+    )
+
+
+# ------------------------------------------------------------------ mm-agrae eval
+
+
+def build_engine(config: Config, path: str) -> tuple[Processing, Policy, Engine]:
+    """A checkpoint loaded for sampling with the settings of `config`."""
+    processing = Processing(path, config.prompt, trust_remote_code=config.model.trust_remote_code)
+    device = config.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    for_training = {"freeze": (), "lora": None, "gradient_checkpointing": False}
+    model = config.model.model_copy(update={"path": path} | for_training)
+    policy = Policy(model, processing, device=device)
+    engine = engine_class(config.rollout.engine)(
+        policy,
+        processing,
+        config.rollout,
+        batch_completions=config.evaluate.batch_completions,
+        max_tokens=config.prompt.max_tokens + config.evaluate.max_new_tokens,
+    )
+    return processing, policy, engine
+
+
+def evaluate_checkpoints(
+    models: Sequence[str],
+    config_path: str | None,
+    overrides: Sequence[str],
+    out: Path,
+    load_config: Callable[[str, Sequence[str]], Config],
+) -> int:
+    """Evaluate each model on every evaluation set and write results and samples to `out`.
+
+    Returns the exit status. Raises ConfigError if no config is given and the first model has none.
+    """
+    paths = [str(checkpoint.newest(Path(model) / "checkpoints") or model) for model in models]
+    if config_path is None:
+        own = Path(paths[0]) / checkpoint.CONFIG_FILE
+        if not own.is_file():
+            raise ConfigError(f"eval: {paths[0]} has no {own.name}; pass a config with --config")
+        config_path = str(own)
+    config = load_config(config_path, overrides)
+    if not config.data.evaluate:
+        raise ConfigError(f"{config_path}: data.evaluate is empty; add data to evaluate on")
+    tasks = {
+        source.label: load(source, on_bad_row=config.data.on_bad_row)
+        for source in config.data.evaluate
+    }
+    reporter = Reporter()
+    run_folder = RunFolder(out).create(configs.dump(config), versions(), resume=True)
+    results: list[EvaluationResult] = []
+    with Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder, reporter.bars():
+        for name, path in zip(_names(models), paths, strict=True):
+            processing, _, engine = build_engine(config, path)
+            with contextlib.closing(engine):
+                results += evaluate_all(
+                    name, config, tasks, engine, processing, rewarder, run_folder, reporter
+                )
+    for label in tasks:
+        _table(reporter, label, [result for result in results if result.label == label])
+    reporter.say(f"results and samples in {out}")
+    return 0
+
+
+def _names(models: Sequence[str]) -> list[str]:
+    """Short distinct names: as many trailing parts of the paths as that takes."""
+    for depth in range(1, 8):
+        names = ["/".join(Path(model).parts[-depth:]) for model in models]
+        if len(set(names)) == len(names):
+            return names
+    return [f"{index}:{model}" for index, model in enumerate(models)]
+
+
+def _table(reporter: Reporter, label: str, results: Sequence[EvaluationResult]) -> None:
+    rows = []
+    for result in results:
+        intervals = [*result.pass_at_k.values(), *([result.greedy] if result.greedy else [])]
+        rows.append(
+            [
+                result.name,
+                *(f"{each.mean:.1%} [{each.low:.1%}, {each.high:.1%}]" for each in intervals),
+                "-" if result.entropy is None else f"{result.entropy:.3f}",
+                f"{result.mean_tokens:.0f}",
+            ]
+        )
+    ks = [f"pass@{k}" for k in results[0].pass_at_k]
+    greedy = ["greedy"] if results[0].greedy else []
+    reporter.table(
+        f"{label}: {results[0].problems} problems × {results[0].samples} samples",
+        ["checkpoint", *ks, *greedy, "entropy", "tokens"],
+        rows,
     )

@@ -228,8 +228,5 @@ class PairedEvaluations:
 
     def sample_pair(self, problem: PairedProblem) -> tuple[dict[str, Any], dict[str, Any]]:
         """A sample of each that shows the gain: correct from the better one, else incorrect."""
-        gain = problem.gain
-        return (
-            self.first.first_sample(problem.key, gain <= 0),
-            self.second.first_sample(problem.key, gain >= 0),
-        )
+        key, gain = problem.key, problem.gain
+        return self.first.first_sample(key, gain <= 0), self.second.first_sample(key, gain >= 0)

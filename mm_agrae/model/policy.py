@@ -262,12 +262,13 @@ class Policy(nn.Module):
         return self._replica is not None
 
     def distribute(self, barrier: Callable[[], None], shard: Callable[..., None] | None) -> None:
-        """Become one of several processes' policies: see `parallel.strategies.Distributable`.
+        """Become one of several processes' policies, before the optimiser is made.
 
-        `shard(policy, layers, whole)` gets the class names of the text model's and the vision
-        tower's layers, and the modules that every process keeps whole: a frozen vision tower,
-        which runs once per prompt and so not equally often on all processes. On a sharded policy
-        only `forward` may be called, by all processes alike; everything else belongs inside
+        `barrier` is called before weights are gathered. `shard(policy, layers, whole)`, if given,
+        spreads the parameters over the processes. It gets the class names of the text model's and
+        the vision tower's layers, and the modules that every process keeps whole: a frozen vision
+        tower, which runs once per prompt and so not equally often on all processes. On a sharded
+        policy only `forward` may be called, by all processes alike; everything else belongs inside
         `gathered`.
         """
         self._barrier, self._always_runs_vision = barrier, self.update_runs_vision

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -15,15 +17,11 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    gather_object,
-)
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 
 from mm_agrae.config import Config
 from mm_agrae.errors import ConfigError, ProcessError
-from mm_agrae.parallel.strategies import Distributable, backend, check_environment, make_strategy
+from mm_agrae.parallel.strategies import backend, check_environment, make_strategy
 from mm_agrae.parallel.watchdog import GRACE_S, Watchdog
 
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -92,15 +90,6 @@ class Processes:
         """Where the model is loaded: a whole one may not fit on the device."""
         return torch.device("cpu") if self.strategy.sharded else self.device
 
-    def distribute(self, policy: Distributable) -> None:
-        """Tell the policy that it is one of several, and shard it if that is asked for.
-
-        To be called before the optimiser is made.
-        """
-        if self._watchdog is not None:
-            barrier = functools.partial(self.barrier, "gathering weights")
-            policy.distribute(barrier, self.strategy.shard)
-
     # ------------------------------------------------------------------ the other processes
 
     def note(self, stage: str, step: int) -> None:
@@ -147,3 +136,34 @@ class Processes:
 def _is_communication_error(error: RuntimeError) -> bool:
     words = ("gloo", "nccl", "connection", "timed out", "timeout")
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
+
+
+class StopRequest:
+    """Whether the run was asked to stop: the step is finished and saved instead of ending at once.
+
+    `on_request` is called when it first is.
+    """
+
+    def __init__(self, on_request: Callable[[], None]):
+        self.requested = False
+        self._on_request = on_request
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """While active, the first SIGINT or SIGTERM asks for a stop; the second raises."""
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread receives signals
+            return
+
+        def ask(number: int, frame: Any) -> None:
+            if self.requested:
+                raise KeyboardInterrupt
+            self.requested = True
+            self._on_request()
+
+        earlier = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in earlier.items():
+                signal.signal(number, handler)

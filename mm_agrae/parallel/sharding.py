@@ -16,6 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def shard(
@@ -34,20 +37,15 @@ def shard(
     are also used elsewhere, are kept whole on every process. With `offload` shards, gradients and
     optimiser state stay in the CPU's memory, and a unit is copied to the device when it is used.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
-
     kept = [part.to(device) for part in whole]
     ignored = {parameter for part in kept for parameter in part.parameters()}
+    offloading = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     options: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (dist.get_world_size(),)),
         "ignored_params": ignored,
-        "offload_policy": (
-            CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
-        ),
+        "offload_policy": offloading,
     }
-    units = [each for each in module.modules() if type(each).__name__ in layers]
-    for unit in units:
+    for unit in [each for each in module.modules() if type(each).__name__ in layers]:
         if not ignored.issuperset(unit.parameters()):
             fully_shard(unit, reshard_after_forward=reshard_after_forward, **options)
     root: Any = fully_shard(module, **options)
@@ -57,8 +55,6 @@ def shard(
 
 def reshard(module: nn.Module) -> None:
     """Drop what a forward pass without a backward pass has left gathered."""
-    from torch.distributed.fsdp import FSDPModule
-
     for each in module.modules():
         if isinstance(each, FSDPModule):
             each.reshard()
@@ -66,8 +62,6 @@ def reshard(module: nn.Module) -> None:
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself, or of a shard all of it, gathered by a collective call."""
-    from torch.distributed.tensor import DTensor
-
     tensor = tensor.detach()
     if not isinstance(tensor, DTensor):
         return tensor
@@ -78,8 +72,6 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def shard_like(value: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """This process's shard of a whole tensor that every process holds, sharded as `like` is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
     if not isinstance(like, DTensor) or isinstance(value, DTensor):
         return value
     mesh = like.device_mesh

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Collection, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,15 +22,6 @@ from mm_agrae.parallel.sharding import shard
 
 Shard = Callable[[nn.Module, Collection[str], Iterable[nn.Module]], None]
 """Shards a module in place: (module, class names of its layers, parts to leave whole)."""
-
-
-class Distributable(Protocol):
-    """A policy, as far as the processes need to know it."""
-
-    def distribute(self, barrier: Callable[[], None], shard: Shard | None) -> None:
-        """Be one of several: `barrier` is to be called before weights are gathered; `shard`, if
-        given, spreads the parameters over the processes."""
-        ...
 
 
 class Replicated:

@@ -23,9 +23,8 @@ import json
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -50,40 +49,29 @@ COUNTS = ("step", "data_position", "tokens_seen", "rows_skipped", "policy_versio
 """Numbers that every checkpoint of a run records."""
 
 
-@dataclass(frozen=True)
 class Snapshot:
     """A checkpoint in memory, as of the moment it was taken."""
 
-    model: nn.Module
-    weights: Mapping[str, torch.Tensor] | None
-    files: Mapping[str, bytes]
-    state: Mapping[str, Any]
-    training: Mapping[str, Any]
-
-    @classmethod
-    def take(
-        cls,
+    def __init__(
+        self,
         policy: Policy,
         processing: Processing,
         *,
         config_yaml: str,
         state: Mapping[str, Any],
         training: Mapping[str, Any],
-        weights: Mapping[str, torch.Tensor] | None = None,
         copied: bool = False,
-    ) -> Snapshot:
+    ):
         """`state` are plain values for the JSON file, `training` state dicts of tensors.
 
-        `weights` are whole tensors by the names of `policy.model.state_dict()`; not given: the
-        model's own. With `copied` all tensors are copied to the CPU, so that training may go on
-        before the snapshot is written; under LoRA the adapter alone.
+        With `copied` all tensors are copied to the CPU, so that training may go on before the
+        snapshot is written; under LoRA the adapter alone.
         """
-        if copied:
-            weights = on_cpu(_own_weights(policy.model) if weights is None else weights)
-            training = on_cpu(training)
+        self.model: Any = policy.model
+        self.weights = _on_cpu(_own_weights(policy.model)) if copied else None
+        self.state, self.training = state, _on_cpu(training) if copied else training
         # Now and not when it is written: a tokenizer is not for two threads at once.
-        files = _saved_files(processing) | {CONFIG_FILE: config_yaml.encode()}
-        return cls(policy.model, weights, files, dict(state), training)
+        self.files = _saved_files(processing) | {CONFIG_FILE: config_yaml.encode()}
 
     def write(self, folder: Path) -> None:
         """Write to a temporary folder, flush to disk, then rename.
@@ -91,13 +79,10 @@ class Snapshot:
         Raises RunFolderError if it cannot be written; an earlier checkpoint is left as it was.
         """
         with written_whole(folder) as aside:
-            given: dict[str, Any] = {}
-            if self.weights is not None:
-                given["state_dict"] = dict(self.weights)
+            given: dict[str, Any] = {} if self.weights is None else {"state_dict": self.weights}
             if hasattr(self.model, "peft_config"):
                 given["save_embedding_layers"] = False  # nor those under an adapted head
-            model: Any = self.model
-            model.save_pretrained(aside, **given)
+            self.model.save_pretrained(aside, **given)
             for name, content in self.files.items():
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 (aside / name).write_bytes(content)
@@ -120,20 +105,18 @@ def _saved_files(processing: Processing) -> dict[str, bytes]:
         ) from error
 
 
-def on_cpu(value: Any, seen: dict[Any, torch.Tensor] | None = None) -> Any:
+def _on_cpu(value: Any, seen: dict[Any, torch.Tensor] | None = None) -> Any:
     """A copy of nested dicts and lists with all tensors on the CPU; tied ones stay tied."""
     seen = {} if seen is None else seen
     if isinstance(value, torch.Tensor):
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
         if value.data_ptr() == 0 or key not in seen:
-            copy = value.detach().to("cpu", copy=True)
-            seen[key] = copy
-            return copy
+            seen[key] = value.detach().to("cpu", copy=True)
         return seen[key]
     if isinstance(value, Mapping):
-        return {name: on_cpu(item, seen) for name, item in value.items()}
+        return {name: _on_cpu(item, seen) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(on_cpu(item, seen) for item in value)
+        return type(value)(_on_cpu(item, seen) for item in value)
     return value
 
 
@@ -150,33 +133,24 @@ class Writer:
 
     def __init__(self, background: bool = False):
         self.background = background
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        # A program that ends waits for this thread: the checkpoint gets finished.
+        self._thread = futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: futures.Future[None] | None = None
 
     def write(self, job: Callable[[], None]) -> None:
         """Do `job`, now or in the background. Raises what the one before raised there."""
         self.wait()
-        if not self.background:
+        if self.background:
+            self._pending = self._thread.submit(job)
+        else:
             job()
-            return
-        # Not a daemon: a program that ends lets the checkpoint get finished.
-        self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint")
-        self._thread.start()
 
     def wait(self) -> None:
         """Wait until everything is written. Raises what went wrong in the background, once."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-
-    def _run(self, job: Callable[[], None]) -> None:
-        try:
-            job()
-        except BaseException as error:
-            self._error = error
+        if self._pending is not None:
+            futures.wait([self._pending])
+            done, self._pending = self._pending, None
+            done.result()
 
 
 @contextlib.contextmanager
@@ -213,26 +187,17 @@ def restore(folder: Path, policy: Policy) -> tuple[dict[str, Any], dict[str, Any
     one, or one of another format; the policy is then as it was.
     """
     state = checked_state(folder)
-    training = _read_training(folder)
-    try:
-        policy.load_weights(folder)
-    except Exception as error:  # transformers, peft and safetensors raise almost anything
-        reason = str(error).split("\n")[0]
-        raise RunFolderError(f"checkpoint {folder}: weights cannot be read ({reason})") from error
-    return state, training
-
-
-def _read_training(folder: Path) -> dict[str, Any]:
+    reading = TRAINING_FILE
     try:
         training = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True)
         if not isinstance(training, dict) or not training.keys() >= {"optimizer", "scheduler"}:
             raise ValueError("no optimiser and schedule in it")
-        return training
-    except Exception as error:  # torch.load raises almost anything on what is no such file
+        reading = "weights"
+        policy.load_weights(folder)
+    except Exception as error:  # torch, transformers, peft and safetensors raise almost anything
         reason = str(error).split("\n")[0]
-        raise RunFolderError(
-            f"checkpoint {folder}: {TRAINING_FILE} cannot be read ({reason})"
-        ) from None
+        raise RunFolderError(f"checkpoint {folder}: {reading} cannot be read ({reason})") from error
+    return state, training
 
 
 def checked_state(folder: Path) -> dict[str, Any]:
@@ -265,8 +230,8 @@ def _matches(path: Path, expected: Any) -> bool:
 
 def candidates(folder: Path) -> list[Path]:
     """Complete checkpoints of a run's checkpoint folder, newest first."""
-    found = sorted(folder.glob("step_*"), reverse=True)
-    return [path for path in found if (path / STATE_FILE).is_file()]
+    files = folder.glob(f"step_*/{STATE_FILE}")
+    return sorted((path.parent for path in files if path.is_file()), reverse=True)
 
 
 def newest(folder: Path) -> Path | None:
@@ -317,15 +282,13 @@ def _read_state(folder: Path) -> dict[str, Any] | None:
             f"and this version ({__version__}) reads format {FORMAT}; go on with that version, or "
             "start a new run from its weights: model.path set to it, and another run_dir"
         )
-    counts = [state.get(name) for name in COUNTS]
-    seconds: Any = state.setdefault("seconds", {})
-    state.setdefault("versions", {})
+    filled: dict[str, Any] = {"seconds": {}, "versions": {}, **state}
     whole = (
-        all(isinstance(state.get(name), dict) for name in ("sha256", "seconds", "versions"))
-        and all(type(count) is int and count >= 0 for count in counts)
-        and all(type(spent) in (int, float) for spent in seconds.values())
+        all(isinstance(filled.get(name), dict) for name in ("sha256", "seconds", "versions"))
+        and all(type(filled.get(name)) is int and filled[name] >= 0 for name in COUNTS)
+        and all(type(spent) in (int, float) for spent in filled["seconds"].values())
     )
-    return state if whole else None
+    return filled if whole else None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,12 +1,11 @@
 """Saving and resuming a run: when a checkpoint is written, which are kept, and which is resumed.
 
 `checkpoint` is the format of one checkpoint folder; here is what a training run does with them.
-All methods but `newest` and `wait` are called by every rank alike.
+All methods but `wait` and `mark_best` are called by every rank alike.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import uuid
@@ -57,9 +56,6 @@ class Checkpointer:
         """Until everything is on disk. Raises what went wrong in the background."""
         self._writer.wait()
 
-    def newest(self) -> Path | None:
-        return checkpoint.newest(self.folder)
-
     # ------------------------------------------------------------------ saving
 
     def save(self, state: Mapping[str, Any], best_step: int | None) -> None:
@@ -70,15 +66,14 @@ class Checkpointer:
         before could not.
         """
         is_main, step = self.processes.is_main, int(state["step"])
-        with contextlib.ExitStack() as stack:
-            self.processes.barrier("checkpoint")
-            self.id = self.processes.gather([uuid.uuid4().hex], "checkpoint")[0]
-            # The main process gets whole weights and moments of sharded ones, the others none.
-            optimizer = sharding.whole_state(self.optimizer, keep=is_main)
-            stack.enter_context(self.policy.gathered(saving=True, keep=is_main))
+        self.processes.barrier("checkpoint")
+        self.id = self.processes.gather([uuid.uuid4().hex], "checkpoint")[0]
+        # The main process gets whole weights and moments of sharded ones, the others none.
+        optimizer = sharding.whole_state(self.optimizer, keep=is_main)
+        with self.policy.gathered(saving=True, keep=is_main):
             if is_main:
                 self._writer.wait()
-                snapshot = checkpoint.Snapshot.take(
+                snapshot = checkpoint.Snapshot(
                     self.policy,
                     self.processing,
                     config_yaml=configs.dump(self.config),
@@ -97,10 +92,13 @@ class Checkpointer:
         checkpoint.prune(self.folder, keep, checkpoint.name_of(best) if best else "")
 
     def best(self, step: int, total_steps: int) -> dict[str, Any]:
-        """Step and value of the highest `checkpoint.best` among steps up to `step`; {} for none."""
+        """Step and value of the highest `checkpoint.best` among steps up to `step`; {} for none.
+
+        {} on all but the main process, too.
+        """
         label, _, metric = self.config.checkpoint.best.rpartition("/")
         best: dict[str, Any] = {}
-        for result in self.run.read_evaluations() if metric else []:
+        for result in self.run.read_evaluations() if metric and self.processes.is_main else []:
             evaluated = total_steps if result.name == "after" else _step_of(result.name)
             if result.label != label or not 0 < evaluated <= step:
                 continue
@@ -112,14 +110,15 @@ class Checkpointer:
 
     def mark_best(self, best: Mapping[str, Any]) -> None:
         """Point the link `best` at the checkpoint of that step. For the main process alone."""
-        self._writer.write(partial(self._mark_best, best))
-        self.reporter.say(f"best so far: {best['metric']} {best['value']:.3f}")
 
-    def _mark_best(self, best: Mapping[str, Any]) -> None:
-        write_atomic(self.folder / checkpoint.BEST_FILE, to_json(best, indent=1) + "\n")
-        name = checkpoint.name_of(best["step"])
-        checkpoint.point(self.folder / checkpoint.BEST, name)
-        checkpoint.prune(self.folder, self.config.checkpoint.keep, name)
+        def mark() -> None:
+            write_atomic(self.folder / checkpoint.BEST_FILE, to_json(best, indent=1) + "\n")
+            name = checkpoint.name_of(best["step"])
+            checkpoint.point(self.folder / checkpoint.BEST, name)
+            checkpoint.prune(self.folder, self.config.checkpoint.keep, name)
+
+        self._writer.write(mark)
+        self.reporter.say(f"best so far: {best['metric']} {best['value']:.3f}")
 
     # ------------------------------------------------------------------ resuming
 

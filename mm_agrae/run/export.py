@@ -49,7 +49,10 @@ def export(
     policy = Policy(ModelSection(path=str(folder), trust_remote_code=trust_remote_code), processing)
     hf = policy.hf
     target = _stored_dtype(str(folder)) if dtype == "auto" else getattr(torch, dtype)
-    weights = {name: _cast(tensor, target) for name, tensor in policy.full_weights()}
+    weights = {
+        name: tensor.to(target) if tensor.is_floating_point() else tensor
+        for name, tensor in policy.full_weights()
+    }
     facts = {
         "source": str(folder),
         "step": state.get("step"),
@@ -85,7 +88,3 @@ def _stored_dtype(path: str) -> torch.dtype:
     values, _ = PreTrainedConfig.get_config_dict(model)
     name = values.get("dtype") or values.get("torch_dtype") or "float32"
     return getattr(torch, name)
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -54,15 +54,19 @@ def _plain(value: Any) -> Any:
     return clean_text(value)
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a whole file or leave what was there. Raises RunFolderError."""
-    with explained(path.parent, f"writing {path.name}"), replacement(path) as file:
+def write_atomic(path: Path, content: str | bytes, run: Path | None = None) -> None:
+    """Write a whole file or leave what was there.
+
+    Raises RunFolderError that names the run folder `run`; not given: the file's own folder.
+    """
+    folder = run or path.parent
+    with explained(folder, f"writing {path.relative_to(folder)}"), _replacement(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     """Write dataclasses or mappings as JSON lines, atomically. Raises RunFolderError."""
-    with explained(path.parent, f"writing {path.name}"), replacement(path) as file:
+    with explained(path.parent, f"writing {path.name}"), _replacement(path) as file:
         for row in rows:
             values = row if isinstance(row, Mapping) else asdict(row)
             file.write((to_json(values) + "\n").encode())
@@ -88,10 +92,8 @@ def append_line(path: Path, line: str) -> None:
 def _drop_unfinished_line(file: IO[bytes]) -> int:
     """Truncate a file to its last newline; return its length."""
     end = file.seek(0, os.SEEK_END)
-    if not end:
-        return 0
-    file.seek(end - 1)
-    if file.read(1) != b"\n":
+    file.seek(max(0, end - 1))
+    if file.read(1) not in (b"", b"\n"):
         file.seek(0)
         end = file.read().rfind(b"\n") + 1
         file.truncate(end)
@@ -104,7 +106,7 @@ def open_lines(path: Path) -> io.BufferedIOBase:
 
 
 @contextmanager
-def replacement(path: Path) -> Iterator[IO[bytes]]:
+def _replacement(path: Path) -> Iterator[IO[bytes]]:
     """A file that replaces `path` only once it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -136,7 +138,5 @@ def explained(folder: Path, action: str) -> Iterator[None]:
             advice = "a file stands in the way: choose another run_dir or move that file"
         else:
             advice = "choose another run_dir or fix the cause"
-        reason = error.strerror or str(error)
-        raise RunFolderError(
-            f"run folder {folder}: {action} failed ({reason}); {advice}"
-        ) from error
+        problem = f"{action} failed ({error.strerror or error})"
+        raise RunFolderError(f"run folder {folder}: {problem}; {advice}") from error

@@ -40,7 +40,6 @@ from mm_agrae.run.files import (
     clean_text,
     explained,
     open_lines,
-    replacement,
     to_json,
     write_atomic,
     write_jsonl,
@@ -87,7 +86,7 @@ class RunFolder:
 
         Raises RunFolderError if it cannot be written, or holds a run and `resume` is not set.
         """
-        created = {"created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         with explained(self.path, "making it"):
             if (self.path / "config.yaml").exists():
                 if not resume:
@@ -95,11 +94,10 @@ class RunFolder:
                         f"run folder {self.path}: it holds a run already; resume that run, "
                         "delete the folder, or choose another run_dir"
                     )
-                with suppress(OSError, ValueError):
-                    earlier = json.loads((self.path / "versions.json").read_text("utf-8"))
-                    created = {"created": earlier["created"]} if "created" in earlier else created
+                with suppress(RunFolderError):
+                    created = self.read_versions().get("created", created)
             self.path.mkdir(parents=True, exist_ok=True)
-        self._write("versions.json", to_json(created | dict(versions), indent=2) + "\n")
+        self._write("versions.json", to_json({"created": created, **versions}, indent=2) + "\n")
         self._write("config.yaml", clean_text(config_yaml))
         return self
 
@@ -198,7 +196,7 @@ class RunFolder:
         buffer = io.BytesIO()
         table = rollout_table(records)
         pq.write_table(table, buffer, compression="zstd", row_group_size=ROWS_PER_GROUP)
-        self._write(str(self._rollout_path(step).relative_to(self.path)), buffer.getvalue())
+        write_atomic(self._rollout_path(step), buffer.getvalue(), self.path)
 
     def read_rollouts(
         self, step: int, columns: Sequence[str] | None = None, rows: Sequence[int] | None = None
@@ -337,8 +335,7 @@ class RunFolder:
 
     def read_evaluations(self) -> list[EvaluationResult]:
         """All results: "before" first, then by name, "after" last."""
-        found = [self._read_result(folder) for folder in self._evaluation_folders()]
-        results = [result for result in found if result is not None]
+        results = [result for _, result in self._evaluations()]
         order = {"before": 0, "after": 2}
         return sorted(results, key=lambda result: (order.get(result.name, 1), result.name))
 
@@ -359,15 +356,16 @@ class RunFolder:
 
     def samples_path(self, result: EvaluationResult) -> Path | None:
         """The file with the samples of an evaluation; None if there is no such evaluation."""
-        for folder in self._evaluation_folders():
-            held = self._read_result(folder)
-            if held is not None and _key(held) == _key(result):
+        for folder, held in self._evaluations():
+            if _key(held) == _key(result):
                 gzipped = folder / "samples.jsonl.gz"
                 return gzipped if gzipped.is_file() else folder / "samples.jsonl"
         return None
 
-    def _evaluation_folders(self) -> list[Path]:
-        return sorted(path.parent for path in self.path.glob("evaluations/*/result.json"))
+    def _evaluations(self) -> Iterator[tuple[Path, EvaluationResult]]:
+        for path in sorted(self.path.glob("evaluations/*/result.json")):
+            if (result := self._read_result(path.parent)) is not None:
+                yield path.parent, result
 
     def _read_result(self, folder: Path) -> EvaluationResult | None:
         path = folder / "result.json"
@@ -385,9 +383,7 @@ class RunFolder:
         return self.path / "rollouts" / f"step_{step:06d}.parquet"
 
     def _write(self, relative: str, content: str | bytes) -> None:
-        path = self.path / relative
-        with explained(self.path, f"writing {relative}"), replacement(path) as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+        write_atomic(self.path / relative, content, self.path)
 
     def _read_json(self, name: str) -> dict[str, Any]:
         path = self.path / name

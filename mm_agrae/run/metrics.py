@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SINKS = ("tensorboard", "trackio", "wandb")
-
 
 class MetricLogger:
     """Writes one line per step to the run folder and sends the same numbers to the trackers.
@@ -36,28 +34,20 @@ class MetricLogger:
         run_folder: RunFolder,
         sinks: Sequence[str] = (),
         project: str = "mm-agrae",
-        run_name: str = "",
         config: Mapping[str, Any] | None = None,
     ) -> None:
         self.run_folder = run_folder
         self._trackers: dict[str, GeneralTracker] = {}
-        name = run_name or run_folder.path.name
         for sink in sinks:
-            if sink not in SINKS:
-                raise ConfigError(f"log.sinks: unknown {sink!r}; valid: {', '.join(SINKS)}")
             try:
-                self._trackers[sink] = _start(
-                    sink, run_folder.path, project, name, dict(config or {})
-                )
-            except ImportError as error:
-                raise ConfigError(
-                    f"log.sinks holds {sink}, which is not installed ({error}); run "
-                    "pip install 'mm-agrae[trackers]' or remove it from log.sinks"
-                ) from None
+                self._trackers[sink] = _start(sink, run_folder.path, project, dict(config or {}))
             except Exception as error:
+                problem, remedy = f"cannot start ({error})", "set it up"
+                if isinstance(error, ImportError):
+                    problem = f"is not installed ({error})"
+                    remedy = "run pip install 'mm-agrae[trackers]'"
                 raise ConfigError(
-                    f"log.sinks holds {sink}, which cannot start ({error}); set it up or remove "
-                    "it from log.sinks"
+                    f"log.sinks holds {sink}, which {problem}; {remedy} or remove it from log.sinks"
                 ) from error
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -80,9 +70,7 @@ class MetricLogger:
                 del self._trackers[sink]
 
 
-def _start(
-    sink: str, path: Path, project: str, name: str, config: dict[str, Any]
-) -> GeneralTracker:
+def _start(sink: str, path: Path, project: str, config: dict[str, Any]) -> GeneralTracker:
     from accelerate import PartialState, tracking
 
     PartialState()  # trackers need it; in a run it exists by now
@@ -90,9 +78,9 @@ def _start(
     if sink == "tensorboard":
         tracker = tracking.TensorBoardTracker("tensorboard", logging_dir=path)
     elif sink == "trackio":
-        tracker = tracking.TrackioTracker(project, name=name, config=config)
+        tracker = tracking.TrackioTracker(project, name=path.name, config=config)
     else:
-        tracker = tracking.WandBTracker(project, name=name, config=config, dir=str(path))
+        tracker = tracking.WandBTracker(project, name=path.name, config=config, dir=str(path))
     tracker.start()
     return tracker
 
@@ -138,12 +126,8 @@ class Stopwatch:
 
     def wall_seconds(self) -> dict[str, float]:
         """Wall seconds by stage since the start."""
-        prefix = "seconds/"
-        return {
-            name.removeprefix(prefix): value
-            for name, value in self.totals.items()
-            if name.startswith(prefix)
-        }
+        by_name = [(name.split("/", 1), value) for name, value in self.totals.items()]
+        return {stage: value for (kind, stage), value in by_name if kind == "seconds"}
 
     def _add(self, stage: str, wall: float, cpu: float) -> None:
         for key, seconds in ((f"seconds/{stage}", wall), (f"cpu_seconds/{stage}", cpu)):
@@ -163,10 +147,11 @@ def _synchronise_gpu() -> None:
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak memory of this process so far as metrics (MiB), that of the GPU only if one is used."""
+    """Peak memory of this process so far as metrics (MiB); what torch has allocated on the current
+    GPU only if one is used."""
     found = {"memory/peak_mb": peak_memory_mb()}
-    if (gpu := peak_gpu_memory_mb()) is not None:
-        found["memory/peak_gpu_mb"] = gpu
+    if (cuda := _used_cuda()) is not None:
+        found["memory/peak_gpu_mb"] = cuda.max_memory_allocated() / (1 << 20)
     return found
 
 
@@ -180,9 +165,3 @@ def peak_memory_mb() -> float:
         pass
     unit = 1 << 20 if sys.platform == "darwin" else 1 << 10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
-
-def peak_gpu_memory_mb() -> float | None:
-    """Peak memory allocated by torch on the current GPU so far, in MiB; None if it is not used."""
-    cuda = _used_cuda()
-    return None if cuda is None else cuda.max_memory_allocated() / (1 << 20)

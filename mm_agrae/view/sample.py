@@ -104,8 +104,7 @@ def write_samples(config: Config, *, split: str, count: int, completions: int, o
 def _solve(
     config: Config, task: Task, indices: Sequence[int], completions: int
 ) -> list[EvaluatedProblem]:
-    from mm_agrae.evaluation import evaluate
-    from mm_agrae.evaluation.checkpoints import build_engine
+    from mm_agrae.evaluation.evaluate import build_engine, run
     from mm_agrae.rewards import Rewarder
 
     processing, _, engine = build_engine(config, config.model.path)
@@ -114,7 +113,7 @@ def _solve(
         contextlib.closing(engine),
         Rewarder(config.reward, section.max_new_tokens) as rewarder,
     ):
-        return evaluate.run(
+        return run(
             engine,
             processing,
             rewarder,

@@ -100,6 +100,8 @@ def test_overrides(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=expected):
             configs.load(path, [override])
+    with pytest.raises(ConfigError, match=r"sinks\.0 is a single value"):
+        configs.load(path, ["log.sinks=[wandb]", "log.sinks.0.x=1"])
 
 
 @pytest.mark.parametrize(

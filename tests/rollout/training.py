@@ -2,7 +2,7 @@
 
 from helpers import run_config
 
-from mm_agrae.evaluation.checkpoints import build_engine
+from mm_agrae.evaluation.evaluate import build_engine
 from mm_agrae.progress import Reporter
 from mm_agrae.tasks import load_all
 from mm_agrae.trainer import Trainer

@@ -22,7 +22,7 @@ def folder(tmp_path):
 
 
 def test_tensorboard_gets_the_same_numbers(folder):
-    log = MetricLogger(folder, sinks=("tensorboard",), run_name="r", config={"a": 1})
+    log = MetricLogger(folder, sinks=("tensorboard",), config={"a": 1})
     log.log(1, {"reward/mean": torch.tensor(0.5), "update/loss": math.nan})
     log.log(2, {"reward/mean": 0.75})
     log.close()
@@ -41,9 +41,7 @@ def test_a_tracker_that_is_not_installed_names_the_extra(folder, monkeypatch, si
         MetricLogger(folder, sinks=(sink,))
 
 
-def test_a_tracker_that_is_unknown_or_cannot_start(folder):
-    with pytest.raises(ConfigError, match="unknown 'wand'; valid: tensorboard, trackio, wandb"):
-        MetricLogger(folder, sinks=("wand",))
+def test_a_tracker_that_cannot_start(folder):
     (folder.path / "tensorboard").write_text("")
     with pytest.raises(ConfigError, match=r"tensorboard, which cannot start .*remove it from"):
         MetricLogger(folder, sinks=("tensorboard",))

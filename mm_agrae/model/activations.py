@@ -67,12 +67,8 @@ def _recipe(tensor: torch.Tensor) -> _Recipe | None:
     if tensor._is_view() and tensor._base is not None:
         # Linear layers view [1,S,H] as [S,H]; a view of the whole tensor is easily made again.
         base = tensor._base
-    node: Any = base.grad_fn
-    if node is None or base.numel() != tensor.numel() or base.numel() < FEWEST:
-        return None
-    if not (base.is_contiguous() and tensor.is_contiguous()):
-        return None
-    return _recipe_of(node)
+    whole = base.numel() == tensor.numel() and base.is_contiguous() and tensor.is_contiguous()
+    return _recipe_of(base.grad_fn) if whole and base.numel() >= FEWEST else None
 
 
 def _recipe_of(node: Any) -> _Recipe | None:

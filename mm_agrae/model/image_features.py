@@ -13,11 +13,11 @@ told apart by that tensor's identity.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,14 +30,6 @@ Features = list[torch.Tensor]
 """One [tokens, hidden size] for each image of a prompt."""
 
 
-@dataclass
-class _Pending:
-    """Features that later micro-batches need as well, and the copies that earlier ones got."""
-
-    features: Features
-    copies: list[Features] = field(default_factory=list)
-
-
 class ImageFeatures:
     """The features of a policy's images, cached. `frozen` says that its tower is not trained."""
 
@@ -45,7 +37,8 @@ class ImageFeatures:
         self.frozen = frozen
         self._cached: Any = WeakTensorKeyDictionary()
         self._uses: Counter[int] = Counter()
-        self._pending: dict[int, _Pending] = {}
+        # Features that later micro-batches need as well, and the copies that earlier ones got.
+        self._pending: dict[int, tuple[Features, list[Features]]] = {}
 
     def plan(self, batches: Iterable[MicroBatch]) -> None:
         """Announce the micro-batches of one optimiser step, each run once, in any order.
@@ -74,7 +67,7 @@ class ImageFeatures:
             if self.frozen and prompt.pixel_values in self._cached:
                 found[key] = self._cached[prompt.pixel_values]
             elif learning and key in self._pending:
-                found[key] = self._pending[key].features
+                found[key] = self._pending[key][0]
         new = {key: prompt for key, prompt in distinct.items() if key not in found}
         # An image that waits for later micro-batches is encoded alone: what goes through the tower
         # together must go back through it together.
@@ -94,22 +87,17 @@ class ImageFeatures:
         self._uses[key] -= 1
         if self._uses[key] > 0:
             copy = [each.detach().requires_grad_() for each in features]
-            self._pending.setdefault(key, _Pending(features)).copies.append(copy)
+            self._pending.setdefault(key, (features, []))[1].append(copy)
             return copy
-        earlier = self._pending.pop(key, None)
-        for index, each in enumerate(features if earlier else ()):
-            each.register_hook(_add_gradients([copy[index] for copy in earlier.copies]))  # type: ignore[union-attr]
+        _, copies = self._pending.pop(key, (features, []))
+        if copies:
+            for each, *others in zip(features, *copies, strict=True):
+                each.register_hook(functools.partial(_add_gradients, others))
         return features
 
 
-def _add_gradients(copies: Features) -> Callable[[torch.Tensor], torch.Tensor]:
-    def add(gradient: torch.Tensor) -> torch.Tensor:
-        for copy in copies:
-            if copy.grad is not None:
-                gradient = gradient + copy.grad
-        return gradient
-
-    return add
+def _add_gradients(copies: Features, gradient: torch.Tensor) -> torch.Tensor:
+    return sum((copy.grad for copy in copies if copy.grad is not None), start=gradient)
 
 
 def _with_images(prompts: Iterable[Prompt]) -> list[Prompt]:
@@ -132,17 +120,14 @@ def accepts_features(hf: Any) -> bool:
     return "mm_encoder_outputs" in inspect.signature(hf.base_model.forward).parameters
 
 
-def pixel_inputs(prompts: Iterable[Prompt], device: torch.device) -> dict[str, Any]:
+def pixel_inputs(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
     """The backbone's arguments for the images of `prompts` as pixels; none without images."""
-    found = _with_images(prompts)
-    if not found:
-        return {}
-    pixels = [prompt.pixel_values for prompt in found if prompt.pixel_values is not None]
-    grids = [prompt.image_grid_thw for prompt in found if prompt.image_grid_thw is not None]
-    return {
-        "pixel_values": torch.cat(pixels).to(device),
-        "image_grid_thw": torch.cat(grids).to(device),
-    }
+    inputs = {}
+    for name in ("pixel_values", "image_grid_thw"):
+        tensors = [value for each in prompts if (value := getattr(each, name)) is not None]
+        if tensors:
+            inputs[name] = torch.cat(tensors).to(device)
+    return inputs
 
 
 def feature_inputs(features: Features) -> dict[str, Any]:
@@ -195,7 +180,6 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     """All tensors in nested dicts and sequences."""
     if isinstance(value, torch.Tensor):
         yield value
-    elif isinstance(value, dict):
-        yield from itertools.chain.from_iterable(map(_tensors, value.values()))
-    elif isinstance(value, list | tuple):
-        yield from itertools.chain.from_iterable(map(_tensors, value))
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)

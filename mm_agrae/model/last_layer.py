@@ -24,10 +24,6 @@ class _TokensThatCount:
 
     index: torch.Tensor | None = None
 
-    def take(self) -> torch.Tensor | None:
-        index, self.index = self.index, None
-        return index
-
 
 def install(hf: Any) -> None:
     """Apply to a transformers model (below PEFT) whose last layer has `self_attn` and `mlp`."""
@@ -59,7 +55,7 @@ def _attention_and_mlp(hf: Any) -> tuple[Any, Any]:
 
 
 def _forward(self: Any, x_1SH: torch.Tensor) -> Any:
-    index = self._counting.take()
+    index, self._counting.index = self._counting.index, None
     original = type(self).forward
     if index is None:
         return original(self, x_1SH)

@@ -309,9 +309,6 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-# -------------------------------------------------------------------------------- helpers
-
-
 def _loss_and_bounds(
     name: str, clip_low: float | None, clip_high: float | None
 ) -> tuple[Loss, float, float]:

@@ -21,12 +21,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mm_agrae.model.loading import model_modules
 from mm_agrae.types import MicroBatch, Prompt
 
-Features = list[torch.Tensor]
+Features = list[Tensor]
 """One [tokens, hidden size] for each image of a prompt."""
 
 
@@ -96,7 +97,7 @@ class ImageFeatures:
         return features
 
 
-def _add_gradients(copies: Features, gradient: torch.Tensor) -> torch.Tensor:
+def _add_gradients(copies: Features, gradient: Tensor) -> Tensor:
     return sum((copy.grad for copy in copies if copy.grad is not None), start=gradient)
 
 
@@ -106,9 +107,6 @@ def _with_images(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 def _key(prompt: Prompt) -> int:
     return id(prompt.pixel_values)
-
-
-# ------------------------------------------------------------------- what the backbone is given
 
 
 def accepts_features(hf: Any) -> bool:
@@ -164,7 +162,7 @@ def dummy_image_forward(hf: Any, device: torch.device) -> Iterator[None]:
         hook.remove()
 
 
-def _zero_from_vision_tower(hf: Any, device: torch.device) -> torch.Tensor:
+def _zero_from_vision_tower(hf: Any, device: torch.device) -> Tensor:
     tower: Any = model_modules(hf)["vision"]
     # Values of one patch: the first weight of the patch embedding is [channels, *patch].
     patch = next(p.shape[1:].numel() for p in tower.patch_embed.parameters() if p.dim() > 1)
@@ -176,9 +174,9 @@ def _zero_from_vision_tower(hf: Any, device: torch.device) -> torch.Tensor:
     return sum(0 * tensor.float().sum() for tensor in _tensors(output))  # type: ignore[return-value]
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in nested dicts and sequences."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | list | tuple):
         for each in value.values() if isinstance(value, dict) else value:

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm_agrae.errors import ModelError
+from mm_agrae.errors import ModelError, one_line
 from mm_agrae.model.packed_layout import GroupSpans, PackedLayout
 
 _aten: Any = torch.ops.aten
@@ -108,13 +108,11 @@ def _varlen_fault(
                 weight = torch.arange(out.numel(), device=device).view(out.shape).cos()
                 grads = torch.autograd.grad((out.float() * weight).sum(), tensors)
                 results.append([out.detach().float(), *(grad.float() for grad in grads)])
-        errors = [
-            float((ours - theirs).norm() / theirs.norm())
-            for ours, theirs in zip(*results, strict=True)
-        ]
+        pairs = zip(*results, strict=True)
+        errors = [float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs]
         fault = "" if max(errors) < 0.02 else f"it differs by {max(errors):.1g}"
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
-        fault = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        fault = one_line(error)
     if fault:
         warnings.warn(
             f"FlashAttention for spans of different lengths is not used on {device} "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,6 @@ from mm_agrae.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
     from mm_agrae.config import Config
-
-    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 OVERRIDE = "key=value|FILE.yaml"
 """Each changes the config that precedes it."""
@@ -46,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if hasattr(arguments, "options"):  # serve parses its own
+    if arguments.command is _serve:  # which parses its own options
         arguments.options = rest
         return arguments
     # argparse rejects positionals that follow an option, but overrides may appear anywhere.
@@ -66,11 +64,65 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mm-agrae {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    for add in (
-        _add_train, _add_eval, _add_sample, _add_report, _add_demo, _add_export, _add_serve,
-        _add_tasks, _add_rules, _add_doctor,
-    ):  # fmt: skip
-        add(commands)
+    def add(run: Callable[[Any], int], summary: str, **options: Any) -> Callable[..., Any]:
+        """Add the command that `run` carries out; returns what adds an argument to it."""
+        name = run.__name__.removeprefix("_")
+        made = commands.add_parser(name, help=summary, description=run.__doc__, **options)
+        made.set_defaults(command=run)
+        return made.add_argument
+
+    def add_config(argument: Callable[..., Any], nargs: str | None = None) -> None:
+        argument("config", nargs=nargs, help="a YAML file, see configs/")
+        argument("overrides", nargs="*", metavar=OVERRIDE)
+
+    argument = add(_train, "train from a config")
+    add_config(argument)
+    argument(
+        "--overwrite", action="store_true", help="delete the run folder first if it holds a run"
+    )
+    argument("--plan", action="store_true", help="print the plan and stop")
+
+    argument = add(_eval, "pass@k of one or more checkpoints")
+    argument("overrides", nargs="+", metavar="MODEL|key=value")
+    argument("--config", help="config with data.evaluate (default: the checkpoint's)")
+    argument("--out", default="runs/eval", help="folder for results and all completions")
+
+    argument = add(_sample, "show a task's images and questions")
+    add_config(argument)
+    argument("-n", type=int, default=12, help="how many examples")
+    argument("--split", choices=["train", "evaluate"], default="train")
+    argument("--completions", type=int, default=0, help="also sample this many of each")
+    argument("--out", default="sample.html", help="an .html page or a .png sheet")
+
+    argument = add(_report, "one HTML page of a run")
+    argument("runs", nargs="+", metavar="RUN", help="run folders")
+    argument("--out", default="compare.html", help="page for several runs")
+
+    argument = add(_demo, "explore runs and query checkpoints in a browser")
+    argument("paths", nargs="*", metavar="RUN|MODEL", help="besides the embedded ones")
+    argument("--host", default="127.0.0.1", help="address to listen on (default: local)")
+    argument("--port", type=int, default=0, help="default: a free one from 7860 on")
+    argument("--share", action="store_true", help="open Gradio's public tunnel")
+    argument("--allow-model-paths", action="store_true", help="let the browser name other models")
+    argument("--no-browser", action="store_true", help="do not open a browser")
+
+    argument = add(_export, "a plain Hugging Face checkpoint, LoRA merged")
+    argument("source", help="a checkpoint, a LoRA adapter, or a run folder")
+    argument("out", help="a new folder")
+    argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+
+    # Its options are in rollout/serve.py, --help among them.
+    add(_serve, "a vLLM server for rollout.engine=vllm_server", add_help=False)
+    add(_tasks, "list tasks and their options")
+    add(_rules, "list advantage rules and their settings")
+
+    argument = add(_doctor, "what this machine has, and what a config needs")
+    add_config(argument, nargs="?")
+    argument("--gpus", type=int, help="plan for this many (default: those found here)")
+    argument(
+        "--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)"
+    )
+    argument("--fsdp2", action="store_true", help="the model sharded over the GPUs")
     return parser
 
 
@@ -85,21 +137,6 @@ def _load(path: str, overrides: Sequence[str]) -> Config:
         tasks.check(source)
     engine_class(config.rollout.engine)
     return config
-
-
-def _add_train(commands: Commands) -> None:
-    parser = commands.add_parser("train", help="train from a config", description=_train.__doc__)
-    _add_config(parser)
-    parser.add_argument(
-        "--overwrite", action="store_true", help="delete the run folder first if it holds a run"
-    )
-    parser.add_argument("--plan", action="store_true", help="print the plan and stop")
-    parser.set_defaults(command=_train)
-
-
-def _add_config(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
-    parser.add_argument("config", nargs=nargs, help="a YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar=OVERRIDE)
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -165,20 +202,9 @@ def _show_summary(reporter: Any, summary: dict[str, Any]) -> None:
         ["k", *table],
         [[str(k), *(cell(name, k) for name in table)] for k in ks],
     )
-    seconds = summary["seconds"]
-    stages = "  ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    stages = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     reporter.say(f"seconds     {stages}")
     reporter.say(f"peak memory {summary['peak_memory_mb']:.0f} MB")
-
-
-def _add_eval(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "eval", help="pass@k of one or more checkpoints", description=_eval.__doc__
-    )
-    parser.add_argument("overrides", nargs="+", metavar="MODEL|key=value")
-    parser.add_argument("--config", help="config with data.evaluate (default: the checkpoint's)")
-    parser.add_argument("--out", default="runs/eval", help="folder for results and all completions")
-    parser.set_defaults(command=_eval)
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -194,18 +220,6 @@ def _eval(arguments: argparse.Namespace) -> int:
     from mm_agrae.evaluation.evaluate import evaluate_checkpoints
 
     return evaluate_checkpoints(models, arguments.config, overrides, Path(arguments.out), _load)
-
-
-def _add_sample(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "sample", help="show a task's images and questions", description=_sample.__doc__
-    )
-    _add_config(parser)
-    parser.add_argument("-n", type=int, default=12, help="how many examples")
-    parser.add_argument("--split", choices=["train", "evaluate"], default="train")
-    parser.add_argument("--completions", type=int, default=0, help="also sample this many of each")
-    parser.add_argument("--out", default="sample.html", help="an .html page or a .png sheet")
-    parser.set_defaults(command=_sample)
 
 
 def _sample(arguments: argparse.Namespace) -> int:
@@ -224,15 +238,6 @@ def _sample(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_report(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "report", help="one HTML page of a run", description=_report.__doc__
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
-    parser.add_argument("--out", default="compare.html", help="page for several runs")
-    parser.set_defaults(command=_report)
-
-
 def _report(arguments: argparse.Namespace) -> int:
     """Write RUN/report.html; of several runs, one page that compares them."""
     from mm_agrae.view.report import write_report
@@ -243,21 +248,6 @@ def _report(arguments: argparse.Namespace) -> int:
     else:
         print(write_runs_report([Path(run) for run in arguments.runs], Path(arguments.out)))
     return 0
-
-
-def _add_demo(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "demo", help="explore runs and query checkpoints in a browser", description=_demo.__doc__
-    )
-    parser.add_argument("paths", nargs="*", metavar="RUN|MODEL", help="besides the embedded ones")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: local)")
-    parser.add_argument("--port", type=int, default=0, help="default: a free one from 7860 on")
-    parser.add_argument("--share", action="store_true", help="open Gradio's public tunnel")
-    parser.add_argument(
-        "--allow-model-paths", action="store_true", help="let the browser name other models"
-    )
-    parser.add_argument("--no-browser", action="store_true", help="do not open a browser")
-    parser.set_defaults(command=_demo)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -287,18 +277,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_export(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "export", help="a plain Hugging Face checkpoint, LoRA merged", description=_export.__doc__
-    )
-    parser.add_argument("source", help="a checkpoint, a LoRA adapter, or a run folder")
-    parser.add_argument("out", help="a new folder")
-    parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto"
-    )
-    parser.set_defaults(command=_export)
-
-
 def _export(arguments: argparse.Namespace) -> int:
     """Write a trained policy as a checkpoint that transformers and vLLM load, LoRA merged."""
     from mm_agrae.run.export import export
@@ -308,21 +286,10 @@ def _export(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_serve(commands: Commands) -> None:
-    parser = commands.add_parser(  # its options are in rollout/serve.py, --help among them
-        "serve", help="a vLLM server for rollout.engine=vllm_server", add_help=False
-    )
-    parser.set_defaults(command=_serve, options=[])
-
-
 def _serve(arguments: argparse.Namespace) -> int:
     from mm_agrae.rollout.serve import serve
 
     return serve(arguments.options)
-
-
-def _add_tasks(commands: Commands) -> None:
-    commands.add_parser("tasks", help="list tasks and their options").set_defaults(command=_tasks)
 
 
 def _tasks(arguments: argparse.Namespace) -> int:
@@ -333,11 +300,6 @@ def _tasks(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_rules(commands: Commands) -> None:
-    parser = commands.add_parser("rules", help="list advantage rules and their settings")
-    parser.set_defaults(command=_rules)
-
-
 def _rules(arguments: argparse.Namespace) -> int:
     from mm_agrae import advantage
 
@@ -346,19 +308,6 @@ def _rules(arguments: argparse.Namespace) -> int:
         settings = ", ".join(advantage.accepted_settings(name)) or "no settings"
         print(f"{name:20} {summary}\n{'':20} {settings}")
     return 0
-
-
-def _add_doctor(commands: Commands) -> None:
-    parser = commands.add_parser(
-        "doctor", help="what this machine has, and what a config needs", description=_doctor.__doc__
-    )
-    _add_config(parser, nargs="?")
-    parser.add_argument("--gpus", type=int, help="plan for this many (default: those found here)")
-    parser.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)"
-    )
-    parser.add_argument("--fsdp2", action="store_true", help="the model sharded over the GPUs")
-    parser.set_defaults(command=_doctor)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -124,19 +124,13 @@ def policy_loss(
 ) -> LossOutput:
     """What one micro-batch adds to the loss `name` of an optimiser step.
 
-    The arguments are described at the top of the module.
-    Raises ValueError for an unknown name, shapes that disagree, a negative clip, or a coefficient
-    without the values it needs.
+    The arguments are described at the top of the module. Raises ValueError for an unknown name,
+    shapes that disagree, a negative clip, or a coefficient without the values it needs.
     """
-    kind = _loss(name)
-    low, high = _bounds(kind, clip_low, clip_high)
-    if kl_coef and ref_logp_BT is None:
-        raise ValueError(f"kl_coef = {kl_coef} needs ref_logp_BT")
-    if entropy_coef and entropy_BT is None:
-        raise ValueError(f"entropy_coef = {entropy_coef} needs entropy_BT")
-    _check_shapes(
-        logp_BT, advantage_B, mask_BT=mask_BT, old_logp_BT=old_logp_BT, ref_logp_BT=ref_logp_BT,
-        entropy_BT=entropy_BT, sampler_weight_BT=sampler_weight_BT,
+    kind, low, high = _loss_and_bounds(name, clip_low, clip_high)
+    _check(
+        logp_BT, advantage_B, kl_coef, entropy_coef, mask_BT=mask_BT, old_logp_BT=old_logp_BT,
+        ref_logp_BT=ref_logp_BT, entropy_BT=entropy_BT, sampler_weight_BT=sampler_weight_BT,
     )  # fmt: skip
     dtype = torch.float64 if logp_BT.dtype == torch.float64 else torch.float32
     padding_BT = ~mask_BT.bool()
@@ -152,15 +146,15 @@ def policy_loss(
     # Bounded because a negative advantage leaves large ratios unclipped, and exp overflows.
     log_ratio_BT = (logp_BT - old_logp_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio_BT = torch.exp(kind.log_ratio(log_ratio_BT, length_B1))
-    surrogate = kind.surrogate(ratio_BT, advantage_B1, logp_BT, low, high)
-    token_loss_BT = surrogate.loss_BT
+    token_loss_BT, clipped_low_BT, clipped_high_BT = kind.surrogate(
+        ratio_BT, advantage_B1, logp_BT, low, high
+    )
     if sampler_weight_BT is not None:
         token_loss_BT = token_loss_BT * kept(sampler_weight_BT.detach())
-
     sums = {
         "tokens": ~padding_BT,
-        "clip_low": surrogate.clipped_low_BT,
-        "clip_high": surrogate.clipped_high_BT,
+        "clip_low": clipped_low_BT,
+        "clip_high": clipped_high_BT,
         "approx_kl": torch.exp(log_ratio_BT) - 1 - log_ratio_BT,
     }
     if ref_logp_BT is not None:
@@ -173,8 +167,7 @@ def policy_loss(
     if entropy_BT is not None:
         sums["entropy"] = entropy_BT
         if entropy_coef:
-            bonus = kept(entropy_BT).sum() / max(denominator.tokens, 1)
-            loss = loss - entropy_coef * bonus
+            loss = loss - entropy_coef * (kept(entropy_BT).sum() / max(denominator.tokens, 1))
 
     kept_ratio_BT = kept(ratio_BT.detach())
     return LossOutput(
@@ -260,17 +253,14 @@ def _completion_log_ratio(log_ratio_BT: Tensor, length_B1: Tensor) -> Tensor:
     return (log_ratio_BT.sum(dim=1, keepdim=True) / length_B1).expand_as(log_ratio_BT)
 
 
-@dataclass(frozen=True)
-class _Surrogate:
-    loss_BT: Tensor
-    clipped_low_BT: Tensor
-    clipped_high_BT: Tensor
+_Surrogate = tuple[Tensor, Tensor, Tensor]
+"""Loss of each token, whether its ratio was clipped to the lower bound, and to the upper."""
 
 
 def _clipped(ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> _Surrogate:
     """PPO: −min(ρA, clip(ρ)A). A clipped token has no gradient."""
     loss = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
-    return _Surrogate(loss, (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0))
+    return loss, (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
 
 
 def _clipped_weight(
@@ -278,7 +268,7 @@ def _clipped_weight(
 ) -> _Surrogate:
     """CISPO: −detach(clip(ρ)) · A · log π. Every token has a gradient, of bounded weight."""
     loss = -ratio.clamp(low, high).detach() * advantage * logp
-    return _Surrogate(loss, ratio < low, ratio > high)
+    return loss, ratio < low, ratio > high
 
 
 def _mean_of_completion_means(length_B1: Tensor, step: Denominator) -> Tensor | float:
@@ -319,34 +309,37 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-# -------------------------------------------------------------------------------- helpers
-
-
-def _loss(name: str) -> Loss:
+def _loss_and_bounds(
+    name: str, clip_low: float | None, clip_high: float | None
+) -> tuple[Loss, float, float]:
+    """The loss, and the least and the largest ρ that is not clipped."""
     if name not in LOSSES:
         raise ValueError(f"unknown loss {name!r}; valid: {', '.join(LOSSES)}")
-    return LOSSES[name]
-
-
-def _bounds(kind: Loss, clip_low: float | None, clip_high: float | None) -> tuple[float, float]:
-    """The least and the largest ρ that is not clipped."""
+    kind = LOSSES[name]
     clip_low = kind.clip_low if clip_low is None else clip_low
     clip_high = kind.clip_high if clip_high is None else clip_high
     if clip_low < 0 or clip_high < 0:
         raise ValueError(f"clip_low = {clip_low} and clip_high = {clip_high} must not be negative")
-    return 1 - clip_low, 1 + clip_high
+    return kind, 1 - clip_low, 1 + clip_high
 
 
-def _check_shapes(logp_BT: Tensor, advantage_B: Tensor, **tensors: Tensor | None) -> None:
+def _check(
+    logp_BT: Tensor,
+    advantage_B: Tensor,
+    kl_coef: float,
+    entropy_coef: float,
+    **tensors: Tensor | None,
+) -> None:
+    if kl_coef and tensors["ref_logp_BT"] is None:
+        raise ValueError(f"kl_coef = {kl_coef} needs ref_logp_BT")
+    if entropy_coef and tensors["entropy_BT"] is None:
+        raise ValueError(f"entropy_coef = {entropy_coef} needs entropy_BT")
     shape = logp_BT.shape
     if len(shape) != 2:
         raise ValueError(f"logp_BT must be [B, T]; its shape is {list(shape)}")
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape != shape:
+    for name, tensor in {**tensors, "advantage_B": advantage_B}.items():
+        expected = shape[:1] if name == "advantage_B" else shape
+        if tensor is not None and tensor.shape != expected:
             raise ValueError(
                 f"{name} has shape {list(tensor.shape)}, but logp_BT has {list(shape)}"
             )
-    if advantage_B.shape != shape[:1]:
-        raise ValueError(
-            f"advantage_B has shape {list(advantage_B.shape)}, but logp_BT has {list(shape)}"
-        )

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 FEWEST = 1 << 14
 """Tensors of fewer elements are saved: recomputing them is not worth the overhead."""
@@ -37,9 +38,9 @@ class _Recipe:
 
     def __init__(self, node: Any, other: _Recipe | None = None):
         self.node, self.other = node, other
-        self.tensor: torch.Tensor | None = None
+        self.tensor: Tensor | None = None
 
-    def result(self) -> torch.Tensor:
+    def result(self) -> Tensor:
         node = self.node
         if self.tensor is None:
             if node.name() == "SiluBackward0":
@@ -54,7 +55,7 @@ class _Recipe:
 _recipes: weakref.WeakValueDictionary[int, _Recipe] = weakref.WeakValueDictionary()
 
 
-def _pack(tensor: torch.Tensor) -> torch.Tensor | tuple[_Recipe, torch.Size]:
+def _pack(tensor: Tensor) -> Tensor | tuple[_Recipe, torch.Size]:
     recipe = _recipe(tensor)
     if recipe is not None:
         return recipe, tensor.shape
@@ -62,17 +63,13 @@ def _pack(tensor: torch.Tensor) -> torch.Tensor | tuple[_Recipe, torch.Size]:
     return tensor if tensor.is_leaf else tensor.detach()
 
 
-def _recipe(tensor: torch.Tensor) -> _Recipe | None:
+def _recipe(tensor: Tensor) -> _Recipe | None:
     base = tensor
     if tensor._is_view() and tensor._base is not None:
         # Linear layers view [1,S,H] as [S,H]; a view of the whole tensor is easily made again.
         base = tensor._base
-    node: Any = base.grad_fn
-    if node is None or base.numel() != tensor.numel() or base.numel() < FEWEST:
-        return None
-    if not (base.is_contiguous() and tensor.is_contiguous()):
-        return None
-    return _recipe_of(node)
+    whole = base.numel() == tensor.numel() and base.is_contiguous() and tensor.is_contiguous()
+    return _recipe_of(base.grad_fn) if whole and base.numel() >= FEWEST else None
 
 
 def _recipe_of(node: Any) -> _Recipe | None:
@@ -93,8 +90,8 @@ def _frozen_factor(node: Any) -> Any:
     return node._saved_self if node.next_functions[0][0] is None else node._saved_other
 
 
-def _unpack(kept: torch.Tensor | tuple[_Recipe, torch.Size]) -> torch.Tensor:
-    if isinstance(kept, torch.Tensor):
+def _unpack(kept: Tensor | tuple[_Recipe, torch.Size]) -> Tensor:
+    if isinstance(kept, Tensor):
         return kept
     recipe, shape = kept
     with torch.no_grad():

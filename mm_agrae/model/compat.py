@@ -9,12 +9,12 @@ in the same way; neither is used, so they are treated as not installed.
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+
 
 def prepare() -> None:
     """Make `import torchvision` safe. Call before importing transformers' vision classes."""
-    import importlib.util
-    import sys
-
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is None:
         return
     import torch
@@ -39,9 +39,6 @@ def prepare() -> None:
 
 
 def _hide_if_broken(name: str) -> None:
-    import importlib
-    import sys
-
     try:
         importlib.import_module(name)
     except ImportError:

@@ -13,29 +13,22 @@ told apart by that tensor's identity.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mm_agrae.model.loading import model_modules
 from mm_agrae.types import MicroBatch, Prompt
 
-Features = list[torch.Tensor]
+Features = list[Tensor]
 """One [tokens, hidden size] for each image of a prompt."""
-
-
-@dataclass
-class _Pending:
-    """Features that later micro-batches need as well, and the copies that earlier ones got."""
-
-    features: Features
-    copies: list[Features] = field(default_factory=list)
 
 
 class ImageFeatures:
@@ -45,7 +38,8 @@ class ImageFeatures:
         self.frozen = frozen
         self._cached: Any = WeakTensorKeyDictionary()
         self._uses: Counter[int] = Counter()
-        self._pending: dict[int, _Pending] = {}
+        # Features that later micro-batches need as well, and the copies that earlier ones got.
+        self._pending: dict[int, tuple[Features, list[Features]]] = {}
 
     def plan(self, batches: Iterable[MicroBatch]) -> None:
         """Announce the micro-batches of one optimiser step, each run once, in any order.
@@ -74,7 +68,7 @@ class ImageFeatures:
             if self.frozen and prompt.pixel_values in self._cached:
                 found[key] = self._cached[prompt.pixel_values]
             elif learning and key in self._pending:
-                found[key] = self._pending[key].features
+                found[key] = self._pending[key][0]
         new = {key: prompt for key, prompt in distinct.items() if key not in found}
         # An image that waits for later micro-batches is encoded alone: what goes through the tower
         # together must go back through it together.
@@ -94,22 +88,17 @@ class ImageFeatures:
         self._uses[key] -= 1
         if self._uses[key] > 0:
             copy = [each.detach().requires_grad_() for each in features]
-            self._pending.setdefault(key, _Pending(features)).copies.append(copy)
+            self._pending.setdefault(key, (features, []))[1].append(copy)
             return copy
-        earlier = self._pending.pop(key, None)
-        for index, each in enumerate(features if earlier else ()):
-            each.register_hook(_add_gradients([copy[index] for copy in earlier.copies]))  # type: ignore[union-attr]
+        _, copies = self._pending.pop(key, (features, []))
+        if copies:
+            for each, *others in zip(features, *copies, strict=True):
+                each.register_hook(functools.partial(_add_gradients, others))
         return features
 
 
-def _add_gradients(copies: Features) -> Callable[[torch.Tensor], torch.Tensor]:
-    def add(gradient: torch.Tensor) -> torch.Tensor:
-        for copy in copies:
-            if copy.grad is not None:
-                gradient = gradient + copy.grad
-        return gradient
-
-    return add
+def _add_gradients(copies: Features, gradient: Tensor) -> Tensor:
+    return sum((copy.grad for copy in copies if copy.grad is not None), start=gradient)
 
 
 def _with_images(prompts: Iterable[Prompt]) -> list[Prompt]:
@@ -118,9 +107,6 @@ def _with_images(prompts: Iterable[Prompt]) -> list[Prompt]:
 
 def _key(prompt: Prompt) -> int:
     return id(prompt.pixel_values)
-
-
-# ------------------------------------------------------------------- what the backbone is given
 
 
 def accepts_features(hf: Any) -> bool:
@@ -132,17 +118,14 @@ def accepts_features(hf: Any) -> bool:
     return "mm_encoder_outputs" in inspect.signature(hf.base_model.forward).parameters
 
 
-def pixel_inputs(prompts: Iterable[Prompt], device: torch.device) -> dict[str, Any]:
+def pixel_inputs(prompts: Sequence[Prompt], device: torch.device) -> dict[str, Any]:
     """The backbone's arguments for the images of `prompts` as pixels; none without images."""
-    found = _with_images(prompts)
-    if not found:
-        return {}
-    pixels = [prompt.pixel_values for prompt in found if prompt.pixel_values is not None]
-    grids = [prompt.image_grid_thw for prompt in found if prompt.image_grid_thw is not None]
-    return {
-        "pixel_values": torch.cat(pixels).to(device),
-        "image_grid_thw": torch.cat(grids).to(device),
-    }
+    inputs = {}
+    for name in ("pixel_values", "image_grid_thw"):
+        tensors = [value for each in prompts if (value := getattr(each, name)) is not None]
+        if tensors:
+            inputs[name] = torch.cat(tensors).to(device)
+    return inputs
 
 
 def feature_inputs(features: Features) -> dict[str, Any]:
@@ -179,7 +162,7 @@ def dummy_image_forward(hf: Any, device: torch.device) -> Iterator[None]:
         hook.remove()
 
 
-def _zero_from_vision_tower(hf: Any, device: torch.device) -> torch.Tensor:
+def _zero_from_vision_tower(hf: Any, device: torch.device) -> Tensor:
     tower: Any = model_modules(hf)["vision"]
     # Values of one patch: the first weight of the patch embedding is [channels, *patch].
     patch = next(p.shape[1:].numel() for p in tower.patch_embed.parameters() if p.dim() > 1)
@@ -191,11 +174,10 @@ def _zero_from_vision_tower(hf: Any, device: torch.device) -> torch.Tensor:
     return sum(0 * tensor.float().sum() for tensor in _tensors(output))  # type: ignore[return-value]
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def _tensors(value: Any) -> Iterator[Tensor]:
     """All tensors in nested dicts and sequences."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        yield from itertools.chain.from_iterable(map(_tensors, value.values()))
-    elif isinstance(value, list | tuple):
-        yield from itertools.chain.from_iterable(map(_tensors, value))
+    elif isinstance(value, dict | list | tuple):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(each)

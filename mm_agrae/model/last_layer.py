@@ -12,8 +12,7 @@ from __future__ import annotations
 import types
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 LEAST_SAVED = 0.05
 """Skip tokens only if they are at least this share of the row: selecting the rest costs a copy."""
@@ -22,11 +21,7 @@ LEAST_SAVED = 0.05
 class _TokensThatCount:
     """A message from the attention to the MLP after it, read once."""
 
-    index: torch.Tensor | None = None
-
-    def take(self) -> torch.Tensor | None:
-        index, self.index = self.index, None
-        return index
+    index: Tensor | None = None
 
 
 def install(hf: Any) -> None:
@@ -44,7 +39,7 @@ def uninstall(hf: Any) -> None:
             module.__dict__.pop("forward", None)
 
 
-def announce(attention: nn.Module, index: torch.Tensor, length: int) -> None:
+def announce(attention: nn.Module, index: Tensor, length: int) -> None:
     """Only the tokens at `index` of the row of `length` count after this attention."""
     tokens: _TokensThatCount | None = attention.__dict__.get("_counting")
     if tokens is not None and len(index) <= (1 - LEAST_SAVED) * length:
@@ -58,8 +53,8 @@ def _attention_and_mlp(hf: Any) -> tuple[Any, Any]:
     return getattr(last, "self_attn", None), getattr(last, "mlp", None)
 
 
-def _forward(self: Any, x_1SH: torch.Tensor) -> Any:
-    index = self._counting.take()
+def _forward(self: Any, x_1SH: Tensor) -> Any:
+    index, self._counting.index = self._counting.index, None
     original = type(self).forward
     if index is None:
         return original(self, x_1SH)

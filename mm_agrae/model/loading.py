@@ -37,6 +37,23 @@ def load_model(settings: ModelSection) -> Any:
     path, adapter = model_and_adapter(settings.path)
     adapted = settings.lora is not None or adapter is not None
     model = _pretrained(settings, path, adapted)
+    modules = freeze_modules(model, settings, path)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if adapter is not None:
+        return load_lora(model, adapter, settings.lora)
+    if settings.lora is not None:
+        return add_lora(model, settings.lora, modules)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ModelError("model.freeze leaves nothing to train; remove a module from it")
+    return model
+
+
+def freeze_modules(model: Any, settings: ModelSection, path: str) -> dict[str, nn.Module]:
+    """Freeze what `settings` freezes; returns the model's `model_modules`.
+
+    Raises ModelError if its family does not fit or lacks a module to freeze or adapt.
+    """
     if reason := misfit(model):
         raise ModelError(f"model.path {path!r} ({model.config.model_type}): {reason}")
     modules = model_modules(model)
@@ -48,15 +65,7 @@ def load_model(settings: ModelSection) -> Any:
             )
     for name in settings.freeze:
         modules[name].requires_grad_(False)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    if adapter is not None:
-        return load_lora(model, adapter, settings.lora)
-    if settings.lora is not None:
-        return add_lora(model, settings.lora, modules)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ModelError("model.freeze leaves nothing to train; remove a module from it")
-    return model
+    return modules
 
 
 def _pretrained(settings: ModelSection, path: str, adapted: bool) -> Any:

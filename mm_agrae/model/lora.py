@@ -63,10 +63,7 @@ def add_lora(hf: Any, lora: LoraSection, modules: dict[str, nn.Module]) -> Any:
             f"{', '.join(lora.parts)}"
         )
     config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
     )
     with warnings.catch_warnings():
         # About merging a head that is tied to the embeddings; `export` unties them.
@@ -89,14 +86,11 @@ def load_lora(hf: Any, adapter: str, lora: LoraSection | None) -> Any:
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{where} is an adapter of kind {config.peft_type}; LoRA fits")
     # Merging and the fused vocabulary head would silently leave these out.
-    unusual = [
-        f"{name}={value}"
-        for name in ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias")
-        if (value := getattr(config, name, None))
-    ]
-    if config.bias != "none":
-        unusual.append(f"bias={config.bias}")
-    if unusual:
+    names = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "bias")
+    values = {name: getattr(config, name, None) for name in names}
+    if unusual := [
+        f"{name}={value}" for name, value in values.items() if value and value != "none"
+    ]:
         raise ModelError(
             f"{where} is not plain LoRA ({', '.join(unusual)}); merge it into its base with "
             "PEFT's merge_and_unload and name the result"

@@ -216,7 +216,7 @@ def _rollout(
     if rollout.engine != "hf":
         return _vllm(config, device_bytes) if rollout.vllm.sleep else {}
     group = rollout.completions_per_prompt
-    rows = min(max(1, rollout.batch_completions // group) * group, rollout.prompts_per_step * group)
+    rows = group * min(max(1, rollout.batch_completions // group), rollout.prompts_per_step)
     length = config.prompt.max_tokens + rollout.max_new_tokens
     return {
         "16-bit copies of weights": casts,
@@ -228,10 +228,9 @@ def _rollout(
 
 def _vllm(config: Config, device_bytes: int | None) -> dict[str, int]:
     """What the engine vllm takes for its own copy of the weights and its cache."""
-    rollout = config.rollout
-    if rollout.engine != "vllm":
+    if config.rollout.engine != "vllm":
         return {}
-    share = rollout.vllm.memory_fraction
+    share = config.rollout.vllm.memory_fraction
     return {f"vLLM ({share:.0%} of the GPU)": int(share * (device_bytes or 0))}
 
 
@@ -253,9 +252,6 @@ def kv_cache_bytes(size: ModelSize, rows: int, length: int, element: int) -> int
         min(length, max(1, window - 1)) if kind == "sliding_attention" else length for kind in kinds
     )
     return 2 * rows * cached * size.kv_size * element
-
-
-# --------------------------------------------------------------------------- settings that fit
 
 
 def suggest(
@@ -303,7 +299,7 @@ def _candidates(config: Config, size: ModelSize) -> Iterator[tuple[str, str]]:
         while batch // 2 >= rollout.completions_per_prompt:
             batch //= 2
             yield "rollout.batch_completions", str(batch)
-    if rollout.engine == "vllm":
+    elif rollout.engine == "vllm":
         yield "rollout.vllm.memory_fraction", "0.25"
     if not size.rank:
         if hasattr(size.config, "vision_config") and not config.model.freeze:

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 LEAST_FILL = 0.75
 """Spans are padded into one batch if none is shorter than this share of the longest."""
 
-Index = torch.Tensor | slice
+Index = Tensor | slice
 Span = tuple[int, int]
 """Half-open: (first token, token after the last)."""
 
@@ -45,12 +46,12 @@ class SpanBatch:
     `padding` are flat positions in [n,R]; both are None if there is no padding.
     """
 
-    index_nR: torch.Tensor
+    index_nR: Tensor
     tokens: Index
-    real: torch.Tensor | None = None
-    padding: torch.Tensor | None = None
+    real: Tensor | None = None
+    padding: Tensor | None = None
 
-    def gather(self, x_SHD: torch.Tensor) -> torch.Tensor:
+    def gather(self, x_SHD: Tensor) -> Tensor:
         """[S,H,…] -> [n,H,R,…]"""
         if isinstance(self.tokens, slice):
             picked = x_SHD[self.tokens]
@@ -58,7 +59,7 @@ class SpanBatch:
             picked = x_SHD.index_select(0, self.index_nR.flatten())
         return picked.unflatten(0, self.index_nR.shape).transpose(1, 2)
 
-    def flatten(self, x_nHRD: torch.Tensor) -> torch.Tensor:
+    def flatten(self, x_nHRD: Tensor) -> Tensor:
         """[n,H,R,…] -> [tokens,H,…]"""
         flat = x_nHRD.transpose(1, 2).flatten(0, 1)
         return flat if self.real is None else flat.index_select(0, self.real)
@@ -74,15 +75,10 @@ class PackedLayout:
         self.groups = tuple(groups)
         self.length = max((group.end for group in groups), default=0)
         self.device = device
-        self._masks: dict[tuple[Any, ...], torch.Tensor] = {}
-        self.longest = max(
-            (
-                g.prompt[1] - g.prompt[0] + end - start
-                for g in groups
-                for start, end in g.completions
-            ),
-            default=self.length,
-        )
+        self._masks: dict[tuple[Any, ...], Tensor] = {}
+        pairs = ((*g.prompt, *completion) for g in groups for completion in g.completions)
+        lengths = (prompt_end - prompt + end - start for prompt, prompt_end, start, end in pairs)
+        self.longest = max(lengths, default=self.length)
 
     @functools.cached_property
     def spans(self) -> tuple[Span, ...]:
@@ -102,10 +98,8 @@ class PackedLayout:
     @functools.cached_property
     def by_group(self) -> tuple[SpanBatch | None, ...]:
         """All completions of each group as one batch."""
-        return tuple(
-            _batch(group.completions, self.device) if group.completions else None
-            for group in self.groups
-        )
+        found = (group.completions for group in self.groups)
+        return tuple(_batch(spans, self.device) if spans else None for spans in found)
 
     @functools.cached_property
     def prompt_tokens(self) -> Index:
@@ -117,36 +111,34 @@ class PackedLayout:
         return self._tokens([(group.prompt[1], group.end) for group in self.shared])
 
     @functools.cached_property
-    def predicting(self) -> torch.Tensor:
+    def predicting(self) -> Tensor:
         """Tokens that predict another one: each prompt's last, and all of the completions'."""
-        ends = [(group.prompt[1] - 1, group.end) for group in self.groups]
-        return torch.cat([torch.arange(*each, device=self.device) for each in ends])
+        return self._indices([(group.prompt[1] - 1, group.end) for group in self.groups])
 
     @functools.cached_property
-    def bounds(self) -> tuple[torch.Tensor, int]:
+    def bounds(self) -> tuple[Tensor, int]:
         """Cumulative lengths of `spans`, int32 [spans + 1], and the longest."""
         return self._bounds(self.spans)
 
     @functools.cached_property
-    def prompt_bounds(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
+    def prompt_bounds(self) -> tuple[Tensor, Tensor, int, int]:
         """The same for the completions of each `shared` group together, and for their prompts."""
         queries, most_queries = self._bounds([(g.prompt[1], g.end) for g in self.shared])
         keys, most_keys = self._bounds([g.prompt for g in self.shared])
         return queries, keys, most_queries, most_keys
 
-    def _bounds(self, spans: Sequence[Span]) -> tuple[torch.Tensor, int]:
+    def _bounds(self, spans: Sequence[Span]) -> tuple[Tensor, int]:
         lengths = [end - start for start, end in spans]
         total = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
         return total.to(self.device), max(lengths)
 
     def _tokens(self, spans: Sequence[Span]) -> Index:
-        if len(spans) == 1:
-            return slice(*spans[0])
+        return slice(*spans[0]) if len(spans) == 1 else self._indices(spans)
+
+    def _indices(self, spans: Sequence[Span]) -> Tensor:
         return torch.cat([torch.arange(*each, device=self.device) for each in spans])
 
-    def mask(
-        self, past: int, own: int, window: int | None, repeats: int, like: torch.Tensor
-    ) -> torch.Tensor:
+    def mask(self, past: int, own: int, window: int | None, repeats: int, like: Tensor) -> Tensor:
         """Additive mask [repeats · own, past + own]: causal, at most `window` tokens back.
 
         One tensor serves all layers, which keeps it out of each layer's saved activations.

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mm_agrae.batching import pad_sequences
 from mm_agrae.config import ModelSection
@@ -24,7 +25,6 @@ from mm_agrae.errors import ModelError
 from mm_agrae.model import shared_prompt as sharing
 from mm_agrae.model import weights
 from mm_agrae.model.image_features import (
-    Features,
     ImageFeatures,
     accepts_features,
     dummy_image_forward,
@@ -50,7 +50,7 @@ class Policy(nn.Module):
     model cannot be loaded or its family does not fit.
     """
 
-    bias_V: torch.Tensor
+    bias_V: Tensor
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Policy(nn.Module):
         self.version = 0
         """Number of optimiser steps taken; completions carry the version that sampled them."""
         self._reference_model: list[nn.Module] = []  # in a list, so that it is no submodule
-        self._reference_weights: dict[str, torch.Tensor] = {}
+        self._reference_weights: dict[str, Tensor] = {}
         self._replica: sharding.GatheredReplica | None = None
         self._in_replica = self._always_runs_vision = False
         self._barrier: Callable[[], None] = lambda: None
@@ -90,7 +90,12 @@ class Policy(nn.Module):
     @property
     def hf(self) -> Any:
         """The transformers model, LoRA layers (if any) in place."""
-        return self.model.get_base_model() if hasattr(self.model, "peft_config") else self.model
+        return self.model.get_base_model() if self.is_adapted else self.model
+
+    @property
+    def is_adapted(self) -> bool:
+        """Whether LoRA adapters are trained, and not the model's own weights."""
+        return hasattr(self.model, "peft_config")
 
     @property
     def backbone(self) -> Any:
@@ -114,7 +119,7 @@ class Policy(nn.Module):
 
     # ------------------------------------------------------------------ log-probabilities
 
-    def forward(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats, float32) of each completion token: two [B,T].
 
         Zeros stand on padding. The entropy carries a gradient only if the policy was made with
@@ -139,38 +144,24 @@ class Policy(nn.Module):
         entropy_BT = entropy_N.new_zeros(shape).index_put((row_N, column_N), entropy_N)
         return logp_BT, entropy_BT
 
-    def _shared(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _shared(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """Hidden states that predict each completion token, its row and column; prompts once."""
         packed = sharing.pack(self.backbone, batch)
         images = self.vision_inputs(packed.prompts)
         hidden_NH = sharing.hidden_states(self.backbone, packed, images)
         return hidden_NH, packed.row_N, packed.column_N
 
-    def _repeated(self, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _repeated(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """As `_shared`, with the prompt repeated in each row."""
-        lengths_B = batch.mask_BT.sum(-1).long().tolist()
         prompts = [batch.prompts[index] for index in batch.prompt_index_B.tolist()]
-        completions = [
-            row[:length].cpu() for row, length in zip(batch.token_BT, lengths_B, strict=True)
-        ]
-        inputs = pad_sequences(
-            prompts, completions, pad_id=self.pad_id, side="right", device=self.device
-        )
-        positions, _ = self.positions(
-            inputs.input_ids, inputs.attention_mask, inputs.mm_token_type_ids, inputs.image_grid_thw
-        )
-        hidden_BSH = self.backbone(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            position_ids=positions,
-            use_cache=False,
-            **self.vision_inputs(prompts),
-        ).last_hidden_state
+        lengths = batch.mask_BT.sum(-1).long().tolist()
+        completions = [row[:n].cpu() for row, n in zip(batch.token_BT, lengths, strict=True)]
+        hidden_BSH = self.padded(prompts, completions)[0].last_hidden_state
         row_N, column_N = batch.mask_BT.nonzero(as_tuple=True)
         start_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
         return hidden_BSH[row_N, start_B[row_N] + column_N], row_N, column_N
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
         """Logits in float32, forbidden ids excluded, before the temperature."""
         return self.hf.get_output_embeddings()(hidden).float() + self.bias_V
 
@@ -182,34 +173,42 @@ class Policy(nn.Module):
         """
         if not self._accepts_features or all(prompt.pixel_values is None for prompt in prompts):
             return pixel_inputs(prompts, self.device)
-
-        def encode(new: list[Prompt]) -> list[Features]:
-            return encode_images(self.backbone, new, self.device)
-
+        encode = functools.partial(encode_images, self.backbone, device=self.device)
         return feature_inputs(self.image_features.of(prompts, encode))
 
-    def positions(
-        self,
-        ids_BS: torch.Tensor,
-        attention_BS: torch.Tensor,
-        kind_BS: torch.Tensor,
-        grid_N3: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Position ids ([3,B,S] with images, else [B,S]) and the next free position of each row.
+    def padded(
+        self, prompts: Sequence[Prompt], completions: Sequence[Tensor] | None = None
+    ) -> tuple[Any, Tensor, Tensor]:
+        """Run the backbone on padded rows: prompts to sample from, or prompts with completions.
 
-        Always explicit: left to itself, the model silently falls back to one-dimensional
-        positions for image prompts when any of the inputs is missing.
+        Returns its output, the attention mask [B,S] and the next free position of each row, [B].
+        Prompts alone are padded on the left, and the output then has a cache.
         """
-        if self.is_multimodal and grid_N3 is not None:
+        side = "left" if completions is None else "right"
+        inputs = pad_sequences(
+            prompts, completions, pad_id=self.pad_id, side=side, device=self.device
+        )
+        attention_BS = inputs.attention_mask
+        positions = (attention_BS.cumsum(-1) - 1).clamp(min=0)
+        next_B = attention_BS.sum(-1)
+        if self.is_multimodal and inputs.image_grid_thw is not None:
+            # Always explicit: left to itself, the model silently falls back to one-dimensional
+            # positions for image prompts when any of these is missing.
             positions, delta_B1 = self.backbone.get_rope_index(
-                ids_BS,
-                mm_token_type_ids=kind_BS,
-                image_grid_thw=grid_N3,
+                inputs.input_ids,
+                mm_token_type_ids=inputs.mm_token_type_ids,
+                image_grid_thw=inputs.image_grid_thw,
                 attention_mask=attention_BS,
             )
-            return positions, attention_BS.sum(-1) + delta_B1.reshape(-1)
-        positions = (attention_BS.cumsum(-1) - 1).clamp(min=0)
-        return positions, attention_BS.sum(-1)
+            next_B = next_B + delta_B1.reshape(-1)
+        output = self.backbone(
+            input_ids=inputs.input_ids,
+            attention_mask=attention_BS,
+            position_ids=positions,
+            use_cache=completions is None,
+            **self.vision_inputs(prompts),
+        )
+        return output, attention_BS, next_B
 
     # ------------------------------------------------------------------ shared prompts
 
@@ -231,21 +230,16 @@ class Policy(nn.Module):
         """
         if self.repeats_because:
             return
-        few = slice(0, 4)
-        batch = replace(
-            batch,
-            prompt_index_B=batch.prompt_index_B[few],
-            token_BT=batch.token_BT[few],
-            mask_BT=batch.mask_BT[few],
-        )
-        training, reason = self.training, self.repeats_because
+        few = {name: getattr(batch, name)[:4] for name in ("prompt_index_B", "token_BT", "mask_BT")}
+        batch = replace(batch, **few)
+        training = self.training
         self.eval()
         try:
             shared_BT = self(batch)[0]
             self.repeats_because = "check_sharing compares"
             repeated_BT = self(batch)[0]
         finally:
-            self.repeats_because = reason
+            self.repeats_because = ""
             self.train(training)
         dtype = torch.float32 if self.settings.dtype == "float32" else torch.bfloat16
         sharing.require_agreement(shared_BT, repeated_BT, batch.mask_BT, dtype)
@@ -295,12 +289,8 @@ class Policy(nn.Module):
             return
         self._barrier()
         self._reshard()
-        self._replica.fill(
-            self.model,
-            device="cpu" if saving else None,
-            learning_only=saving and hasattr(self.model, "peft_config"),
-            keep=keep,
-        )
+        device, learning_only = "cpu" if saving else None, saving and self.is_adapted
+        self._replica.fill(self.model, device=device, learning_only=learning_only, keep=keep)
         trained, self.model, self._in_replica = self.model, self._replica.model, True
         try:
             yield
@@ -312,14 +302,13 @@ class Policy(nn.Module):
 
     def keep_reference(self) -> None:
         """Make the present weights the reference policy. LoRA needs no second model for that."""
-        adapted = hasattr(self.model, "peft_config")
-        if (self.is_sharded and not adapted) or model_and_adapter(self.settings.path)[1]:
+        if (self.is_sharded and not self.is_adapted) or model_and_adapter(self.settings.path)[1]:
             self._reference_weights = self._trained_weights()
-        elif not adapted:
+        elif not self.is_adapted:
             self._reference_model = [copy.deepcopy(self.model).requires_grad_(False).eval()]
 
     @torch.no_grad()
-    def reference_logprobs(self, batch: MicroBatch) -> torch.Tensor:
+    def reference_logprobs(self, batch: MicroBatch) -> Tensor:
         """Log-probabilities [B,T] (nats) under the reference policy."""
         if self._reference_weights:
             present = self._trained_weights()
@@ -328,7 +317,7 @@ class Policy(nn.Module):
                 return self(batch)[0]
             finally:
                 self._set_weights(present)
-        if hasattr(self.model, "peft_config"):
+        if self.is_adapted:
             with self.model.disable_adapter():
                 return self(batch)[0]
         if not self._reference_model:
@@ -339,26 +328,26 @@ class Policy(nn.Module):
         finally:
             self.model = trained
 
-    def _trained_weights(self) -> dict[str, torch.Tensor]:
+    def _trained_weights(self) -> dict[str, Tensor]:
         """Copies of the parameters that are trained, as shards if they are sharded."""
         self._reshard()
         named = self.model.named_parameters()
         return {name: p.detach().clone() for name, p in named if p.requires_grad}
 
-    def _set_weights(self, values: dict[str, torch.Tensor]) -> None:
+    def _set_weights(self, values: dict[str, Tensor]) -> None:
         """Set parameters by name, from shards or from whole tensors."""
         self._reshard()
         for name, parameter in self.model.named_parameters():
             if name in values:
                 sharding.set_parameter(parameter, values[name])
 
-    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
         """All weights as a checkpoint stores them. See `weights.full_weights`."""
         return weights.full_weights(self)
 
     def load_weights(self, folder: Path) -> None:
         """Load a checkpoint of the same architecture, bit for bit."""
-        if hasattr(self.model, "peft_config"):
+        if self.is_adapted:
             with self.gathered(saving=True):
                 load_lora_weights(self.model, str(folder))
                 loaded = self._trained_weights() if self.is_sharded else {}
@@ -366,12 +355,9 @@ class Policy(nn.Module):
             return
         # transformers may store parameters under other names than it uses, so it reads them too.
         # With this model's config: a damaged checkpoint's may ask for a model of any size.
+        config, dtype = copy.deepcopy(self.model.config), next(self.model.parameters()).dtype
         saved, found = type(self.model).from_pretrained(
-            folder,
-            config=copy.deepcopy(self.model.config),
-            dtype=next(self.model.parameters()).dtype,
-            use_safetensors=True,
-            output_loading_info=True,
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
         if missing := sorted(found["missing_keys"]):
             raise ModelError(f"{folder} lacks {len(missing)} weights (such as {missing[0]})")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import functools
 import hashlib
+import itertools
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -118,28 +119,21 @@ class Processing:
             generation = GenerationConfig.from_pretrained(model)
         except OSError:
             generation = GenerationConfig()
-        text_config = config.get_text_config()
-        self.eos_ids = _ids(
-            self.tokenizer.eos_token_id,
-            generation.eos_token_id,
-            getattr(text_config, "eos_token_id", None),
-            self._end_of_turn(),
-        )
+        text_eos = getattr(config.get_text_config(), "eos_token_id", None)
+        named = (self.tokenizer.eos_token_id, generation.eos_token_id, text_eos)
+        self.eos_ids = _ids(*named, self._end_of_turn())
         """Ids that end a completion: those the checkpoint names, and the one with which the chat
         template ends a turn (a base model's own is another)."""
         if not self.eos_ids:
             raise ModelError(f"model.path {path!r}: names no end-of-sequence token")
         pad = self.tokenizer.pad_token_id
         self.pad_id: int = min(self.eos_ids) if pad is None else pad
-        vision_ids = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
-        for name in PLACEHOLDERS:
-            index = self.tokenizer.convert_tokens_to_ids(name)
-            if index is not None and index != self.tokenizer.unk_token_id:
-                vision_ids.append(index)
-        forbidden = set(_ids(*vision_ids))
+        forbidden = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
+        named = self.tokenizer.convert_tokens_to_ids(list(PLACEHOLDERS))
+        forbidden += [index for index in named if index != self.tokenizer.unk_token_id]
         if self.pad_id not in self.eos_ids:
-            forbidden.add(self.pad_id)
-        self.forbidden_ids: tuple[int, ...] = tuple(sorted(forbidden))
+            forbidden.append(self.pad_id)
+        self.forbidden_ids = _ids(*forbidden)
         """Ids that a policy never samples: image, video and padding placeholders."""
 
     @_exclusive
@@ -162,19 +156,14 @@ class Processing:
             raise DataError(f"{where}: the question holds the control token {found[0]}; remove it")
         images = [self._image(source, where) for source in example.images]
         text = self._render(_content(question, len(images), where))
+        # The template writes all control tokens itself, BOS included.
+        options: dict[str, Any] = {"return_tensors": "pt", "add_special_tokens": False}
         if images:
-            inputs = self.processor(
-                text=[text],
-                images=images,
-                do_resize=False,
-                return_tensors="pt",
-                return_mm_token_type_ids=True,
-                # The template writes all control tokens itself, BOS included.
-                add_special_tokens=False,
-            )
+            options |= {"do_resize": False, "return_mm_token_type_ids": True}
+            inputs = self.processor(text=[text], images=images, **options)
             self._check_image_tokens(inputs, len(images), where)
         else:
-            inputs = self.tokenizer([text], return_tensors="pt", add_special_tokens=False)
+            inputs = self.tokenizer([text], **options)
         token_ids = inputs["input_ids"][0]
         if len(token_ids) > self.settings.max_tokens:
             raise DataError(
@@ -211,13 +200,11 @@ class Processing:
     def describe(self) -> list[tuple[str, str]]:
         """How prompts are made, as (name, value) lines for the start of a run."""
         digest = hashlib.sha256(self.template.strip().encode()).hexdigest()[:8]
+        published = CHAT_TEMPLATES.get(digest, "not a published one")
         origin = self.settings.chat_template or "the checkpoint's own"
         lines = [
             ("model", f"{self.family}, {type(self.processor).__name__}"),
-            (
-                "chat template",
-                f"{CHAT_TEMPLATES.get(digest, 'not a published one')} ({digest}), {origin}",
-            ),
+            ("chat template", f"{published} ({digest}), {origin}"),
             ("system prompt", self.settings.system or "the template's default"),
             ("prompt", repr(self._render(PROBE))),
             ("thinking", "opened by the prompt" if self.opens_thinking else "left to the model"),
@@ -225,9 +212,8 @@ class Processing:
         if self.is_multimodal:
             low, high = self._pixel_budget()
             side = self.processor.image_processor.patch_size * 2
-            lines.append(
-                ("pixels", f"{low:,} to {high:,}, up to {high // side**2:,} tokens an image")
-            )
+            tokens = f"up to {high // side**2:,} tokens an image"
+            lines.append(("pixels", f"{low:,} to {high:,}, {tokens}"))
         names = self.tokenizer.convert_ids_to_tokens
         for label, ids in (("ends at", self.eos_ids), ("never sampled", self.forbidden_ids)):
             listed = [f"{name} ({index})" for name, index in zip(names(ids), ids, strict=True)]
@@ -331,24 +317,19 @@ class Processing:
         """Render a prompt. Raises ModelError if the template fails or drops one of its inputs."""
         named = self.settings.chat_template or "its chat template"
         where = f"model.path {self.path!r}: {named}"
+        remedy = "leave prompt.system empty and say it in prompt.instruction"
         try:
             text = self._render(PROBE)
         except Exception as error:  # a template is a program by someone else
-            problem = f"{where} fails: {one_line(error)}"
+            problem = f"fails: {one_line(error)}"
             if self.settings.system and "system" in str(error).lower():
-                problem = (
-                    f"{where} takes no system prompt ({one_line(error)}); leave prompt.system "
-                    "empty and say it in prompt.instruction"
-                )
-            raise ModelError(problem) from None
+                problem = f"takes no system prompt ({one_line(error)}); {remedy}"
+            raise ModelError(f"{where} {problem}") from None
         if PROBE not in text:
             raise ModelError(f"{where} leaves the question out")
         if self.settings.system.strip() not in text:
-            raise ModelError(
-                f"{where} leaves the system prompt out; leave prompt.system empty and say it in "
-                "prompt.instruction"
-            )
-        self._ending = text[text.rindex(PROBE) + len(PROBE) :]
+            raise ModelError(f"{where} leaves the system prompt out; {remedy}")
+        self._ending = text.rpartition(PROBE)[2]
         if self.is_multimodal:
             text = self._render(_content(PROBE, 1, ""))
             ids = self.tokenizer([text], add_special_tokens=False)["input_ids"][0]
@@ -377,11 +358,9 @@ class Processing:
 
 
 def _ids(*values: Any) -> tuple[int, ...]:
-    found: set[int] = set()
-    for value in values:
-        if value is not None:
-            found.update(value if isinstance(value, list | tuple) else [value])
-    return tuple(sorted(found))
+    """All ids in `values`, each of them one, several or None."""
+    listed = (value if isinstance(value, list | tuple) else [value] for value in values)
+    return tuple(sorted({*itertools.chain.from_iterable(listed)} - {None}))
 
 
 def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
@@ -406,9 +385,8 @@ def _content(question: str, images: int, where: str) -> str | list[dict[str, str
     if markers == 0:
         return [{"type": "image"}] * images + [{"type": "text", "text": question}]
     content: list[dict[str, str]] = []
-    for index, piece in enumerate(pieces):
-        if index:
-            content.append({"type": "image"})
+    for piece in pieces:
         if piece.strip():
             content.append({"type": "text", "text": piece})
-    return content
+        content.append({"type": "image"})
+    return content[:-1]

@@ -21,12 +21,15 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from mm_agrae.errors import ModelError
+from mm_agrae.errors import ModelError, one_line
 from mm_agrae.model.packed_layout import GroupSpans, PackedLayout
 
 _aten: Any = torch.ops.aten
@@ -37,15 +40,15 @@ _cpu_flash_backward: Any = getattr(
 
 
 def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     layout: PackedLayout,
     *,
     scale: float,
     window: int | None = None,
     dropout: float = 0.0,
-) -> torch.Tensor:
+) -> Tensor:
     """[1,H,S,D] -> [1,S,H,D], by the fastest kernel available for these tensors.
 
     `window` is a sliding window in tokens. Raises ModelError if the row is not the layout's.
@@ -65,10 +68,10 @@ def attention(
         kernel = _kernel(query, key)
     if kernel is None:
         return masked_attention(query, key, value, layout, scale, window, dropout)
-    return _MergedAttention.apply(query, key, value, layout, scale, kernel)
+    return _MergedAttention.apply(query, key, value, kernel(layout, scale))
 
 
-def _kernel(query: torch.Tensor, key: torch.Tensor) -> Any:
+def _kernel(query: Tensor, key: Tensor) -> Any:
     """The flash kernel for tensors like these, if there is one."""
     if query.device.type == "cpu":
         return CpuKernel if _cpu_flash is not None else None
@@ -99,19 +102,17 @@ def _varlen_fault(
                 tensors = [(x.to(dtype) if merged else x).detach().requires_grad_() for x in exact]
                 q, k, v = tensors
                 if merged:
-                    out = _MergedAttention.apply(q, k, v, layout, size**-0.5, VarlenKernel)
+                    out = _MergedAttention.apply(q, k, v, VarlenKernel(layout, size**-0.5))
                 else:
                     out = masked_attention(q, k, v, layout, size**-0.5)
                 weight = torch.arange(out.numel(), device=device).view(out.shape).cos()
                 grads = torch.autograd.grad((out.float() * weight).sum(), tensors)
                 results.append([out.detach().float(), *(grad.float() for grad in grads)])
-        errors = [
-            float((ours - theirs).norm() / theirs.norm())
-            for ours, theirs in zip(*results, strict=True)
-        ]
+        pairs = zip(*results, strict=True)
+        errors = [float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs]
         fault = "" if max(errors) < 0.02 else f"it differs by {max(errors):.1g}"
     except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
-        fault = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        fault = one_line(error)
     if fault:
         warnings.warn(
             f"FlashAttention for spans of different lengths is not used on {device} "
@@ -126,19 +127,14 @@ class _MergedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        layout: PackedLayout,
-        scale: float,
-        kernel: Any,
-    ) -> torch.Tensor:
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, kernel: Any
+    ) -> Tensor:
+        layout = kernel.layout
         q_SHD, k_SKD, v_SKD = (x[0].transpose(0, 1) for x in (q, k, v))
-        out_SHD, lse_SH = kernel.own(q_SHD, k_SKD, v_SKD, layout, scale)
+        out_SHD, lse_SH = kernel.own(q_SHD, k_SKD, v_SKD)
         if layout.shared:
             tokens = layout.completion_tokens
-            far, far_lse = kernel.prompts(q_SHD, k_SKD, v_SKD, layout, scale)
+            far, far_lse = kernel.prompts(q_SHD, k_SKD, v_SKD)
             near, near_lse = out_SHD[tokens], lse_SH[tokens]
             lse = torch.logaddexp(near_lse, far_lse)
             merged = near * (near_lse - lse).exp().unsqueeze(-1)
@@ -147,146 +143,128 @@ class _MergedAttention(torch.autograd.Function):
             lse_SH[tokens] = lse
         out = out_SHD.unsqueeze(0)
         ctx.save_for_backward(q, k, v, out, lse_SH)
-        ctx.layout, ctx.scale, ctx.kernel = layout, scale, kernel
+        ctx.kernel = kernel
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_1SHD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_1SHD: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out_1SHD, lse_SH = ctx.saved_tensors
         rows = [x[0].transpose(0, 1) for x in (q, k, v)]
-        saved = (grad_1SHD[0].contiguous(), *rows, out_1SHD[0], lse_SH, ctx.layout, ctx.scale)
+        saved = (grad_1SHD[0].contiguous(), *rows, out_1SHD[0], lse_SH)
         grads = ctx.kernel.own_backward(*saved)
-        if ctx.layout.shared:
-            ctx.kernel.add_prompts_backward(*grads, *saved)
-        return *(x.transpose(0, 1)[None] for x in grads), None, None, None
+        if ctx.kernel.layout.shared:
+            ctx.kernel.add_prompts_backward(grads, *saved)
+        return *(x.transpose(0, 1)[None] for x in grads), None
 
 
-class CpuKernel:
+@dataclass(frozen=True, eq=False)
+class _Kernel:
+    """Attention over the spans of a row.
+
+    For the backward pass `saved` are the output's gradient, q, k, v, the output and its
+    log-normaliser; `grads` are those of q, k and v.
+    """
+
+    layout: PackedLayout
+    scale: float
+
+
+class CpuKernel(_Kernel):
     """The flash kernel for CPUs, which takes spans of equal length: padded, or one by one."""
 
-    @staticmethod
-    def own(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def own(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Each span over itself, causally: output [S,H,D] and log-normaliser [S,H]."""
         out_SHD = q.new_empty(q.shape)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         lse_SH = q.new_empty(q.shape[:2], dtype=wide)
-        for batch in layout.batches:
-            out, lse = _cpu_flash(*(batch.gather(x) for x in (q, k, v)), 0.0, True, scale=scale)
+        for batch in self.layout.batches:
+            parts = (batch.gather(x) for x in (q, k, v))
+            out, lse = _cpu_flash(*parts, 0.0, True, scale=self.scale)
             out_SHD[batch.tokens] = batch.flatten(out)
             lse_SH[batch.tokens] = batch.flatten(lse)
         return out_SHD, lse_SH
 
-    @staticmethod
-    def prompts(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def prompts(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Completions over their prompts: output [C,H,D] and log-normaliser [C,H]."""
         found = []
-        for group in layout.shared:
-            tokens, keys = slice(group.prompt[1], group.end), slice(*group.prompt)
+        for tokens, keys in self._completions_and_prompts():
             parts = (_heads_first(x) for x in (q[tokens], k[keys], v[keys]))
-            out, lse = _cpu_flash(*parts, 0.0, False, scale=scale)
+            out, lse = _cpu_flash(*parts, 0.0, False, scale=self.scale)
             found.append((out[0].transpose(0, 1), lse[0].T))
         if len(found) == 1:
             return found[0]
         return torch.cat([out for out, _ in found]), torch.cat([lse for _, lse in found])
 
-    @staticmethod
-    def own_backward(
-        grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        out: torch.Tensor, lse: torch.Tensor, layout: PackedLayout, scale: float,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        grads = tuple(x.new_empty(x.shape) for x in (q, k, v))
-        for batch in layout.batches:
-            grad_nHRD = batch.gather(grad)
+    def own_backward(self, *saved: Tensor) -> tuple[Tensor, ...]:
+        grads = tuple(x.new_empty(x.shape) for x in saved[1:4])
+        for batch in self.layout.batches:
+            grad_nHRD, *others = (batch.gather(x) for x in saved)
             if batch.padding is not None:
                 # A padding query repeats a real one; it must not pass a gradient back as well.
                 grad_nHRD.transpose(1, 2).flatten(0, 1).index_fill_(0, batch.padding, 0)
-            parts = _cpu_flash_backward(
-                grad_nHRD, *(batch.gather(x) for x in (q, k, v, out, lse)), 0.0, True, scale=scale
-            )
+            parts = _cpu_flash_backward(grad_nHRD, *others, 0.0, True, scale=self.scale)
             for total, part in zip(grads, parts, strict=True):
                 total[batch.tokens] = batch.flatten(part)
         return grads
 
-    @staticmethod
-    def add_prompts_backward(
-        grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor,
-        grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        out: torch.Tensor, lse: torch.Tensor, layout: PackedLayout, scale: float,
-    ) -> None:  # fmt: skip
-        for group in layout.shared:
-            tokens, keys = slice(group.prompt[1], group.end), slice(*group.prompt)
+    def add_prompts_backward(self, grads: Sequence[Tensor], *saved: Tensor) -> None:
+        grad, q, k, v, out, lse = saved
+        for tokens, keys in self._completions_and_prompts():
+            rows = (grad[tokens], q[tokens], k[keys], v[keys], out[tokens])
             parts = _cpu_flash_backward(
-                *(_heads_first(x) for x in (grad[tokens], q[tokens], k[keys], v[keys])),
-                _heads_first(out[tokens]), lse[tokens].T[None], 0.0, False, scale=scale,
-            )  # fmt: skip
-            for total, part in zip(
-                (grad_q[tokens], grad_k[keys], grad_v[keys]), parts, strict=True
-            ):
-                total += part[0].transpose(0, 1)
+                *map(_heads_first, rows), lse[tokens].T[None], 0.0, False, scale=self.scale
+            )
+            for total, part, where in zip(grads, parts, (tokens, keys, keys), strict=True):
+                total[where] += part[0].transpose(0, 1)
+
+    def _completions_and_prompts(self) -> list[tuple[slice, slice]]:
+        return [(slice(g.prompt[1], g.end), slice(*g.prompt)) for g in self.layout.shared]
 
 
-def _heads_first(x_SHD: torch.Tensor) -> torch.Tensor:
+def _heads_first(x_SHD: Tensor) -> Tensor:
     """[S,H,D] -> [1,H,S,D]"""
     return x_SHD.transpose(0, 1)[None]
 
 
-class VarlenKernel:
+class VarlenKernel(_Kernel):
     """FlashAttention over spans of different lengths: one call each, without padding."""
 
-    @staticmethod
-    def own(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        bounds, longest = layout.bounds
+    def own(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        bounds, longest = self.layout.bounds
         out, lse_HS, *_ = _aten._flash_attention_forward(
-            q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=scale
+            q, k, v, bounds, bounds, longest, longest, 0.0, True, False, scale=self.scale
         )
         return out, lse_HS.T.contiguous()
 
-    @staticmethod
-    def prompts(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: PackedLayout, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens, keys = layout.completion_tokens, layout.prompt_tokens
+    def prompts(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        tokens, keys = self.layout.completion_tokens, self.layout.prompt_tokens
         out, lse_HC, *_ = _aten._flash_attention_forward(
-            q[tokens], k[keys], v[keys], *layout.prompt_bounds, 0.0, False, False, scale=scale
-        )
+            q[tokens], k[keys], v[keys], *self.layout.prompt_bounds, 0.0, False, False,
+            scale=self.scale,
+        )  # fmt: skip
         return out, lse_HC.T
 
-    @staticmethod
-    def own_backward(
-        grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        out: torch.Tensor, lse: torch.Tensor, layout: PackedLayout, scale: float,
-    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
-        bounds, longest = layout.bounds
+    def own_backward(self, *saved: Tensor) -> tuple[Tensor, ...]:
+        *rows, lse = saved
+        bounds, longest = self.layout.bounds
         return _aten._flash_attention_backward(
-            grad, q, k, v, out, lse.T.contiguous(), bounds, bounds, longest, longest,
-            0.0, True, *_no_dropout(q), scale=scale,
+            *rows, lse.T.contiguous(), bounds, bounds, longest, longest, 0.0, True,
+            *_no_dropout(lse), scale=self.scale,
         )  # fmt: skip
 
-    @staticmethod
-    def add_prompts_backward(
-        grad_q: torch.Tensor, grad_k: torch.Tensor, grad_v: torch.Tensor,
-        grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor,
-        out: torch.Tensor, lse: torch.Tensor, layout: PackedLayout, scale: float,
-    ) -> None:  # fmt: skip
-        tokens, keys = layout.completion_tokens, layout.prompt_tokens
+    def add_prompts_backward(self, grads: Sequence[Tensor], *saved: Tensor) -> None:
+        grad, q, k, v, out, lse = saved
+        tokens, keys = self.layout.completion_tokens, self.layout.prompt_tokens
         parts = _aten._flash_attention_backward(
             grad[tokens], q[tokens], k[keys], v[keys], out[tokens], lse[tokens].T.contiguous(),
-            *layout.prompt_bounds, 0.0, False, *_no_dropout(q), scale=scale,
+            *self.layout.prompt_bounds, 0.0, False, *_no_dropout(q), scale=self.scale,
         )  # fmt: skip
-        for total, part, where in zip(
-            (grad_q, grad_k, grad_v), parts, (tokens, keys, keys), strict=True
-        ):
+        for total, part, where in zip(grads, parts, (tokens, keys, keys), strict=True):
             total[where] += part
 
 
-def _no_dropout(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _no_dropout(like: Tensor) -> tuple[Tensor, Tensor]:
     """The random state that the kernel takes and, without dropout, does not use."""
     return (
         torch.zeros(2, dtype=torch.uint64, device=like.device),
@@ -295,14 +273,14 @@ def _no_dropout(like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def masked_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     layout: PackedLayout,
     scale: float,
     window: int | None = None,
     dropout: float = 0.0,
-) -> torch.Tensor:
+) -> Tensor:
     """The same by `scaled_dot_product_attention` over [prompt keys; own keys], on any device."""
     repeats = q.shape[1] // k.shape[1]
     q_SHD, k_SKD, v_SKD = (x[0].transpose(0, 1) for x in (q, k, v))
@@ -330,14 +308,7 @@ def masked_attention(
     return torch.cat(parts)[None]
 
 
-def _sdpa(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor,
-    dropout: float,
-    scale: float,
-) -> torch.Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, scale: float) -> Tensor:
     """Masked attention of H heads with K key heads, the keys not copied.
 
     The heads that share a key head are stacked along the queries instead (the mask's rows are

@@ -47,8 +47,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mm_agrae.errors import DataError, ModelError
+from mm_agrae.errors import DataError, ModelError, one_line
 from mm_agrae.model import last_layer, shared_attention
 from mm_agrae.model.activations import recompute_elementwise
 from mm_agrae.model.image_features import pixel_inputs
@@ -62,9 +63,6 @@ PLACEHOLDERS = ("image_token_id", "video_token_id")
 """Config fields that name the tokens which stand for image features."""
 
 
-# ------------------------------------------------------------------------------------- packing
-
-
 @dataclass(frozen=True, eq=False)
 class PackedRow:
     """A micro-batch as one row of model inputs, and where its N predictions belong.
@@ -74,17 +72,17 @@ class PackedRow:
     `prompts` are in the order of the row, those without any completion tokens left out.
     """
 
-    input_ids: torch.Tensor
-    position_ids: torch.Tensor
+    input_ids: Tensor
+    position_ids: Tensor
     layout: PackedLayout
-    source_N: torch.Tensor
-    target_N: torch.Tensor
-    row_N: torch.Tensor
-    column_N: torch.Tensor
-    shape: tuple[int, int]
+    source_N: Tensor
+    target_N: Tensor
+    row_N: Tensor
+    column_N: Tensor
+    shape: torch.Size
     prompts: tuple[Prompt, ...]
 
-    def unpack(self, value_N: torch.Tensor) -> torch.Tensor:
+    def unpack(self, value_N: Tensor) -> Tensor:
         """One value per prediction -> [B,T], zeros on padding."""
         return value_N.new_zeros(self.shape).index_put((self.row_N, self.column_N), value_N)
 
@@ -107,11 +105,9 @@ def pack(backbone: Any, batch: MicroBatch) -> PackedRow:
     # A rank without tokens runs the model all the same, to take part in the collective calls.
     members = members or {0: []}
     ids, positions, groups = [], [], []
-    sources: list[int] = []
-    rows: list[int] = []
-    columns: list[int] = []
+    places: list[tuple[int, int, int]] = []  # of each prediction: source, row, column
     end = 0
-    for index, rows_of_prompt in members.items():
+    for index, rows in members.items():
         prompt = batch.prompts[index]
         _require_matching_images(backbone.config, prompt)
         position_3P = _positions(backbone, prompt)
@@ -119,28 +115,25 @@ def pack(backbone: Any, batch: MicroBatch) -> PackedRow:
         following = int(position_3P.max()) + 1
         ids.append(prompt.token_ids.to(device))
         positions.append(position_3P)
-        start, end = end, end + len(prompt)
-        prompt_span = (start, end)
+        prompt_span = (end, end + len(prompt))
+        end += len(prompt)
         spans = []
-        for row in rows_of_prompt:
+        for row in rows:
             # Each token is predicted from the one before it, the first from the prompt's last.
             # The completion's last token predicts nothing, so `inside` tokens go into the row.
-            length = length_B[row]
-            inside = length - 1
+            inside = length_B[row] - 1
             ids.append(batch.token_BT[row, :inside])
             positions.append(torch.arange(following, following + inside).expand(3, -1))
-            sources += [prompt_span[1] - 1, *range(end, end + inside)]
-            rows += [row] * length
-            columns += range(length)
+            sources = (prompt_span[1] - 1, *range(end, end + inside))
+            places += [(source, row, column) for column, source in enumerate(sources)]
             if inside:
                 spans.append((end, end + inside))
             end += inside
         groups.append(GroupSpans(prompt_span, tuple(spans)))
     position_31S = torch.cat(positions, dim=1)[:, None].to(device)
     # One transfer to the device instead of three.
-    source_N, row_N, column_N = torch.tensor(
-        [sources, rows, columns], dtype=torch.long, device=device
-    )
+    place_3N = torch.tensor(places, dtype=torch.long).view(-1, 3).T.to(device)
+    source_N, row_N, column_N = place_3N.contiguous()
     return PackedRow(
         input_ids=torch.cat(ids)[None],
         position_ids=position_31S if hasattr(backbone, "get_rope_index") else position_31S[0],
@@ -149,14 +142,14 @@ def pack(backbone: Any, batch: MicroBatch) -> PackedRow:
         target_N=batch.token_BT[row_N, column_N],
         row_N=row_N,
         column_N=column_N,
-        shape=(batch.token_BT.shape[0], batch.token_BT.shape[1]),
+        shape=batch.token_BT.shape,
         prompts=tuple(batch.prompts[index] for index in members),
     )
 
 
 def hidden_states(
     backbone: Any, packed: PackedRow, images: Mapping[str, Any] | None = None
-) -> torch.Tensor:
+) -> Tensor:
     """Last hidden states [N, hidden size] from which `packed.target_N` are predicted.
 
     `images` are the backbone's keyword arguments for the images of `packed.prompts` in order, for
@@ -179,7 +172,7 @@ def hidden_states(
     return hidden_1SH[0].index_select(0, packed.source_N)
 
 
-def _positions(backbone: Any, prompt: Prompt) -> torch.Tensor:
+def _positions(backbone: Any, prompt: Prompt) -> Tensor:
     """Positions [3,P] of a prompt: time, height and width of image tokens, else all the same."""
     if prompt.image_grid_thw is None:
         return torch.arange(len(prompt)).expand(3, -1)
@@ -245,7 +238,7 @@ def unsupported_reason(hf: Any) -> str | None:
     before it is sharded over devices.
     """
     name, config = type(hf).__name__, hf.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    kinds = set(getattr(config, "layer_types", None) or ())
     if other := kinds - {"full_attention", "sliding_attention"}:
         return f"{name} has layers of kind {', '.join(sorted(other))}"
     if config._attn_implementation not in ("sdpa", ATTENTION):
@@ -260,8 +253,8 @@ def unsupported_reason(hf: Any) -> str | None:
         install(hf)
         error = _probe(hf.base_model)
     except Exception as failure:  # a foreign model class may fail in any way
-        reason = str(failure).strip().splitlines() or [""]
-        return f"{name} does not take a packed row ({type(failure).__name__}: {reason[0]})"
+        reason = f"{type(failure).__name__}: {one_line(failure)}"
+        return f"{name} does not take a packed row ({reason})"
     finally:
         hf.train(training)
         if not installed:
@@ -293,10 +286,7 @@ def _probe(backbone: Any) -> float:
 
 
 def require_agreement(
-    shared_BT: torch.Tensor,
-    repeated_BT: torch.Tensor,
-    mask_BT: torch.Tensor,
-    dtype: torch.dtype = torch.float32,
+    shared_BT: Tensor, repeated_BT: Tensor, mask_BT: Tensor, dtype: torch.dtype = torch.float32
 ) -> None:
     """Compare log-probabilities (nats) of both ways. Raises ModelError if they disagree.
 
@@ -344,16 +334,16 @@ def _set_attention(hf: Any, name: str) -> None:
 
 def attention(
     module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
     shared_prompt: PackedLayout | None = None,
     **others: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[Tensor, None]:
     """Attention function for transformers' registry: [1,H,S,D] -> [1,S,H,D].
 
     Raises ModelError if the layer asks for something that is not computed here (soft-capping,
@@ -366,12 +356,8 @@ def attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling,
             sliding_window=sliding_window, **others,
         )  # fmt: skip
-    asked = [
-        name
-        for name in ("softcap", "s_aux", "sinks", "position_bias")
-        if others.get(name) is not None
-    ]
-    if asked:
+    special = ("softcap", "s_aux", "sinks", "position_bias")
+    if asked := [name for name in special if others.get(name) is not None]:
         raise ModelError(
             f"{type(module).__name__} cannot share prompts: its attention has "
             f"{', '.join(asked)}; set update.shared_prompt=off"

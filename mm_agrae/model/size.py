@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm_agrae.config import Config
+from mm_agrae.config import Config, ModelSection
 from mm_agrae.errors import ModelError
 from mm_agrae.model.compat import prepare
-from mm_agrae.model.loading import misfit, model_modules
+from mm_agrae.model.loading import freeze_modules
 from mm_agrae.model.lora import add_lora, model_and_adapter
 
 SHAPES = Path(__file__).resolve().parents[2] / "data" / "model_shapes"
@@ -114,7 +114,7 @@ def measure(config: Config, model_config: Any) -> ModelSize:
     """Count parameters as a run would have them. Raises ModelError as loading would."""
     settings = config.model
     try:
-        model, modules, rank = _build_without_weights(config, model_config)
+        model, modules, rank = _build(settings, model_config)
     except (OSError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
         raise ModelError(f"model.path {settings.path!r}: cannot be built: {error}") from error
     frozen_bytes = 2 if rank and settings.dtype == "bfloat16" else 4
@@ -128,10 +128,14 @@ def measure(config: Config, model_config: Any) -> ModelSize:
         for module in model.modules()
         if isinstance(module, nn.Linear) and module.weight.requires_grad
     }
-    trained = frozenset(name for name, module in modules.items() if _is_trained(module))
-    frozen_tower = set(modules["vision"].parameters()) if "vision" in modules else set()
-    if "vision" in trained:
-        frozen_tower = set()
+    trained = frozenset(
+        name
+        for name, module in modules.items()
+        if any(parameter.requires_grad for parameter in module.parameters())
+    )
+    frozen_tower: set[nn.Parameter] = set()
+    if "vision" in modules and "vision" not in trained:
+        frozen_tower = set(modules["vision"].parameters())
 
     def unit(members: Iterable[nn.Parameter]) -> FsdpUnit:
         sharded = set(members) - frozen_tower
@@ -159,34 +163,18 @@ def measure(config: Config, model_config: Any) -> ModelSize:
     )
 
 
-def _is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def _build_without_weights(
-    config: Config, model_config: Any
-) -> tuple[Any, dict[str, nn.Module], int]:
+def _build(settings: ModelSection, model_config: Any) -> tuple[Any, dict[str, nn.Module], int]:
     """The model on the meta device with frozen modules and adapters as in a run; its modules by
     name, and the adapters' rank (0: none)."""
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    settings = config.model
     sees = hasattr(model_config, "vision_config")
     loader = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     with torch.device("meta"):
         model: Any = loader.from_config(model_config, trust_remote_code=settings.trust_remote_code)
     model.tie_weights()
-    if reason := misfit(model):
-        raise ModelError(f"model.path {settings.path!r} ({model_config.model_type}): {reason}")
-    modules = model_modules(model)
-    for name in (*settings.freeze, *(settings.lora.parts if settings.lora else ())):
-        if name not in modules:
-            raise ModelError(
-                f"model.path {settings.path!r} has no part {name!r}; it has {sorted(modules)}"
-            )
-    for name in settings.freeze:
-        modules[name].requires_grad_(False)
-    _, adapter = model_and_adapter(settings.path)
+    path, adapter = model_and_adapter(settings.path)
+    modules = freeze_modules(model, settings, path)
     if adapter is not None:
         from peft import PeftConfig, get_peft_model
 

@@ -19,22 +19,23 @@ import itertools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 """Size of one block of logits: on a CPU about what the caches hold, on a GPU large."""
 
 
 def token_logprobs(
-    hidden_NH: torch.Tensor,
-    weight_VH: torch.Tensor,
-    target_N: torch.Tensor,
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    target_N: Tensor,
     *,
-    bias_V: torch.Tensor | None = None,
-    low_rank: tuple[torch.Tensor, torch.Tensor] | None = None,
+    bias_V: Tensor | None = None,
+    low_rank: tuple[Tensor, Tensor] | None = None,
     temperature: float = 1.0,
     entropy_grad: bool = False,
     chunk_bytes: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each distribution, nats, two [N].
 
     `bias_V` is added to the logits before the temperature; a large negative entry (−1e4, finite)
@@ -53,27 +54,24 @@ def token_logprobs(
     dtype = (
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
     )
-    logp_N, entropy_N = _TokenLogprobs.apply(
+    return _TokenLogprobs.apply(
         target_N, _whole(bias_V), 1.0 / temperature, entropy_grad, dtype,
         chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]),
         *itertools.chain.from_iterable(factors),
     )  # fmt: skip
-    return logp_N, entropy_N
 
 
 def head_logprobs(
     head: Any,
-    hidden_NH: torch.Tensor,
-    target_N: torch.Tensor,
+    hidden_NH: Tensor,
+    target_N: Tensor,
     *,
-    bias_V: torch.Tensor | None = None,
-    temperature: float = 1.0,
-    entropy_grad: bool = False,
-    chunk_bytes: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    bias_V: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
     """`token_logprobs` for a model's vocabulary head, a linear layer with or without LoRA.
 
-    `bias_V` is added to the head's own bias.
+    `bias_V` is added to the head's own bias; `options` are those of `token_logprobs`.
     """
     low_rank = None
     if hasattr(head, "lora_A"):
@@ -82,12 +80,11 @@ def head_logprobs(
     if head.bias is not None:
         bias_V = head.bias if bias_V is None else head.bias + bias_V
     return token_logprobs(
-        hidden_NH, head.weight, target_N, bias_V=bias_V, low_rank=low_rank, temperature=temperature,
-        entropy_grad=entropy_grad, chunk_bytes=chunk_bytes,
-    )  # fmt: skip
+        hidden_NH, head.weight, target_N, bias_V=bias_V, low_rank=low_rank, **options
+    )
 
 
-def _low_rank(head: Any, hidden_NH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _low_rank(head: Any, hidden_NH: Tensor) -> tuple[Tensor, Tensor] | None:
     """What PEFT's LoRA layer would add to the logits, as two factors."""
     if head.disable_adapters or not head.active_adapters:
         return None
@@ -106,14 +103,14 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any,
-        target_N: torch.Tensor,
-        bias_V: torch.Tensor | None,
+        target_N: Tensor,
+        bias_V: Tensor | None,
         scale: float,
         entropy_grad: bool,
         dtype: torch.dtype,
         chunk_bytes: int,
-        *factors: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        *factors: Tensor,
+    ) -> tuple[Tensor, Tensor]:
         hidden_NH, weight_VH = factors[:2]
         wide = torch.float64 if hidden_NH.dtype == torch.float64 else torch.float32
         positions = len(hidden_NH)
@@ -151,7 +148,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logp_N, grad_entropy_N = grads
         target_N, bias_V, norm_N, entropy_N, *factors = ctx.saved_tensors
         if grad_logp_N is None and grad_entropy_N is None:
@@ -159,18 +156,12 @@ class _TokenLogprobs(torch.autograd.Function):
         if grad_logp_N is None:
             grad_logp_N = torch.zeros_like(norm_N)
         wide, dtype = norm_N.dtype, ctx.dtype
-        wanted = ctx.needs_input_grad[6:]
         left, right = factors[::2], factors[1::2]
         # The left gradients [N,·] collect a share from every block, the right ones [V,·] get each
         # of their rows from one block.
-        grad_left = [
-            torch.zeros_like(each, dtype=wide) if wants else None
-            for each, wants in zip(left, wanted[::2], strict=True)
-        ]
-        grad_right = [
-            torch.empty_like(each) if wants else None
-            for each, wants in zip(right, wanted[1::2], strict=True)
-        ]
+        pairs = list(zip(factors, ctx.needs_input_grad[6:], strict=True))
+        grad_left = [torch.zeros_like(x, dtype=wide) if needs else None for x, needs in pairs[::2]]
+        grad_right = [torch.empty_like(x) if needs else None for x, needs in pairs[1::2]]
         grad_bias_V = torch.empty_like(bias_V) if ctx.needs_input_grad[1] else None
         query = [each.to(dtype) for each in left]
         room = ctx.chunk_bytes // wide.itemsize
@@ -207,7 +198,7 @@ class _TokenLogprobs(torch.autograd.Function):
                         torch.mm(grad_Nv.T, query[index], out=grad_r[v])
                     elif grad_r is not None:
                         grad_r[v] = _matmul(grad_Nv.T, query[index])
-        in_turn: list[torch.Tensor | None] = []
+        in_turn: list[Tensor | None] = []
         for each, grad_l, grad_r in zip(left, grad_left, grad_right, strict=True):
             in_turn += [None if grad_l is None else grad_l.to(each.dtype), grad_r]
         return None, grad_bias_V, None, None, None, None, *in_turn
@@ -220,19 +211,15 @@ def _blocks(vocabulary: int, positions: int, room: int) -> list[slice]:
     return [slice(v, min(v + width, vocabulary)) for v in range(0, vocabulary, width)]
 
 
-def _column(target_N: torch.Tensor, v: slice) -> tuple[torch.Tensor, torch.Tensor]:
+def _column(target_N: Tensor, v: slice) -> tuple[Tensor, Tensor]:
     """Column of each target within the block, and whether it lies there (else any column)."""
     inside_N = (target_N >= v.start) & (target_N < v.stop)
     return (target_N - v.start).clamp(0, v.stop - v.start - 1), inside_N
 
 
 def _logits(
-    left: list[torch.Tensor],
-    right: list[torch.Tensor],
-    bias_V: torch.Tensor | None,
-    v: slice,
-    scale: float,
-) -> torch.Tensor:
+    left: list[Tensor], right: list[Tensor], bias_V: Tensor | None, v: slice, scale: float
+) -> Tensor:
     logits_Nv = _matmul(left[0], right[0].T)
     for more, weight in zip(left[1:], right[1:], strict=True):
         logits_Nv += _matmul(more, weight.T)
@@ -243,7 +230,7 @@ def _logits(
     return logits_Nv
 
 
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """a @ b with a result of at least float32, without rounding it to 16 bits on the way."""
     if a.dtype.itemsize > 2:
         return a @ b
@@ -256,9 +243,7 @@ def _whole(x: Any) -> Any:
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def _check(
-    factors: list[tuple[torch.Tensor, torch.Tensor]], target_N: torch.Tensor, temperature: float
-) -> None:
+def _check(factors: list[tuple[Tensor, Tensor]], target_N: Tensor, temperature: float) -> None:
     (hidden_NH, weight_VH), *more = factors
     if hidden_NH.dim() != 2 or hidden_NH.shape[1:] != weight_VH.shape[1:]:
         raise ValueError(

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mm_agrae.parallel.sharding import whole
 
 
 @torch.no_grad()
-def full_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(policy: Any) -> Iterator[tuple[str, Tensor]]:
     """(name in a checkpoint's safetensors, whole tensor) of every weight, LoRA merged in.
 
     A merged weight is W + scaling · B A, computed in float32 and returned in W's dtype. Tied
@@ -39,7 +40,7 @@ def full_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield from revert_weight_conversion(hf, dict(_merged(hf))).items()
 
 
-def adapter_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def adapter_weights(policy: Any) -> Iterator[tuple[str, Tensor]]:
     """(PEFT's name, whole tensor) of every LoRA weight, as in an adapter_model.safetensors.
 
     Collective if sharded, like `full_weights`. Raises ValueError for a policy without LoRA.
@@ -57,17 +58,13 @@ def adapter_weights(policy: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def adapter_config(policy: Any) -> dict[str, Any]:
     """The content of the adapter's adapter_config.json."""
-    config = policy.model.peft_config["default"].to_dict()
-    plain = {
-        name: sorted(value) if isinstance(value, set) else value for name, value in config.items()
-    }
+    config = policy.model.peft_config["default"].to_dict().items()
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config}
     # PEFT marks an adapter in training; the one on disk is for inference.
     return json.loads(json.dumps(plain | {"inference_mode": True}, default=str))
 
 
-def save_adapter(
-    folder: Path, weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]
-) -> None:
+def save_adapter(folder: Path, weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     """Write `adapter_weights` and `adapter_config` as PEFT and vLLM read them from a folder."""
     from safetensors.torch import save_file
 
@@ -77,17 +74,18 @@ def save_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
-def _merged(hf: Any) -> Iterator[tuple[str, torch.Tensor]]:
+def _merged(hf: Any) -> Iterator[tuple[str, Tensor]]:
     """(name in memory without LoRA, whole merged tensor), each tied weight once."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    adapted = {
-        name: module for name, module in hf.named_modules() if isinstance(module, BaseTunerLayer)
-    }
+    modules = hf.named_modules()
+    adapted = {name: module for name, module in modules if isinstance(module, BaseTunerLayer)}
     # Of tied weights only the source is stored; weights the checkpoint unties are all stored.
     left_out = {*hf.all_tied_weights_keys, *(hf._keys_to_ignore_on_save or ())}
     for key, tensor in hf.state_dict(keep_vars=True).items():
-        owner = next((name for name in _parents(key) if name in adapted), None)
+        parts = key.split(".")
+        parents = (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))
+        owner = next((name for name in parents if name in adapted), None)
         if owner is None:
             if key not in left_out:
                 yield key, whole(tensor)
@@ -99,15 +97,10 @@ def _merged(hf: Any) -> Iterator[tuple[str, torch.Tensor]]:
         yield f"{owner}.{rest}", _with_lora(base, adapted[owner]) if rest == "weight" else base
 
 
-def _with_lora(weight: torch.Tensor, layer: Any) -> torch.Tensor:
+def _with_lora(weight: Tensor, layer: Any) -> Tensor:
     merged = weight.float()
     for name in layer.active_adapters:
         low = whole(layer.lora_A[name].weight).float()
         high = whole(layer.lora_B[name].weight).float()
         merged = merged + layer.scaling[name] * (high @ low)
     return merged.to(weight.dtype)
-
-
-def _parents(key: str) -> Iterator[str]:
-    parts = key.split(".")
-    return (".".join(parts[:end]) for end in range(len(parts) - 1, 0, -1))

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from mm_agrae.batching import pad_sequences
 from mm_agrae.config import RolloutSection, SamplingSection
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
@@ -149,26 +148,13 @@ class HFEngine:
         self, prompts: Sequence[Prompt], count: int
     ) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
         """Encode each prompt once, then repeat logits, cache, mask and next position `count`×."""
-        policy = self.policy
-        inputs = pad_sequences(
-            prompts, None, pad_id=policy.pad_id, side="left", device=policy.device
-        )
-        positions, next_position = policy.positions(
-            inputs.input_ids, inputs.attention_mask, inputs.mm_token_type_ids, inputs.image_grid_thw
-        )
-        output = policy.backbone(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            position_ids=positions,
-            use_cache=True,
-            **policy.vision_inputs(prompts),
-        )
+        output, attention_mask, next_position = self.policy.padded(prompts)
         cache = output.past_key_values
         cache.batch_repeat_interleave(count)
         return (
-            policy.logits(output.last_hidden_state[:, -1]).repeat_interleave(count, 0),
+            self.policy.logits(output.last_hidden_state[:, -1]).repeat_interleave(count, 0),
             cache,
-            inputs.attention_mask.repeat_interleave(count, 0),
+            attention_mask.repeat_interleave(count, 0),
             next_position.repeat_interleave(count, 0),
         )
 

@@ -108,8 +108,8 @@ def test_all_forms_agree_with_gradients(groups, grouped):
     results = []
     for function in (
         lambda: masked_attention(*inputs, layout, 0.3),
-        lambda: _MergedAttention.apply(*inputs, layout, 0.3, CpuKernel),
-        lambda: _MergedAttention.apply(*inputs, layout, 0.3, VarlenKernel),
+        lambda: _MergedAttention.apply(*inputs, CpuKernel(layout, 0.3)),
+        lambda: _MergedAttention.apply(*inputs, VarlenKernel(layout, 0.3)),
     ):
         out = function()
         results.append((out, *torch.autograd.grad((out * direction).sum(), inputs)))
@@ -126,7 +126,7 @@ def test_gradcheck(kernel):
     torch.manual_seed(0)
     inputs = [torch.randn(1, h, 13, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
     assert torch.autograd.gradcheck(
-        lambda *tensors: _MergedAttention.apply(*tensors, layout, 0.5, kernel), inputs
+        lambda *tensors: _MergedAttention.apply(*tensors, kernel(layout, 0.5)), inputs
     )
 
 

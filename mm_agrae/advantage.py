@@ -6,9 +6,8 @@ the advantages, `levels` returns the stages they went through as well.
     P   prompts (= groups) of one optimisation step, over ALL ranks and micro-batches
     G   completions per prompt
 
-Pass the gathered [P, G] of the whole step and slice the result: A-GRAE's ω is a mean over every
-completion of the step, so advantages computed rank by rank would differ. Pass it before any
-group is dropped.
+Pass the gathered [P, G] of the whole step and slice the result: A-GRAE's ω is a mean over every completion of the
+step, so advantages computed rank by rank would differ. Pass it before any group is dropped.
 
 Symbols, as in arXiv 2602.05548 ("the paper" below): r reward, s ∈ {0, 1} success, p the success
 rate of a group, z = (r − mean r) / (std r + eps) with the population standard deviation (ddof 0),
@@ -51,9 +50,7 @@ class AdvantageLevels:
     rate_P: Tensor
 
 
-def compute(
-    name: str, reward_PG: Any, success_PG: Any, length_PG: Any = None, **settings: Any
-) -> Tensor:
+def compute(name: str, reward_PG: Any, success_PG: Any, length_PG: Any = None, **settings: Any) -> Tensor:
     """Advantages [P, G] of one optimisation step by the rule `name` of `RULES`.
 
     reward_PG   real rewards, finite
@@ -64,32 +61,26 @@ def compute(
     Tensors, or anything `torch.as_tensor` takes. The result is float64 for float64 rewards and
     lists of Python numbers, else float32, on the device of the rewards.
 
-    Raises ValueError, naming the first offending group by its index, for rewards that are not
-    finite, fewer than 2 completions, shapes that disagree, a success other than 0 or 1, a length
-    below 1, or a rate outside [0, 1]; and for no groups at all, an unknown rule or setting (with
-    the nearest valid name) and a setting out of range.
+    Raises ValueError, naming the first offending group by its index, for rewards that are not finite, fewer than 2
+    completions, shapes that disagree, a success other than 0 or 1, a length below 1, or a rate outside [0, 1]; and for
+    no groups at all, an unknown rule or setting (with the nearest valid name) and a setting out of range.
     """
     return levels(name, reward_PG, success_PG, length_PG, **settings).advantage_PG
 
 
-def levels(
-    name: str, reward_PG: Any, success_PG: Any, length_PG: Any = None, **settings: Any
-) -> AdvantageLevels:
+def levels(name: str, reward_PG: Any, success_PG: Any, length_PG: Any = None, **settings: Any) -> AdvantageLevels:
     """As `compute`, with the advantages before and after each level, ω and the rates."""
     check_settings(name, settings)
     return _rule(name)(_step(reward_PG, success_PG, length_PG), **settings)
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
-    """Raise ValueError for a setting that the rule `name` does not take, of the wrong type, or
-    out of range."""
+    """Raise ValueError for a setting that the rule `name` does not take, of the wrong type, or out of range."""
     parameters = inspect.signature(_rule(name)).parameters
     accepted = accepted_settings(name)
     for key, value in settings.items():
         if key not in accepted:
-            raise ValueError(
-                f"advantage rule {name!r} has no setting {key!r}; {_nearest(key, accepted)}"
-            )
+            raise ValueError(f"advantage rule {name!r} has no setting {key!r}; {_nearest(key, accepted)}")
         is_valid, expected = _VALID.get(key) or _like(parameters[key].default)
         if not is_valid(value):
             raise ValueError(f"advantage setting {key} must be {expected}, but it is {value!r}")
@@ -202,9 +193,8 @@ LEAD_LOW, LEAD_HIGH, LEAD_SLOPE, LEAD_MIDDLE = 0.4, 1.5, 10.0, 0.75
 def grpo_lead(step: Step, *, eps: float = 1e-6) -> AdvantageLevels:
     """GRPO-LEAD (arXiv 2504.09696): rewards brevity and weighs groups by difficulty.
 
-    Its own reward replaces r: exp(−0.05·l) for a correct completion, where l is its length
-    standardised over the correct completions of the group, and −1 for an incorrect one. With z of
-    that reward,
+    Its own reward replaces r: exp(−0.05·l) for a correct completion, where l is its length standardised over the
+    correct completions of the group, and −1 for an incorrect one. With z of that reward,
 
         A = z·w(p) where z > 0, else z·w(1 − p),
         w(x) = 0.4 + (1.5 − 0.4) / (1 + exp(10·(x − 0.75))).
@@ -229,10 +219,9 @@ def agrae_released_code(step: Step, *, alpha: float = 1.0, eps: float = 1e-6) ->
 
         A ← ω · z/2 / (√m + eps) + (1 − ω) · z/2 / (1 − √m + eps),   then as Eq. 13.
 
-    It differs from `agrae` in 1 − √m for √(1 − m) (at 7/8, 15.5 against 2.83 for the inverse),
-    in m for the success rate, in ddof, and in rescaling groups that are all correct or all
-    incorrect too. Their code gives NaN or reversed signs for m outside [0, 1]; here that is an
-    error. They edit α by hand in the source.
+    It differs from `agrae` in 1 − √m for √(1 − m) (at 7/8, 15.5 against 2.83 for the inverse), in m for the success
+    rate, in ddof, and in rescaling groups that are all correct or all incorrect too. Their code gives NaN or reversed
+    signs for m outside [0, 1]; here that is an error. They edit α by hand in the source.
     """
     z_PG = step.standardise(step.reward_PG, eps, ddof=1)
     omega, rate_P = step.omega("reward"), step.rate_P("reward")
@@ -270,9 +259,7 @@ def _focus_factors(rate_P: Tensor) -> tuple[Tensor, Tensor]:
     return rate_P.rsqrt(), (1 - rate_P).rsqrt()
 
 
-def _focused(
-    step: Step, gamma: float, eps: float, factor: Callable[[Tensor], Tensor]
-) -> AdvantageLevels:
+def _focused(step: Step, gamma: float, eps: float, factor: Callable[[Tensor], Tensor]) -> AdvantageLevels:
     z_PG = step.standardise(step.reward_PG, eps)
     rate_P = step.rate_P("success")
     mixed_P = (rate_P > 0) & (rate_P < 1)
@@ -295,9 +282,7 @@ class Step:
         centred_PG = value_PG - value_PG.mean(dim=1, keepdim=True)
         return centred_PG.masked_fill(self._flat_P1(value_PG, value_PG), 0.0)
 
-    def standardise(
-        self, value_PG: Tensor, eps: float, where: Tensor | None = None, ddof: int = 0
-    ) -> Tensor:
+    def standardise(self, value_PG: Tensor, eps: float, where: Tensor | None = None, ddof: int = 0) -> Tensor:
         """(value − mean) / (std + eps) within each group; 0 where the group has no spread.
 
         With `where`, mean and std are those of the marked completions, and the others become 0.
@@ -308,17 +293,14 @@ class Step:
         mean_P1 = (value_PG * where).sum(dim=1, keepdim=True) / count_P1.clamp(min=1)
         centred_PG = (value_PG - mean_P1) * where
         variance_P1 = centred_PG.square().sum(dim=1, keepdim=True) / (count_P1 - ddof).clamp(min=1)
-        flat_P1 = self._flat_P1(
-            value_PG.masked_fill(~where, math.inf), value_PG.masked_fill(~where, -math.inf)
-        )
+        flat_P1 = self._flat_P1(value_PG.masked_fill(~where, math.inf), value_PG.masked_fill(~where, -math.inf))
         return (centred_PG / (variance_P1.sqrt() + eps)).masked_fill(flat_P1, 0.0)
 
     def _flat_P1(self, for_lowest_PG: Tensor, for_highest_PG: Tensor) -> Tensor:
         """Which groups have no spread but rounding.
 
-        The mean of equal floats need not equal them, and 0.9 + 0.1 is not the same float by
-        every path: divided by a std near 0 such noise would pass for signal. Hence a test on
-        the range, not on the std.
+        The mean of equal floats need not equal them, and 0.9 + 0.1 is not the same float by every path: divided by a
+        std near 0 such noise would pass for signal. Hence a test on the range, not on the std.
         """
         low_P1 = for_lowest_PG.amin(dim=1, keepdim=True)
         high_P1 = for_highest_PG.amax(dim=1, keepdim=True)

@@ -1,8 +1,7 @@
 """Prompts and completions -> padded tensors, micro-batches, and the plan of an update.
 
-What must be the same on all ranks (advantages, loss denominators, the number of micro-batches) is
-worked out from the gathered numbers of the whole step, so that one process and N processes compute
-the same gradient.
+What must be the same on all ranks (advantages, loss denominators, the number of micro-batches) is worked out from the
+gathered numbers of the whole step, so that one process and N processes compute the same gradient.
 """
 
 from __future__ import annotations
@@ -41,8 +40,7 @@ def pad_sequences(
 ) -> PaddedBatch:
     """Pad prompts (each followed by its completion, if given) on the "left" or "right".
 
-    Generation needs left padding, the update right padding; both start from the tensors that
-    `Processing` made once.
+    Generation needs left padding, the update right padding; both start from the tensors that `Processing` made once.
     """
     rows, kinds = [], []
     for index, prompt in enumerate(prompts):
@@ -72,9 +70,7 @@ class UpdateRow:
     advantage: float
 
 
-def micro_batch(
-    prompts: Sequence[Prompt], rows: Sequence[UpdateRow], device: torch.device
-) -> MicroBatch:
+def micro_batch(prompts: Sequence[Prompt], rows: Sequence[UpdateRow], device: torch.device) -> MicroBatch:
     """Rows, those of a prompt adjacent, as padded tensors."""
     used = sorted({row.prompt for row in rows})
     completions = [row.completion for row in rows]
@@ -95,10 +91,7 @@ def micro_batch(
 
 
 def split_by_tokens(
-    prompt_length_P: Sequence[int],
-    prompt_index_B: Sequence[int],
-    length_B: Sequence[int],
-    budget: int,
+    prompt_length_P: Sequence[int], prompt_index_B: Sequence[int], length_B: Sequence[int], budget: int
 ) -> list[list[int]]:
     """Rows of each micro-batch so that prompts and completions stay within `budget` tokens.
 
@@ -143,9 +136,7 @@ class StepTable:
 
     def advantages(self, section: AdvantageSection) -> AdvantageLevels:
         """Advantages of the whole step by the rule that the config names."""
-        return advantage.levels(
-            section.rule, self.reward_PG, self.success_PG, self.length_PG, **section.settings
-        )
+        return advantage.levels(section.rule, self.reward_PG, self.success_PG, self.length_PG, **section.settings)
 
 
 @dataclass(frozen=True)
@@ -208,9 +199,7 @@ def plan_update(
     return plan
 
 
-def _cut(
-    cells: Sequence[tuple[int, int]], table: StepTable, update: UpdateSection
-) -> list[list[int]]:
+def _cut(cells: Sequence[tuple[int, int]], table: StepTable, update: UpdateSection) -> list[list[int]]:
     """Indices into `cells`, (group, completion) pairs, of each micro-batch."""
     group_of = [p for p, _ in cells]
     if update.micro_batch_tokens is None:

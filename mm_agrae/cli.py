@@ -58,8 +58,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="mm-agrae",
-        description="Train vision-language and text models to reason, by GRPO with A-GRAE.",
+        prog="mm-agrae", description="Train vision-language and text models to reason, by GRPO with A-GRAE."
     )
     parser.add_argument("--version", action="version", version=f"mm-agrae {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -77,9 +76,7 @@ def _parser() -> argparse.ArgumentParser:
 
     argument = add(_train, "train from a config")
     add_config(argument)
-    argument(
-        "--overwrite", action="store_true", help="delete the run folder first if it holds a run"
-    )
+    argument("--overwrite", action="store_true", help="delete the run folder first if it holds a run")
     argument("--plan", action="store_true", help="print the plan and stop")
 
     argument = add(_eval, "pass@k of one or more checkpoints")
@@ -119,9 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     argument = add(_doctor, "what this machine has, and what a config needs")
     add_config(argument, nargs="?")
     argument("--gpus", type=int, help="plan for this many (default: those found here)")
-    argument(
-        "--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)"
-    )
+    argument("--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)")
     argument("--fsdp2", action="store_true", help="the model sharded over the GPUs")
     return parser
 
@@ -149,9 +144,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
         rows = len(load_all(config.data.train, on_bad_row=config.data.on_bad_row))
         Reporter().table(
-            f"Plan of {config.run_dir}",
-            ["what", "how much"],
-            [list(line) for line in configs.plan(config, rows)],
+            f"Plan of {config.run_dir}", ["what", "how much"], [list(line) for line in configs.plan(config, rows)]
         )
         return 0
     from mm_agrae.trainer import Trainer
@@ -228,11 +221,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 
     config = _load(arguments.config, arguments.overrides)
     path = write_samples(
-        config,
-        split=arguments.split,
-        count=arguments.n,
-        completions=arguments.completions,
-        out=Path(arguments.out),
+        config, split=arguments.split, count=arguments.n, completions=arguments.completions, out=Path(arguments.out)
     )
     print(path)
     return 0
@@ -270,9 +259,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "mm_agrae_demo"):
             raise
-        raise ConfigError(
-            f"demo: {error.name} is not installed; run pip install 'mm-agrae[demo]'"
-        ) from None
+        raise ConfigError(f"demo: {error.name} is not installed; run pip install 'mm-agrae[demo]'") from None
     launch(settings)
     return 0
 
@@ -325,9 +312,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
     config = _load(arguments.config, arguments.overrides)
-    problems = examine(
-        config, gpus=arguments.gpus, gpu_memory=arguments.gpu_memory, sharded=arguments.fsdp2
-    )
+    problems = examine(config, gpus=arguments.gpus, gpu_memory=arguments.gpu_memory, sharded=arguments.fsdp2)
     return int(problems > 0)
 
 

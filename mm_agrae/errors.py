@@ -1,7 +1,6 @@
 """The errors a user can cause. Each message names the file, row or setting and says what to do.
 
-Anything else that escapes is a bug of ours and keeps its traceback; the command line
-prints these as one line.
+Anything else that escapes is a bug of ours and keeps its traceback; the command line prints these as one line.
 """
 
 import difflib

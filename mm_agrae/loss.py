@@ -37,10 +37,9 @@ Arguments of `policy_loss`:
                        entropy_coef > 0: the bonus is entropy_coef · mean over the step's tokens
     sampler_weight_BT  see `sampler_weight`; scales the surrogate, not the KL penalty
 
-The denominators count the whole optimiser step, over all ranks and micro-batches (`Denominator`),
-so the losses of the micro-batches ADD UP to that of the step, however it is cut. Sum over
-micro-batches and ranks; where gradients are averaged over ranks (DDP, FSDP), multiply by the number
-of ranks.
+The denominators count the whole optimiser step, over all ranks and micro-batches (`Denominator`), so the losses of the
+micro-batches ADD UP to that of the step, however it is cut. Sum over micro-batches and ranks; where gradients are
+averaged over ranks (DDP, FSDP), multiply by the number of ranks.
 
 Equal to TRL 1.16 (`tests/test_loss_trl.py`), with these correspondences:
 
@@ -79,9 +78,7 @@ class Denominator:
 
     def __post_init__(self) -> None:
         if self.completions < 1 or self.max_new_tokens < 1 or self.tokens < 0:
-            raise ValueError(
-                f"{self}: completions and max_new_tokens must be at least 1, tokens at least 0"
-            )
+            raise ValueError(f"{self}: completions and max_new_tokens must be at least 1, tokens at least 0")
 
 
 @dataclass(frozen=True)
@@ -146,9 +143,7 @@ def policy_loss(
     # Bounded because a negative advantage leaves large ratios unclipped, and exp overflows.
     log_ratio_BT = (logp_BT - old_logp_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio_BT = torch.exp(kind.log_ratio(log_ratio_BT, length_B1))
-    token_loss_BT, clipped_low_BT, clipped_high_BT = kind.surrogate(
-        ratio_BT, advantage_B1, logp_BT, low, high
-    )
+    token_loss_BT, clipped_low_BT, clipped_high_BT = kind.surrogate(ratio_BT, advantage_B1, logp_BT, low, high)
     if sampler_weight_BT is not None:
         token_loss_BT = token_loss_BT * kept(sampler_weight_BT.detach())
     sums = {
@@ -263,9 +258,7 @@ def _clipped(ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: f
     return loss, (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
 
 
-def _clipped_weight(
-    ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float
-) -> _Surrogate:
+def _clipped_weight(ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> _Surrogate:
     """CISPO: −detach(clip(ρ)) · A · log π. Every token has a gradient, of bounded weight."""
     loss = -ratio.clamp(low, high).detach() * advantage * logp
     return loss, ratio < low, ratio > high
@@ -309,9 +302,7 @@ LOSSES: dict[str, Loss] = {
 }
 
 
-def _loss_and_bounds(
-    name: str, clip_low: float | None, clip_high: float | None
-) -> tuple[Loss, float, float]:
+def _loss_and_bounds(name: str, clip_low: float | None, clip_high: float | None) -> tuple[Loss, float, float]:
     """The loss, and the least and the largest ρ that is not clipped."""
     if name not in LOSSES:
         raise ValueError(f"unknown loss {name!r}; valid: {', '.join(LOSSES)}")
@@ -324,11 +315,7 @@ def _loss_and_bounds(
 
 
 def _check(
-    logp_BT: Tensor,
-    advantage_B: Tensor,
-    kl_coef: float,
-    entropy_coef: float,
-    **tensors: Tensor | None,
+    logp_BT: Tensor, advantage_B: Tensor, kl_coef: float, entropy_coef: float, **tensors: Tensor | None
 ) -> None:
     if kl_coef and tensors["ref_logp_BT"] is None:
         raise ValueError(f"kl_coef = {kl_coef} needs ref_logp_BT")
@@ -340,6 +327,4 @@ def _check(
     for name, tensor in {**tensors, "advantage_B": advantage_B}.items():
         expected = shape[:1] if name == "advantage_B" else shape
         if tensor is not None and tensor.shape != expected:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, but logp_BT has {list(shape)}"
-            )
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, but logp_BT has {list(shape)}")

@@ -35,18 +35,13 @@ if TYPE_CHECKING:
 class Updater:
     """Owns optimiser and schedule, and takes the optimiser steps of one rollout after another.
 
-    `exact_engine` says that sampling log-probabilities are the policy's own, so that no importance
-    weights are needed.
+    `exact_engine` says that sampling log-probabilities are the policy's own, so that no importance weights are needed.
     """
 
-    def __init__(
-        self, context: RunContext, policy: Policy, *, total_steps: int, exact_engine: bool
-    ):
+    def __init__(self, context: RunContext, policy: Policy, *, total_steps: int, exact_engine: bool):
         self.config, self.reporter, self.policy = context.config, context.reporter, policy
         self.processes, self.strategy = context.processes, context.processes.strategy
-        optimizer, self.scheduler = _optimizer(
-            self.config, policy, self.processes.device, total_steps
-        )
+        optimizer, self.scheduler = _optimizer(self.config, policy, self.processes.device, total_steps)
         self.module, self.optimizer = self.strategy.prepare(policy, optimizer)
         self.bad_gradients = self.bad_in_a_row = 0
         self._exact_engine = exact_engine
@@ -96,9 +91,7 @@ class Updater:
             if update.kl_coef > 0:
                 batch.ref_logp_BT = self.policy.reference_logprobs(batch)
 
-    def backward(
-        self, batch: MicroBatch, denominator: losses.Denominator, totals: UpdateTotals
-    ) -> None:
+    def backward(self, batch: MicroBatch, denominator: losses.Denominator, totals: UpdateTotals) -> None:
         update = self.config.update
         logp_BT, entropy_BT = self.module(batch)
         weight = self._sampler_weight(batch, logp_BT)
@@ -160,9 +153,7 @@ class Updater:
         return norm
 
 
-def _optimizer(
-    config: Config, policy: Policy, device: torch.device, total_steps: int
-) -> tuple[Any, Any]:
+def _optimizer(config: Config, policy: Policy, device: torch.device, total_steps: int) -> tuple[Any, Any]:
     from transformers import get_scheduler
 
     update, prompts = config.update, config.rollout.prompts_per_step
@@ -269,10 +260,7 @@ def one_line(values: dict[str, float], step: int, total_steps: int) -> str:
 
 
 def rollout_records(
-    step: int,
-    groups: Sequence[Group],
-    levels: AdvantageLevels,
-    store_image: Callable[[Image], str],
+    step: int, groups: Sequence[Group], levels: AdvantageLevels, store_image: Callable[[Image], str]
 ) -> list[RolloutRecord]:
     """One record per completion, with the advantages before and after each level."""
     records = []

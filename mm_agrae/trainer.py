@@ -52,24 +52,16 @@ class Trainer:
         torch.manual_seed(derive_seed(config.train.seed, "start"))
         self.run = RunFolder(config.run_dir)
         self.stopwatch = metrics.Stopwatch(self._note)
-        self.stop = StopRequest(
-            lambda: self.reporter.say("stopping after this step; once more to stop at once")
-        )
+        self.stop = StopRequest(lambda: self.reporter.say("stopping after this step; once more to stop at once"))
         self.steps_done = 0
         self.tokens_seen = 0
         self._load_data()
         self._load_model()
         context = RunContext(config, self.processes, self.run, self.reporter, self.stopwatch)
-        self.updater = Updater(
-            context, self.policy, total_steps=self.total_steps, exact_engine=self.engine.exact
-        )
+        self.updater = Updater(context, self.policy, total_steps=self.total_steps, exact_engine=self.engine.exact)
         self.collector = Collector(context, self.task, self.processing, self.policy, self.engine)
         self.checkpointer = Checkpointer(
-            context,
-            self.policy,
-            self.processing,
-            optimizer=self.updater.optimizer,
-            scheduler=self.updater.scheduler,
+            context, self.policy, self.processing, optimizer=self.updater.optimizer, scheduler=self.updater.scheduler
         )
         if (state := self.checkpointer.restore()) is not None:
             self._load_state(state)
@@ -94,9 +86,7 @@ class Trainer:
     def _load_model(self) -> None:
         """Processing, policy (sharded if asked for) and rollout engine."""
         config, model = self.config, self.config.model
-        self.processing = Processing(
-            model.path, config.prompt, trust_remote_code=model.trust_remote_code
-        )
+        self.processing = Processing(model.path, config.prompt, trust_remote_code=model.trust_remote_code)
         how = self.processing.describe()
         self.reporter.table(f"Prompts for {model.path}", ["what", "how"], how)
         self.policy = Policy(
@@ -119,8 +109,7 @@ class Trainer:
             self.processing,
             config.rollout,
             batch_completions=config.rollout.batch_completions,
-            max_tokens=config.prompt.max_tokens
-            + max(config.rollout.max_new_tokens, config.evaluate.max_new_tokens),
+            max_tokens=config.prompt.max_tokens + max(config.rollout.max_new_tokens, config.evaluate.max_new_tokens),
         )
 
     # ------------------------------------------------------------------ the run
@@ -129,10 +118,9 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Evaluate, take every step that is left, evaluate again. Returns the run's summary.
 
-        SIGINT and SIGTERM end the run after the present step, with a checkpoint; a second one
-        ends it at once. An error midway (a bad row, a full disk, an engine that breaks down)
-        leaves the records of all steps done and, if the disk allows, a checkpoint of the last
-        whole step.
+        SIGINT and SIGTERM end the run after the present step, with a checkpoint; a second one ends it at once. An
+        error midway (a bad row, a full disk, an engine that breaks down) leaves the records of all steps done and, if
+        the disk allows, a checkpoint of the last whole step.
         """
         started_at_the_end = self.steps_done == self.total_steps
         with contextlib.ExitStack() as stack:
@@ -149,12 +137,8 @@ class Trainer:
             if self.checkpointer.saved_step != self.steps_done:
                 self.save()
             if self._stop_everywhere():
-                self.reporter.say(
-                    f"stopped after step {self.steps_done}; the same command goes on from there"
-                )
-            elif self.config.evaluate.after and not (
-                started_at_the_end and self._evaluated("after")
-            ):
+                self.reporter.say(f"stopped after step {self.steps_done}; the same command goes on from there")
+            elif self.config.evaluate.after and not (started_at_the_end and self._evaluated("after")):
                 self.evaluate("after")
             self.checkpointer.wait()
             self.collector.cache_path.unlink(missing_ok=True)
@@ -364,9 +348,7 @@ class Trainer:
         self.run.create(configs.dump(config), versions(), resume=config.resume != "never")
         self.run.rewind(self.steps_done)
         self.checkpointer.forget_after(self.steps_done)
-        logger = metrics.MetricLogger(
-            self.run, config.log.sinks, config.log.project, configs.public(config)
-        )
+        logger = metrics.MetricLogger(self.run, config.log.sinks, config.log.project, configs.public(config))
         stack.callback(logger.close)
         return logger
 

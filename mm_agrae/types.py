@@ -12,8 +12,7 @@ Shapes are written as suffixes of tensor names, with one legend for the whole pa
     V   vocabulary
     N   images
 
-so `reward_PG` holds one reward per completion and `logp_BT` one log-probability (nats) per
-completion token.
+so `reward_PG` holds one reward per completion and `logp_BT` one log-probability (nats) per completion token.
 """
 
 from __future__ import annotations
@@ -35,10 +34,9 @@ else:
 class Example:
     """One row of a task: a question, its gold answer, and how to grade it.
 
-    `<image>` markers in `question` say where the images go; without markers they come first.
-    `grading` are keyword arguments of `grading.accuracy.verify` (for instance
-    `{"kind": "choice", "choices": ["12", "15"]}`). `origin` names the file and row for error
-    messages. `meta` is copied into the rollout records.
+    `<image>` markers in `question` say where the images go; without markers they come first. `grading` are keyword
+    arguments of `grading.accuracy.verify` (for instance `{"kind": "choice", "choices": ["12", "15"]}`). `origin` names
+    the file and row for error messages. `meta` is copied into the rollout records.
     """
 
     id: str
@@ -54,10 +52,9 @@ class Example:
 class Prompt:
     """An Example made ready for the model, processed exactly once.
 
-    `token_ids` [S] are unpadded, with every image placeholder expanded to the number of tokens
-    the vision tower yields for it. `pixel_values` and `image_grid_thw` are as the processor
-    returns them (None for a text prompt); the same tensors serve rollout and update.
-    `images` are the decoded RGB images after resizing, kept for the rollout record.
+    `token_ids` [S] are unpadded, with every image placeholder expanded to the number of tokens the vision tower yields
+    for it. `pixel_values` and `image_grid_thw` are as the processor returns them (None for a text prompt); the same
+    tensors serve rollout and update. `images` are the decoded RGB images after resizing, kept for the rollout record.
     """
 
     example: Example
@@ -76,9 +73,8 @@ class Prompt:
 class Completion:
     """What the policy generated for one prompt.
 
-    `token_ids` include the end-of-sequence token when there is one. `logprobs` are the
-    sampling log-probabilities in nats, one per token, of the distribution sampled from
-    (temperature applied). `finish_reason` is "stop" or "length".
+    `token_ids` include the end-of-sequence token when there is one. `logprobs` are the sampling log-probabilities in
+    nats, one per token, of the distribution sampled from (temperature applied). `finish_reason` is "stop" or "length".
     """
 
     token_ids: tuple[int, ...]
@@ -92,9 +88,8 @@ class Completion:
 class Score:
     """The verdict on one completion.
 
-    `reward` is the weighted sum of `parts`; `success` says whether the final answer is correct.
-    `error` names the part that failed or timed out ("" if none); such a completion counts as
-    incorrect.
+    `reward` is the weighted sum of `parts`; `success` says whether the final answer is correct. `error` names the part
+    that failed or timed out ("" if none); such a completion counts as incorrect.
     """
 
     reward: float

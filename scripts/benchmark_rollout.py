@@ -58,9 +58,7 @@ def main() -> None:
 def benchmark(
     name: str, policy: Policy, processing: Processing, prompts: Any, options: argparse.Namespace
 ) -> tuple[float, ...]:
-    rollout = RolloutSection.model_validate(
-        {"engine": name, "vllm": {"servers": tuple(options.servers)}}
-    )
+    rollout = RolloutSection.model_validate({"engine": name, "vllm": {"servers": tuple(options.servers)}})
     sampling = SamplingSection(max_new_tokens=options.new_tokens)
     seeds = range(len(prompts))
     longest = max(map(len, prompts)) + options.new_tokens

@@ -227,11 +227,7 @@ def trl_steps(config: Config, folder: Path) -> Callable[[], None]:
         "images": List(Image()),
         "index": Value("int64"),
     })  # fmt: skip
-    parts = [
-        (weight, PARTS.get(name) or load_object(name))
-        for name, weight in config.reward.parts.items()
-        if weight
-    ]
+    parts = [(weight, PARTS.get(name) or load_object(name)) for name, weight in config.reward.parts.items() if weight]
 
     def reward(completions: list[Any], index: list[int], **_: Any) -> list[float]:
         values = []
@@ -262,9 +258,7 @@ def trl_steps(config: Config, folder: Path) -> Callable[[], None]:
         disable_tqdm=True,
         seed=config.train.seed,
     )
-    model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-        config.model.path, dtype=torch.float32
-    )
+    model: Any = transformers.AutoModelForImageTextToText.from_pretrained(config.model.path, dtype=torch.float32)
     trainer: Any = GRPOTrainer(
         model=model,
         reward_funcs=reward,
@@ -275,9 +269,7 @@ def trl_steps(config: Config, folder: Path) -> Callable[[], None]:
     trainer.create_optimizer_and_scheduler(arguments.max_steps)
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.train()
-    batches = itertools.chain.from_iterable(
-        trainer.get_train_dataloader() for _ in itertools.count()
-    )
+    batches = itertools.chain.from_iterable(trainer.get_train_dataloader() for _ in itertools.count())
 
     compute_loss = trainer._compute_loss
 
@@ -290,9 +282,7 @@ def trl_steps(config: Config, folder: Path) -> Callable[[], None]:
         pairs = zip(inputs["prompt_ids"], inputs["prompt_mask"], strict=True)
         if strange := [ids for ids, mask in pairs if tuple(ids[mask.bool()].tolist()) not in shown]:
             raise RuntimeError(f"TRL's prompt of {len(strange[0])} tokens is none of ours")
-        print(
-            f"prompts of {int(inputs['prompt_mask'].sum(-1).float().mean())} tokens on both sides"
-        )
+        print(f"prompts of {int(inputs['prompt_mask'].sum(-1).float().mean())} tokens on both sides")
         trainer._compute_loss = compute_loss
         return compute_loss(model, inputs)
 

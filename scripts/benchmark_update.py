@@ -140,9 +140,7 @@ def compare(
         mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
         hidden = hf.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **images)
         hidden_NH = hidden.last_hidden_state[:, prompt - 1 : -1].flatten(0, 1)
-        logp_N, entropy_N = head_logprobs(
-            hf.get_output_embeddings(), hidden_NH, batch.token_BT.flatten()
-        )
+        logp_N, entropy_N = head_logprobs(hf.get_output_embeddings(), hidden_NH, batch.token_BT.flatten())
         loss(logp_N.view_as(batch.mask_BT), entropy_N.view_as(batch.mask_BT)).backward()
 
     def theirs() -> None:
@@ -213,10 +211,7 @@ def build(options: argparse.Namespace, kind: str, tuning: str) -> Any:
     text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
     config: Any
     if kind == "vl":
-        text["rope_parameters"]["mrope_section"] = [
-            half - 2 * (half * 3 // 8),
-            *[half * 3 // 8] * 2,
-        ]
+        text["rope_parameters"]["mrope_section"] = [half - 2 * (half * 3 // 8), *[half * 3 // 8] * 2]
         config = hf.Qwen2_5_VLConfig(
             text_config=text, vision_config=preset["vision"], tie_word_embeddings=True,
             image_token_id=IMAGE, video_token_id=7, vision_start_token_id=START,
@@ -290,9 +285,7 @@ def make_batch(options: argparse.Namespace, kind: str, prompt: int, response: in
         image: dict[str, Any] = {}
         if kind == "vl":
             height, width = image_size(prompt)
-            token_ids[1 : 3 + height * width] = torch.tensor(
-                [START, *[IMAGE] * height * width, END]
-            )
+            token_ids[1 : 3 + height * width] = torch.tensor([START, *[IMAGE] * height * width, END])
             grid = torch.tensor([[1, 2 * height, 2 * width]])
             values = 3 * 2 * preset["vision"]["patch_size"] ** 2
             image = {
@@ -311,9 +304,7 @@ def make_batch(options: argparse.Namespace, kind: str, prompt: int, response: in
     advantage_B = torch.randn(rows, generator=generator)
     index_B = torch.arange(options.prompts).repeat_interleave(options.group)
     device = torch.device(options.device)
-    batch = MicroBatch(
-        prompts, index_B, token_BT * mask_BT, mask_BT, advantage_B, torch.zeros(rows, response)
-    )
+    batch = MicroBatch(prompts, index_B, token_BT * mask_BT, mask_BT, advantage_B, torch.zeros(rows, response))
     for name in ("prompt_index_B", "token_BT", "mask_BT", "advantage_B", "sampling_logp_BT"):
         setattr(batch, name, getattr(batch, name).to(device))
     return batch
@@ -471,8 +462,7 @@ def print_row(row: dict[str, Any], header: bool) -> None:
     )
     if "repeated_s" in row:
         print(
-            f"  our own update with the prompt repeated: {row['repeated_s']:.2f} s, "
-            f"{row['repeated_mb']:.0f} MB",
+            f"  our own update with the prompt repeated: {row['repeated_s']:.2f} s, {row['repeated_mb']:.0f} MB",
             flush=True,
         )
     if "model_flops_utilisation" in row:

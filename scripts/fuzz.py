@@ -55,8 +55,7 @@ SCALARS = (
 VALUES = st.recursive(
     SCALARS,
     lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(TEXT | st.sampled_from(["path", "bytes"]), inner, max_size=4)
+        st.lists(inner, max_size=4) | st.dictionaries(TEXT | st.sampled_from(["path", "bytes"]), inner, max_size=4)
     ),
     max_leaves=8,
 )
@@ -87,9 +86,7 @@ def damaged_bytes(data: bytes) -> st.SearchStrategy[bytes]:
     near_start = st.integers(0, min(len(data), 2000))
     return (
         st.builds(lambda end: data[:end], offset)
-        | st.lists(st.tuples(near_start | offset, st.integers(0, 255)), min_size=1, max_size=8).map(
-            change
-        )
+        | st.lists(st.tuples(near_start | offset, st.integers(0, 255)), min_size=1, max_size=8).map(change)
         | st.builds(lambda at, piece: data[:at] + piece + data[at:], offset, st.binary(max_size=20))
         | st.binary(max_size=200)
     )
@@ -122,24 +119,12 @@ def _keys(values: Any, prefix: str = "") -> list[str]:
 
 
 KEYS = st.sampled_from(
-    [
-        *_keys(CONFIG),
-        "base",
-        "a",
-        "",
-        ".",
-        "model..path",
-        "data.train.-1",
-        "data.train.1",
-        "log.sinks",
-    ]
+    [*_keys(CONFIG), "base", "a", "", ".", "model..path", "data.train.-1", "data.train.1", "log.sinks"]
 )
 OVERRIDES = st.builds("{}={}".format, KEYS | TEXT, YAML | TEXT | SCALARS.map(str)) | TEXT
 PLAUSIBLE = st.sampled_from([1, 2, 8, 0, 0.5, 1.0, True, False, "auto", "x", "a/b", None, [], {}])
 REPLACEMENTS = st.lists(st.tuples(KEYS, PLAUSIBLE | VALUES), max_size=3)
-GOOD_OVERRIDES = st.sampled_from(
-    ["train.steps=3", "advantage.alpha=1", "model.path=x", "run_dir=r"]
-)
+GOOD_OVERRIDES = st.sampled_from(["train.steps=3", "advantage.alpha=1", "model.path=x", "run_dir=r"])
 
 
 def _config_text(replacements: list[tuple[str, Any]]) -> bytes:
@@ -167,9 +152,7 @@ CONFIG_FILES = (
     | YAML.map(str.encode)
     | damaged_bytes(GOOD_CONFIG)
 )
-CONFIGS = st.tuples(
-    CONFIG_FILES, st.lists(GOOD_OVERRIDES, max_size=2) | st.lists(OVERRIDES, max_size=2)
-)
+CONFIGS = st.tuples(CONFIG_FILES, st.lists(GOOD_OVERRIDES, max_size=2) | st.lists(OVERRIDES, max_size=2))
 
 
 def read_config(case: tuple[bytes, list[str]]) -> None:
@@ -215,8 +198,7 @@ OPTIONS = st.fixed_dictionaries(
     optional={
         "split": st.sampled_from(["", "train", "test"]) | SCALARS,
         "subset": st.sampled_from(["", "a"]) | SCALARS,
-        "columns": st.dictionaries(st.sampled_from(FIELDS), st.sampled_from(FIELDS) | VALUES)
-        | VALUES,
+        "columns": st.dictionaries(st.sampled_from(FIELDS), st.sampled_from(FIELDS) | VALUES) | VALUES,
         "where": st.dictionaries(st.sampled_from(FIELDS), VALUES, max_size=2) | VALUES,
         "grading": st.dictionaries(st.sampled_from(["kind", "choices", "tolerance"]), VALUES),
         "show_choices": st.booleans(),
@@ -227,9 +209,7 @@ OPTIONS = st.fixed_dictionaries(
         "samples": SCALARS,
     },
 )
-NAMES = st.sampled_from(
-    ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "d/train.jsonl", "d/dataset_info.json"]
-)
+NAMES = st.sampled_from(["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "d/train.jsonl", "d/dataset_info.json"])
 
 
 def _table(name: str, rows: list[Any]) -> bytes:
@@ -323,9 +303,7 @@ def read_answer(case: tuple[str, str, str, list[str], bool]) -> None:
     assert found is None or isinstance(found, str)
     final_answer(gold)
     follows_format(completion)
-    correct = verify(
-        gold, completion, kind=kind, choices=choices, after_thinking=thinking, time_limit_s=0.5
-    )  # type: ignore[arg-type]
+    correct = verify(gold, completion, kind=kind, choices=choices, after_thinking=thinking, time_limit_s=0.5)  # type: ignore[arg-type]
     assert isinstance(correct, bool)
 
 
@@ -564,14 +542,10 @@ def with_atheris(target: str, cases: int) -> Tally:
             env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
         )
         if not report.exists():
-            return Tally(
-                faults={"crash": f"the process ended with {done.returncode}:\n{done.stderr}"}
-            )
+            return Tally(faults={"crash": f"the process ended with {done.returncode}:\n{done.stderr}"})
         tally = Tally(**json.loads(report.read_text()))
         if done.returncode:
-            tally.faults["crash"] = (
-                f"the process ended with {done.returncode}:\n{done.stderr[-2000:]}"
-            )
+            tally.faults["crash"] = f"the process ended with {done.returncode}:\n{done.stderr[-2000:]}"
         return tally
 
 

@@ -38,9 +38,7 @@ def main() -> None:
         if result.name in ("before", "after")
     }
     learnt = [
-        name
-        for name, sample in greedy["after"].items()
-        if sample["success"] and not greedy["before"][name]["success"]
+        name for name, sample in greedy["after"].items() if sample["success"] and not greedy["before"][name]["success"]
     ]
     name = arguments.example or max(learnt, key=lambda n: greedy["after"][n]["tokens"])
     draw(run, greedy["before"][name], greedy["after"][name], arguments.out)
@@ -56,11 +54,7 @@ def draw(run: RunFolder, before: dict, after: dict, out: Path) -> None:
         axes.axis("off")
     for height, title, sample in ((0.98, "before", before), (0.45, "after", after)):
         verdict = "correct" if sample["success"] else "incorrect"
-        text = "\n".join(
-            line
-            for part in sample["completion"].split("\n")
-            for line in textwrap.wrap(part, 78) or [""]
-        )
+        text = "\n".join(line for part in sample["completion"].split("\n") for line in textwrap.wrap(part, 78) or [""])
         right.text(0, height, f"{title} training: {verdict}", weight="bold", va="top",
                    color=COLOURS[sample["success"]], fontsize=10)  # fmt: skip
         right.text(0, height - 0.1, text, va="top", family="monospace", fontsize=9)

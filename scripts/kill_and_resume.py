@@ -40,9 +40,7 @@ STEPS = 5
 LIMIT_S = 600.0
 LORA = {"lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
 CELLS: dict[str, tuple[str, dict[str, Any]]] = {
-    f"{path}-{kind}": (path, model)
-    for path in ("vl", "text")
-    for kind, model in (("full", {}), ("lora", LORA))
+    f"{path}-{kind}": (path, model) for path in ("vl", "text") for kind, model in (("full", {}), ("lora", LORA))
 }
 
 
@@ -120,8 +118,7 @@ class Run:
                     [sys.executable, "-c", code, str(config), str(self.stage_path)],
                     stdout=file,
                     stderr=file,
-                    env=os.environ
-                    | {"PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), *sys.path])},
+                    env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "scripts"), *sys.path])},
                 )
             self.pid = self.process.pid
             return
@@ -242,9 +239,7 @@ def fingerprint(run_dir: Path) -> dict[str, Any]:
     from mm_agrae.run.folder import RunFolder
 
     def digest(value: Any) -> str:
-        return hashlib.sha256(
-            value if isinstance(value, bytes) else repr(value).encode()
-        ).hexdigest()
+        return hashlib.sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
 
     def plain(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -260,10 +255,7 @@ def fingerprint(run_dir: Path) -> dict[str, Any]:
     training = torch.load(folder / checkpoint.TRAINING_FILE, weights_only=True)
     run = RunFolder(run_dir)
     untimed = ("seconds/", "cpu_seconds/", "memory/", "mismatch/probe")
-    rows = [
-        {name: value for name, value in row.items() if not name.startswith(untimed)}
-        for row in run.read_metrics()
-    ]
+    rows = [{name: value for name, value in row.items() if not name.startswith(untimed)} for row in run.read_metrics()]
     results = [json.loads(result.to_json()) | {"seconds": 0} for result in run.read_evaluations()]
     weights = {n: s for n, s in state["sha256"].items() if n.endswith(".safetensors")}
     assert weights
@@ -285,15 +277,11 @@ def durations(run_dir: Path) -> dict[str, float]:
     from mm_agrae.run.folder import RunFolder
 
     rows = RunFolder(run_dir).read_metrics()
-    mean = {
-        stage: sum(row.get(f"seconds/{stage}", 0.0) for row in rows) / len(rows) for stage in STAGES
-    }
+    mean = {stage: sum(row.get(f"seconds/{stage}", 0.0) for row in rows) / len(rows) for stage in STAGES}
     return mean | {"evaluate": 0.3, "writing": mean["checkpoint"], "starting": 2.0}
 
 
-def one(
-    number: int, cell: str, stage: str, folder: Path, seconds: dict[str, float], fresh: bool
-) -> dict[str, Any]:
+def one(number: int, cell: str, stage: str, folder: Path, seconds: dict[str, float], fresh: bool) -> dict[str, Any]:
     """Kill and resume one run: its settings, the stages it was killed in, and its exit status."""
     rng = random.Random(number)
     background = stage == "writing" or (stage != "checkpoint" and rng.random() < 0.5)
@@ -306,9 +294,7 @@ def one(
             most = max(1, STEPS // every - 1)
         elif target in ("evaluate", "starting"):
             most = 1
-        hit = Run(folder, fresh=fresh).kill_in(
-            target, rng.randint(1, most), rng.random() * seconds[target]
-        )
+        hit = Run(folder, fresh=fresh).kill_in(target, rng.randint(1, most), rng.random() * seconds[target])
         if hit is None:
             break  # it had finished; the same command again must change nothing
         hits.append(hit)
@@ -324,18 +310,14 @@ def write_config(folder: Path, made: dict[str, Any]) -> None:
     (folder / "config.yaml").write_text(json.dumps(made))  # JSON is YAML
 
 
-def kill_and_resume(
-    runs: int, cells: Sequence[str], fresh_every: int, folder: Path
-) -> list[dict[str, Any]]:
+def kill_and_resume(runs: int, cells: Sequence[str], fresh_every: int, folder: Path) -> list[dict[str, Any]]:
     """The outcome of each run; `differs` names what is unequal to the uninterrupted run."""
     whole, seconds = {}, {}
     for cell in cells:
         cell_dir = folder / cell
         write_config(cell_dir, values(cell_dir / "run", *CELLS[cell], 1, False))
         if Run(cell_dir, fresh=False).finish() != 0:
-            raise RuntimeError(
-                f"the uninterrupted run failed:\n{(cell_dir / 'log.txt').read_text()}"
-            )
+            raise RuntimeError(f"the uninterrupted run failed:\n{(cell_dir / 'log.txt').read_text()}")
         whole[cell] = in_fork(fingerprint, cell_dir / "run")
         seconds[cell] = in_fork(durations, cell_dir / "run")
     found = []
@@ -366,9 +348,7 @@ def kill_and_resume(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--runs", type=int, default=50)
-    parser.add_argument(
-        "--fresh", type=int, default=5, help="every n-th run is a new interpreter, not a fork"
-    )
+    parser.add_argument("--fresh", type=int, default=5, help="every n-th run is a new interpreter, not a fork")
     parser.add_argument("--cells", nargs="+", choices=CELLS, default=list(CELLS))
     parser.add_argument("--out", type=Path, default=Path("runs/kill_and_resume.json"))
     parser.add_argument("--keep", type=Path, help="a folder for the runs (default: deleted)")
@@ -420,12 +400,7 @@ def preload() -> None:
     torch.set_num_threads(1)
     prepare()
     import peft  # noqa: F401
-    from transformers import (  # noqa: F401
-        AutoProcessor,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2ForCausalLM,
-    )
+    from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2ForCausalLM  # noqa: F401
 
 
 if __name__ == "__main__":

@@ -30,9 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", type=Path, help="a run folder")
     parser.add_argument("out", type=Path, help="the small run folder; replaced if it exists")
-    parser.add_argument(
-        "--steps", type=int, default=10, help="keep completions of at most this many steps"
-    )
+    parser.add_argument("--steps", type=int, default=10, help="keep completions of at most this many steps")
     parser.add_argument("--limit-kb", type=int, default=1000, help="keep fewer steps beyond this")
     arguments = parser.parse_args()
     try:

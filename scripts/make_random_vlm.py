@@ -109,12 +109,7 @@ def shape(size: str) -> dict[str, Any]:
 
 def make_processor(tokenizer_path: str) -> Any:
     """Qwen2.5-VL's processor around a Qwen2.5 tokenizer. Exits if it is another tokenizer."""
-    from transformers import (
-        AutoTokenizer,
-        Qwen2_5_VLProcessor,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-    )
+    from transformers import AutoTokenizer, Qwen2_5_VLProcessor, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     for token, expected in SPECIAL_IDS.items():

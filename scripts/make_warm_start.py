@@ -160,9 +160,7 @@ def every_number(figure: str) -> list[tuple[int, ...]]:
     return list(FIGURES[figure].numbers(5))
 
 
-def lesson(
-    task: SyntheticTask, index: int, rng: random.Random, images: float
-) -> tuple[list[Turn], Any]:
+def lesson(task: SyntheticTask, index: int, rng: random.Random, images: float) -> tuple[list[Turn], Any]:
     """One conversation and its image (or None).
 
     Naming and reading, of which the teacher is sure, train vision; they share a conversation with
@@ -315,17 +313,13 @@ def pixels(images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     count, height, width, _ = array.shape
     rows, columns, block = height // PATCH, width // PATCH, MERGE
     array = (array / 255 - MEAN) / STD
-    array = array.transpose(0, 3, 1, 2).reshape(
-        count, 3, rows // block, block, PATCH, columns // block, block, PATCH
-    )
+    array = array.transpose(0, 3, 1, 2).reshape(count, 3, rows // block, block, PATCH, columns // block, block, PATCH)
     array = array.transpose(0, 2, 5, 3, 6, 1, 4, 7)[..., None, :, :].repeat(2, axis=-3)
     patches = torch.from_numpy(array.reshape(count * rows * columns, -1))
     return patches, torch.tensor([[1, rows, columns]] * count)
 
 
-def batch(
-    rows: Sequence[tuple[Sequence[Turn], Any]], tokenizer: Any, left: bool = False
-) -> dict[str, torch.Tensor]:
+def batch(rows: Sequence[tuple[Sequence[Turn], Any]], tokenizer: Any, left: bool = False) -> dict[str, torch.Tensor]:
     """Model inputs of (turns, image) rows; `weights` on the replies alone.
 
     With `left`, the last reply is left open and the rows are padded on the left.
@@ -387,18 +381,14 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 40) * (1 - 0.97 * fade)
 
 
-def train(
-    model: Any, processor: Any, args: argparse.Namespace, steps: int, images: float, folder: Path
-) -> None:
+def train(model: Any, processor: Any, args: argparse.Namespace, steps: int, images: float, folder: Path) -> None:
     """AdamW over fresh samples, a share `images` of them with a image."""
     tokenizer = getattr(processor, "tokenizer", processor)
     task = SyntheticTask(size=10**9, seed=args.seed + 1)
     decay = [p for p in model.parameters() if p.dim() > 1]
     rest = [p for p in model.parameters() if p.dim() <= 1]
     optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}],
-        lr=args.lr,
-        betas=(0.9, 0.98),
+        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
     )
     model.train()
     rng = random.Random(args.seed)
@@ -453,22 +443,14 @@ def train_vision(tower: Any, width: int, args: argparse.Namespace) -> None:
     )
     params = [*tower.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
-    tasks = {
-        name: SyntheticTask(size=10**9, seed=args.seed + 2, families=[name]) for name in FAMILIES
-    }
+    tasks = {name: SyntheticTask(size=10**9, seed=args.seed + 2, families=[name]) for name in FAMILIES}
     loss_of = torch.nn.functional.cross_entropy
     started, running = time.time(), 0.0
     accuracy: dict[str, float] = defaultdict(float)
     for step in range(args.vision_steps):
         share = {"geometry": args.batch, "counting": args.batch // 8, "charts": args.batch // 8}
-        rows = {
-            name: [tasks[name].problem(step * count + k) for k in range(count)]
-            for name, count in share.items()
-        }
-        drawn = {
-            name: [problem.draw(state, 112) for problem, state in part]
-            for name, part in rows.items()
-        }
+        rows = {name: [tasks[name].problem(step * count + k) for k in range(count)] for name, count in share.items()}
+        drawn = {name: [problem.draw(state, 112) for problem, state in part] for name, part in rows.items()}
         patches, grid = pixels([image for part in drawn.values() for image, _ in part])
         features = tower(patches, grid_thw=grid).pooler_output.view(len(grid), 16, width)
         geometry, counting, charts = features.split(list(share.values()))
@@ -513,8 +495,7 @@ def progress(done: int, total: int, started: float, note: str) -> None:
     left = spent / done * (total - done)
     end = "\n" if done == total else ""
     sys.stderr.write(
-        f"\r[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} {note}, "
-        f"{spent:.0f} s, {left:.0f} s left  {end}"
+        f"\r[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} {note}, {spent:.0f} s, {left:.0f} s left  {end}"
     )
     sys.stderr.flush()
 
@@ -532,16 +513,9 @@ def sample(
         repeated = [row for row in part for _ in range(samples)]
         inputs = batch(repeated, tokenizer, left=True)
         out = model.generate(
-            **inputs,
-            do_sample=temperature > 0,
-            temperature=temperature or 1.0,
-            top_k=0,
-            top_p=1.0,
-            max_new_tokens=64,
+            **inputs, do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0, max_new_tokens=64
         )
-        texts = tokenizer.batch_decode(
-            out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         replies += [texts[k * samples : (k + 1) * samples] for k in range(len(part))]
     return replies
 
@@ -593,10 +567,7 @@ def measure(model: Any, tokenizer: Any, modality: str, problems: int, samples: i
     print(f"  groups of 8: none correct {none:.2f}, all correct {every:.2f}")
     if modality == "image":
         blank = Image.new("RGB", images[0].size, "white")
-        for name, others in (
-            ("blank", [blank] * problems),
-            ("swapped", images[1:] + images[:1]),
-        ):
+        for name, others in (("blank", [blank] * problems), ("swapped", images[1:] + images[:1])):
             print(f"  image {name}: pass@1 {solve(others, 4)[1].mean():.3f}")
 
 

@@ -104,9 +104,7 @@ def make_prompt(config: Any, processing: Processing, seed: int) -> Prompt:
         example=prompt.example,
         text=prompt.text,
         token_ids=torch.cat([prompt.token_ids, filler]),
-        mm_token_type_ids=None
-        if kinds is None
-        else torch.cat([kinds, torch.zeros(more, dtype=kinds.dtype)]),
+        mm_token_type_ids=None if kinds is None else torch.cat([kinds, torch.zeros(more, dtype=kinds.dtype)]),
         pixel_values=prompt.pixel_values,
         image_grid_thw=prompt.image_grid_thw,
         images=prompt.images,
@@ -118,9 +116,7 @@ def update(policy: Policy, prompts: list[Prompt], rows: int, length: int, config
     ones = torch.ones(rows, length, device=policy.device)
     batch = MicroBatch(
         prompts=prompts,
-        prompt_index_B=torch.arange(rows)
-        .div(group, rounding_mode="floor")
-        .clamp(max=len(prompts) - 1),
+        prompt_index_B=torch.arange(rows).div(group, rounding_mode="floor").clamp(max=len(prompts) - 1),
         token_BT=torch.randint(5, 100, (rows, length), device=policy.device),
         mask_BT=ones,
         advantage_B=torch.linspace(-1, 1, rows, device=policy.device),

@@ -39,9 +39,7 @@ def main() -> int:
         if not runs and not embedded_runs():
             runs = [make_run(Path(folder) / "quickstart")]
         with served(settings_for(runs, device="cpu")) as address, chromium() as browser:
-            sizes = [
-                save(arguments.out / f"{name}.png", png) for name, png in shots(browser, address)
-            ]
+            sizes = [save(arguments.out / f"{name}.png", png) for name, png in shots(browser, address)]
     print(f"{len(sizes)} images, {sum(sizes) / 1e6:.2f} MB, in {arguments.out}")
     if sum(sizes) > LIMIT_BYTES:
         print(f"error: more than {LIMIT_BYTES:,} bytes", file=sys.stderr)

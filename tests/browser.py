@@ -21,9 +21,7 @@ from typing import Any
 
 import pytest
 
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 MISSING = [
     name
     for name, there in {
@@ -67,18 +65,14 @@ def chromium() -> Iterator[Any]:
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=CHROMIUM, args=["--no-sandbox"], timeout=1000 * WAIT_S
-        )
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"], timeout=1000 * WAIT_S)
         try:
             yield browser
         finally:
             browser.close()
 
 
-def visit(
-    browser: Any, address: str, *, tab: str = "", size: dict[str, int] = DESK, dark: bool = False
-) -> Any:
+def visit(browser: Any, address: str, *, tab: str = "", size: dict[str, int] = DESK, dark: bool = False) -> Any:
     """A page in its own session, on the named tab.
 
     `page.asked` collects the hosts it made requests to, `page.errors` its JavaScript errors.
@@ -151,9 +145,7 @@ def set_number(page: Any, slider: str, value: float) -> None:
 
 def fits(page: Any) -> bool:
     """Whether nothing makes the page scroll sideways."""
-    return page.evaluate(
-        "() => document.scrollingElement.scrollWidth <= document.documentElement.clientWidth"
-    )
+    return page.evaluate("() => document.scrollingElement.scrollWidth <= document.documentElement.clientWidth")
 
 
 def low_contrast(page: Any, inside: str, least: float = 4.5) -> list[str]:

@@ -36,9 +36,7 @@ def assert_equal_up_to_rounding(ours: torch.Tensor, theirs: torch.Tensor, terms:
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
     largest = theirs.detach().abs().max().item()
-    torch.testing.assert_close(
-        ours, theirs, rtol=0, atol=terms * torch.finfo(theirs.dtype).eps * largest
-    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=terms * torch.finfo(theirs.dtype).eps * largest)
 
 
 def sampling(**settings) -> SamplingSection:
@@ -52,9 +50,7 @@ def processing(path: str, **settings) -> Processing:
 
 def policy(path: str, **settings) -> Policy:
     torch.manual_seed(0)
-    options = {
-        name: settings.pop(name) for name in ("temperature", "shared_prompt") if name in settings
-    }
+    options = {name: settings.pop(name) for name in ("temperature", "shared_prompt") if name in settings}
     return Policy(ModelSection(path=path, **settings), processing(path), **options)
 
 

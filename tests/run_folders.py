@@ -40,14 +40,7 @@ def metrics(step: int) -> dict[str, float]:
 
 
 def rollouts(
-    run: RunFolder,
-    step: int,
-    groups: int = 4,
-    size: int = 4,
-    *,
-    text: str = "so it is",
-    image: bool = True,
-    **special,
+    run: RunFolder, step: int, groups: int = 4, size: int = 4, *, text: str = "so it is", image: bool = True, **special
 ) -> list[RolloutRecord]:
     """Group p has p correct completions of `size`, modulo size + 1.
 
@@ -100,13 +93,7 @@ def make_run(path: Path, steps=(), **settings) -> RunFolder:
 
 
 def evaluate(
-    run: RunFolder,
-    name: str,
-    solved,
-    samples: int = 4,
-    label: str = "test",
-    text: str = "so",
-    full: bool = False,
+    run: RunFolder, name: str, solved, samples: int = 4, label: str = "test", text: str = "so", full: bool = False
 ) -> None:
     """`solved`: for each problem, how many of its samples are correct.
 

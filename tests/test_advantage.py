@@ -20,9 +20,7 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "advantages.json").read_
 
 def golden_settings(column: str, case: dict) -> tuple[str, dict]:
     rule = GOLDEN["rules"][column]
-    return rule["name"], {
-        key: case["alpha"] if value is None else value for key, value in rule["settings"].items()
-    }
+    return rule["name"], {key: case["alpha"] if value is None else value for key, value in rule["settings"].items()}
 
 
 @st.composite
@@ -53,9 +51,7 @@ def test_golden_cases(column, dtype, tolerance):
         )
         assert result.advantage_PG.dtype == dtype
         expected = torch.tensor(case["advantage"][column], dtype=torch.float64)
-        torch.testing.assert_close(
-            result.advantage_PG.double(), expected, rtol=tolerance, atol=tolerance * 1e-6
-        )
+        torch.testing.assert_close(result.advantage_PG.double(), expected, rtol=tolerance, atol=tolerance * 1e-6)
         assert result.omega == pytest.approx(case["omega"], rel=1e-6)
         if name != "agrae_released_code":
             assert result.rate_P.tolist() == pytest.approx(case["success_rate"], rel=1e-6)
@@ -136,9 +132,7 @@ def test_theorem_1_change_of_each_logit(name):
     a = compute(name, SUCCESS.double(), SUCCESS)[0]
     total_of_path = torch.zeros(6).double().index_add(0, SAMPLED, a)
     expected = 0.1 * (total_of_path - a.sum() * POLICY)
-    torch.testing.assert_close(
-        logit_change(POLICY, SAMPLED, a, eta=0.1), expected, rtol=1e-9, atol=1e-12
-    )
+    torch.testing.assert_close(logit_change(POLICY, SAMPLED, a, eta=0.1), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_theorem_1_an_unsampled_path_moves_only_if_the_sum_is_not_zero():
@@ -186,9 +180,7 @@ def test_ranks_agree_only_on_the_gathered_step():
     success = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]])
     reward = success.double()
     gathered = compute("agrae", reward, success)
-    by_rank = torch.cat(
-        [compute("agrae", reward[rows], success[rows]) for rows in ([0, 1], [2, 3])]
-    )
+    by_rank = torch.cat([compute("agrae", reward[rows], success[rows]) for rows in ([0, 1], [2, 3])])
     assert (gathered - by_rank).abs().max() > 0.05
     grpo = torch.cat([compute("grpo", reward[rows], success[rows]) for rows in ([0, 1], [2, 3])])
     torch.testing.assert_close(compute("grpo", reward, success), grpo)
@@ -217,9 +209,7 @@ def test_rewards_equal_but_for_rounding_give_exactly_zero(dtype):
 
 def test_a_small_but_real_spread_is_not_taken_for_rounding():
     reward = torch.tensor([[1.0, 1.0, 1.0, 0.999]])
-    assert compute("grpo", reward, None)[0].tolist() == pytest.approx(
-        [0.577, 0.577, 0.577, -1.732], abs=5e-3
-    )
+    assert compute("grpo", reward, None)[0].tolist() == pytest.approx([0.577, 0.577, 0.577, -1.732], abs=5e-3)
 
 
 # --------------------------------------------------------------------- input and settings
@@ -474,10 +464,6 @@ def test_module_loads_torch_alone():
         "print([m for m in ('transformers', 'vllm', 'gradio', 'datasets') if m in sys.modules])"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "[]"

@@ -12,9 +12,7 @@ from mm_agrae.batching import split_by_tokens
 
 @given(
     groups=st.lists(
-        st.tuples(st.integers(1, 50), st.lists(st.integers(0, 40), min_size=1, max_size=6)),
-        min_size=1,
-        max_size=6,
+        st.tuples(st.integers(1, 50), st.lists(st.integers(0, 40), min_size=1, max_size=6)), min_size=1, max_size=6
     ),
     budget=st.integers(1, 200),
 )

@@ -141,9 +141,7 @@ def test_doctor_looks_at_a_config(tmp_path):
 def test_a_second_file_overrides_the_first(tmp_path):
     (tmp_path / "c.yaml").write_text(configs.dump(run_config(tmp_path / "run")))
     (tmp_path / "over.yaml").write_text("advantage: {rule: dr_grpo}\n")
-    assert "dr_grpo / grpo" in command(
-        "train", tmp_path / "c.yaml", tmp_path / "over.yaml", "--plan"
-    )
+    assert "dr_grpo / grpo" in command("train", tmp_path / "c.yaml", tmp_path / "over.yaml", "--plan")
 
 
 @pytest.mark.parametrize(

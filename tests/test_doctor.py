@@ -63,9 +63,7 @@ def test_published_sizes(name):
 def type_of(found):
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    loader = (
-        AutoModelForImageTextToText if hasattr(found, "vision_config") else AutoModelForCausalLM
-    )
+    loader = AutoModelForImageTextToText if hasattr(found, "vision_config") else AutoModelForCausalLM
     return loader._model_mapping[type(found)].__name__
 
 
@@ -86,10 +84,7 @@ def test_weights_gradients_and_optimiser_are_exact(name, tmp_path):
     found = memory.estimate(config, size, device="cpu")
     assert found.update["gradients"] == sum(g.numel() * g.element_size() for g in gradients)
     moments = [
-        value
-        for state in optimizer.state.values()
-        for key, value in state.items()
-        if key.startswith("exp_avg")
+        value for state in optimizer.state.values() for key, value in state.items() if key.startswith("exp_avg")
     ]
     held = sum(m.numel() * m.element_size() for m in moments)
     assert found.always["optimiser (Adam)"] == held
@@ -104,11 +99,7 @@ def test_the_cache_is_exact(path, name, tmp_path):
     prompt = processing(path).prompt(examples(path, 1)[0])
     with torch.no_grad(), made.autocast():
         _, cache, *_ = engine(made)._prefill([prompt], 3)
-    held = sum(
-        part.numel() * part.element_size()
-        for layer in cache.layers
-        for part in (layer.keys, layer.values)
-    )
+    held = sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
     size = size_of(config)
     element = memory.kv_element_bytes(config, size)
     assert memory.kv_cache_bytes(size, 3, len(prompt), element) == held
@@ -224,9 +215,7 @@ def test_vllm_takes_its_share_asleep_or_not(tmp_path):
 def test_the_lora_variants_fit(name):
     size = None
     for gib in (24, 80):
-        config = configs.load(
-            PAPER / f"{name}.yaml", [str(PAPER.parent / "with" / f"lora_{gib}gb.yaml")]
-        )
+        config = configs.load(PAPER / f"{name}.yaml", [str(PAPER.parent / "with" / f"lora_{gib}gb.yaml")])
         size = size or size_of(config)
         assert size.rank == config.model.lora.rank
         found = memory.estimate(config, size, device_bytes=gib * doctor.GIB)
@@ -242,9 +231,7 @@ def test_suggestions_fit_and_none_is_superfluous():
     assert after.peak <= limit
 
     def peak(overrides):
-        changed = configs.load(
-            PAPER / "geometry3k_qwen2.5_vl_3b.yaml", ["rollout.engine=hf", *overrides]
-        )
+        changed = configs.load(PAPER / "geometry3k_qwen2.5_vl_3b.yaml", ["rollout.engine=hf", *overrides])
         return memory.estimate(changed, size_of(changed), processes=8).peak
 
     assert peak(changes) == after.peak
@@ -313,10 +300,7 @@ def test_a_folder_without_weights_and_one_with_a_shard_missing(capsys, tmp_path)
     assert "no *.safetensors" in report(capsys, run_config(tmp_path / "r", str(folder)))[1]
     index = {"weight_map": {"a": "model-00001.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert (
-        "model-00001.safetensors missing"
-        in report(capsys, run_config(tmp_path / "r", str(folder)))[1]
-    )
+    assert "model-00001.safetensors missing" in report(capsys, run_config(tmp_path / "r", str(folder)))[1]
     (folder / "config.json").write_text("{not json")
     assert report(capsys, run_config(tmp_path / "r", str(folder)))[0] >= 1
 
@@ -353,9 +337,7 @@ def test_shards_are_what_fsdp2_would_keep(name, tmp_path):
     in_layers = {id(p) for layer in layers_of(made) for p in layer.parameters()}
     rest = {p for p in made.model.parameters() if id(p) not in in_layers} - set(tower)
     assert size.root.bytes == total(rest)
-    assert size.layer.bytes == max(
-        total(set(layer.parameters()) - set(tower)) for layer in layers_of(made)
-    )
+    assert size.layer.bytes == max(total(set(layer.parameters()) - set(tower)) for layer in layers_of(made))
     found = memory.estimate(config, size, processes=2, device="cpu", sharded=True)
     assert found.always["weights"] == (size.weight_bytes - size.unsharded) // 2 + size.unsharded
     assert found.always["optimiser (Adam)"] == 4 * size.trainable
@@ -372,9 +354,7 @@ def test_full_tuning_of_7b_fits_only_if_it_is_spread(capsys):
     size = size_of(config)
     usable = memory.usable_bytes(80 * doctor.GIB)
     peaks = [
-        memory.estimate(
-            config, size, processes=8, device_bytes=80 * doctor.GIB, sharded=sharded
-        ).peak
+        memory.estimate(config, size, processes=8, device_bytes=80 * doctor.GIB, sharded=sharded).peak
         for sharded in (False, True)
     ]
     assert peaks[1] < usable < peaks[0]

@@ -72,12 +72,7 @@ class Sums:
 '''
 # Which file of the package each addition touches, and the tests that look at what is listed there.
 ADDITIONS = {"advantage.py": RULE, "loss.py": LOSS, "rewards/parts.py": REWARD}
-NEIGHBOURS = [
-    "tests/test_advantage.py",
-    "tests/test_loss.py",
-    "tests/config",
-    "tests/tasks/test_registry.py",
-]
+NEIGHBOURS = ["tests/test_advantage.py", "tests/test_loss.py", "tests/config", "tests/tasks/test_registry.py"]
 
 
 @pytest.fixture(scope="module")

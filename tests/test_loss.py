@@ -87,9 +87,7 @@ def test_clipped_tokens_have_no_gradient_but_in_cispo():
         assert (result.sums["clip_high"], result.sums["clip_low"]) == (1, 1)
     result = policy_loss("cispo", **common, clip_low=0.2, clip_high=0.2)
     (slope,) = gradient(result.loss, logp)
-    torch.testing.assert_close(
-        slope * -6, torch.tensor([[1.2, 0.8, 1.0], [-1.2, -0.8, -1.0]]).double()
-    )
+    torch.testing.assert_close(slope * -6, torch.tensor([[1.2, 0.8, 1.0], [-1.2, -0.8, -1.0]]).double())
     assert (result.sums["clip_high"], result.sums["clip_low"]) == (2, 2)
 
 
@@ -127,9 +125,7 @@ def test_kl_penalty_is_k3_and_its_gradient():
     (slope,) = gradient(result.loss, logp)
     torch.testing.assert_close(slope, 0.3 / 40 * (1 - torch.exp(ref - logp)).detach() * mask)
 
-    unbiased = policy_loss(
-        "dapo", logp_BT=logp, ref_logp_BT=ref, kl_coef=0.3, unbiased_kl=True, **common
-    )
+    unbiased = policy_loss("dapo", logp_BT=logp, ref_logp_BT=ref, kl_coef=0.3, unbiased_kl=True, **common)
     torch.testing.assert_close(unbiased.loss, result.loss)
     (slope,) = gradient(unbiased.loss, logp)
     torch.testing.assert_close(slope, 0.3 / 40 * (logp - ref).detach() * mask)
@@ -233,12 +229,7 @@ def test_sampler_weight_refuses(settings):
 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize(
-    "cut",
-    [
-        [[i] for i in range(8)],
-        [[0, 1, 2, 3], [4, 5, 6, 7]],
-        [[6, 1], [7, 0, 3], [], [5, 2, 4]],
-    ],
+    "cut", [[[i] for i in range(8)], [[0, 1, 2, 3], [4, 5, 6, 7]], [[6, 1], [7, 0, 3], [], [5, 2, 4]]]
 )
 def test_micro_batches_add_up_to_the_step(name, cut):
     """1×8, 8×1, ragged cuts in any order, an idle rank: one loss, one gradient, one statistic."""
@@ -317,16 +308,12 @@ def test_absurd_ratios_stay_finite(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_half_precision_is_worked_out_in_float32(dtype):
     step = {
-        key: value.detach().to(dtype) if value.is_floating_point() else value
-        for key, value in random_step().items()
+        key: value.detach().to(dtype) if value.is_floating_point() else value for key, value in random_step().items()
     }
     step["logp_BT"].requires_grad_()
     result = policy_loss("gspo", **step, denominator=STEP, kl_coef=0.1, entropy_coef=0.01)
     assert result.loss.dtype == torch.float32
-    exact = {
-        key: value.detach().double() if value.is_floating_point() else value
-        for key, value in step.items()
-    }
+    exact = {key: value.detach().double() if value.is_floating_point() else value for key, value in step.items()}
     expected = policy_loss("gspo", **exact, denominator=STEP, kl_coef=0.1, entropy_coef=0.01)
     torch.testing.assert_close(result.loss.double(), expected.loss, rtol=1e-5, atol=1e-6)
     assert gradient(result.loss, step["logp_BT"])[0].dtype == dtype

@@ -48,9 +48,7 @@ def checkpoint(tmp_path_factory):
     words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
-    ).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
     return folder
 
 
@@ -89,9 +87,7 @@ def batch(trainer, spread):
     rows, width = len(LENGTHS), max(LENGTHS)
     inputs = {
         "prompt_ids": torch.randint(2, VOCABULARY, (rows, max(PROMPT_LENGTHS))),
-        "prompt_mask": (
-            torch.arange(max(PROMPT_LENGTHS)) >= 4 - torch.tensor(PROMPT_LENGTHS)[:, None]
-        ).long(),
+        "prompt_mask": (torch.arange(max(PROMPT_LENGTHS)) >= 4 - torch.tensor(PROMPT_LENGTHS)[:, None]).long(),
         "completion_ids": torch.randint(2, VOCABULARY, (rows, width)),
         "completion_mask": (torch.arange(width) < torch.tensor(LENGTHS)[:, None]).long(),
         "advantages": torch.randn(rows),
@@ -132,9 +128,7 @@ def compare(trainer, inputs, name, **options):
     tokens = sum(LENGTHS)
     theirs = 0.0
     for part in micro_batches(inputs):
-        loss = trainer._compute_loss(
-            trainer.model, part | {"num_items_in_batch": torch.tensor(tokens)}
-        )
+        loss = trainer._compute_loss(trainer.model, part | {"num_items_in_batch": torch.tensor(tokens)})
         loss.backward()
         theirs += loss.item()
     expected = gradients(trainer)
@@ -175,12 +169,7 @@ CASES = {
     "dr_grpo": ({}, {"loss_type": "dr_grpo", "epsilon": 0.2}),
     "gspo": (
         {},
-        {
-            "loss_type": "grpo",
-            "importance_sampling_level": "sequence",
-            "epsilon": 3e-4,
-            "epsilon_high": 4e-4,
-        },
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
     ),
     "cispo": ({"clip_high": 0.5}, {"loss_type": "cispo", "epsilon_high": 1.5}),
 }
@@ -210,9 +199,7 @@ def test_on_policy(name, checkpoint, tmp_path):
 def test_with_kl_and_sampler_weight(name, unbiased_kl, checkpoint, tmp_path):
     """TRL scales k3 by ρ unless told otherwise; ours is GRPO's plain k3 unless told otherwise."""
     clip, theirs = CASES[name]
-    trainer = build_trainer(
-        checkpoint, tmp_path, beta=0.3, use_bias_correction_kl=unbiased_kl, **theirs
-    )
+    trainer = build_trainer(checkpoint, tmp_path, beta=0.3, use_bias_correction_kl=unbiased_kl, **theirs)
     # What TRL does for vLLM rollouts, which cannot be run here.
     trainer.use_vllm = True
     inputs = batch(trainer, spread=0.5)

@@ -39,9 +39,7 @@ def test_a_run_leaves_everything_behind(tmp_path, path):
     assert [row["step"] for row in rows] == [1, 2]
     for row in rows:
         assert 0 <= row["success/mean"] <= 1
-        assert row["groups/all_correct"] + row["groups/all_incorrect"] + row[
-            "groups/mixed"
-        ] == pytest.approx(1)
+        assert row["groups/all_correct"] + row["groups/all_incorrect"] + row["groups/mixed"] == pytest.approx(1)
         assert row["completions/correct"] == row["success/mean"] * 16
         assert row["policy/entropy"] > 0
         assert row["advantage/omega"] == pytest.approx(row["reward/mean"])
@@ -74,12 +72,7 @@ def test_a_run_leaves_everything_behind(tmp_path, path):
 @BOTH
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_transformers_loads_the_checkpoint_by_itself(tmp_path, path, lora):
-    trainer, _ = train(
-        tmp_path / "run",
-        path,
-        model=LORA if lora else {},
-        evaluate={"before": False, "after": False},
-    )
+    trainer, _ = train(tmp_path / "run", path, model=LORA if lora else {}, evaluate={"before": False, "after": False})
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
     folder = str(trainer.newest_checkpoint())
@@ -96,10 +89,7 @@ def test_transformers_loads_the_checkpoint_by_itself(tmp_path, path, lora):
             "mm_token_type_ids": prompt.mm_token_type_ids[None],
         }
     generated = model.generate(
-        **inputs,
-        do_sample=False,
-        max_new_tokens=16,
-        suppress_tokens=list(processing(path).forbidden_ids),
+        **inputs, do_sample=False, max_new_tokens=16, suppress_tokens=list(processing(path).forbidden_ids)
     )
     greedy = sampling(temperature=0.0, max_new_tokens=16)
     ours = trainer.engine.generate([prompt], 1, greedy, [0])[0][0]
@@ -122,9 +112,7 @@ def test_micro_batches_do_not_change_the_gradient(tmp_path, loss):
     """One step of plain SGD would show any difference; Adam with eps large is as good."""
     gradients = []
     for size in (16, 3, 1):
-        config = run_config(
-            tmp_path / str(size), update={"micro_batch_completions": size, "loss": loss}
-        )
+        config = run_config(tmp_path / str(size), update={"micro_batch_completions": size, "loss": loss})
         trainer = Trainer(config, Reporter(enabled=False))
         gradients.append(step_gradients(trainer))
     scale = max(g.abs().max().item() for g in gradients[0].values())
@@ -138,13 +126,7 @@ def step_gradients(trainer):
     captured = {}
 
     def capture():
-        captured.update(
-            {
-                n: p.grad.clone()
-                for n, p in trainer.policy.model.named_parameters()
-                if p.grad is not None
-            }
-        )
+        captured.update({n: p.grad.clone() for n, p in trainer.policy.model.named_parameters() if p.grad is not None})
         return 0.0
 
     trainer.updater.optimiser_step = capture
@@ -159,9 +141,7 @@ def step_gradients(trainer):
 def test_skipping_groups_without_signal_keeps_the_gradient(tmp_path):
     """An entropy coefficient too small to matter keeps every row in the update."""
     skipping = Trainer(run_config(tmp_path / "a"), Reporter(enabled=False))
-    keeping = Trainer(
-        run_config(tmp_path / "b", update={"entropy_coef": 1e-30}), Reporter(enabled=False)
-    )
+    keeping = Trainer(run_config(tmp_path / "b", update={"entropy_coef": 1e-30}), Reporter(enabled=False))
     a, b = step_gradients(skipping), step_gradients(keeping)
     scale = max(g.abs().max().item() for g in a.values())
     assert difference(a, b) < 1e-5 * scale
@@ -272,11 +252,7 @@ def test_a_reward_function_that_raises_is_counted_and_named(tmp_path):
         "    return 1.0\n"
     )
     part = f"{tmp_path / 'mine.py'}:reward"
-    train(
-        tmp_path / "run",
-        reward={"parts": {"accuracy": 1.0, part: 0.5}},
-        evaluate={"before": False, "after": False},
-    )
+    train(tmp_path / "run", reward={"parts": {"accuracy": 1.0, part: 0.5}}, evaluate={"before": False, "after": False})
     run = RunFolder(tmp_path / "run")
     records = [r for step in (1, 2) for r in run.read_rollouts(step)]
     raised = [r for r in records if r["error"]]
@@ -305,16 +281,13 @@ def test_a_run_folder_that_cannot_be_written(tmp_path):
 def test_images_encoded_in_a_step(tmp_path, model, update, expected):
     """An image goes through the vision tower once for all G completions and all passes."""
     # A rule that leaves no group out, so that every image is needed in the update.
-    config = run_config(
-        tmp_path / "run", model=model, update=update, advantage={"rule": "w_reinforce"}
-    )
+    config = run_config(tmp_path / "run", model=model, update=update, advantage={"rule": "w_reinforce"})
     trainer = Trainer(config, Reporter(enabled=False))
     # The checks at the start of a run encode a few images more.
     trainer.updater._sharing_checked = trainer.collector._mismatch_checked = True
     encoded = []
     trainer.policy.backbone.visual.register_forward_hook(
-        lambda module, arguments, options, output: encoded.append(len(options["grid_thw"])),
-        with_kwargs=True,
+        lambda module, arguments, options, output: encoded.append(len(options["grid_thw"])), with_kwargs=True
     )
     step_gradients(trainer)
     assert sum(encoded) == expected * config.rollout.prompts_per_step
@@ -323,9 +296,7 @@ def test_images_encoded_in_a_step(tmp_path, model, update, expected):
 def test_a_shared_prompt_that_computes_something_else_is_found_out(tmp_path, monkeypatch):
     from mm_agrae.model import shared_prompt
 
-    config = run_config(
-        tmp_path / "run", TEXT, advantage={"rule": "w_reinforce"}, evaluate={"before": False}
-    )
+    config = run_config(tmp_path / "run", TEXT, advantage={"rule": "w_reinforce"}, evaluate={"before": False})
     trainer = Trainer(config, Reporter(enabled=False))
     right = shared_prompt.hidden_states
     monkeypatch.setattr(shared_prompt, "hidden_states", lambda *a, **k: right(*a, **k) * 1.02)
@@ -364,9 +335,7 @@ def test_data_order_visits_every_row_once_an_epoch():
 @pytest.mark.parametrize("on_bad_row", ["skip", "error"])
 def test_a_row_that_the_engine_refuses(tmp_path, on_bad_row):
     """No completions, as from a server: another row takes its place, or the run ends."""
-    config = run_config(
-        tmp_path / "run", TEXT, data={"on_bad_row": on_bad_row}, evaluate={"before": False}
-    )
+    config = run_config(tmp_path / "run", TEXT, data={"on_bad_row": on_bad_row}, evaluate={"before": False})
     trainer = Trainer(config, Reporter(enabled=False))
     trainer.collector._mismatch_checked = True
     sample, refused = trainer.engine.generate, []

@@ -1,8 +1,7 @@
 """The advantage rules in other trainers.
 
-In: the rewards of a step, as TRL (`trl.py`) or verl (`verl.py`) hold them. Out: advantages. Begin
-with `trl.py`. Those trainers pass on nothing but rewards, so success is a reward above a threshold
-(`success_of`).
+In: the rewards of a step, as TRL (`trl.py`) or verl (`verl.py`) hold them. Out: advantages. Begin with `trl.py`. Those
+trainers pass on nothing but rewards, so success is a reward above a threshold (`success_of`).
 """
 
 from __future__ import annotations

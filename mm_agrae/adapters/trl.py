@@ -6,8 +6,7 @@
     )
     trainer.train()
 
-Everything but the advantages is TRL's: sampling, losses, logging, distribution. Needs TRL 1.16 (the
-extra `trl`).
+Everything but the advantages is TRL's: sampling, losses, logging, distribution. Needs TRL 1.16 (the extra `trl`).
 """
 
 from __future__ import annotations
@@ -42,15 +41,13 @@ class AGRAEGRPOTrainer(GRPOTrainer):
                        Not needed with one reward function, or if the rule does not use success
     success_threshold  a completion is correct if that function returns at least this
 
-    The advantages, in the loss and in the logged table of completions, are computed over a whole
-    generation batch (all processes) from the weighted sum of rewards that TRL logs. If a completion
-    has no reward (every function returned None) or no success, its prompt gets the advantage 0 and
-    does not count in ω. Logged besides TRL's metrics: agrae/omega, agrae/success,
-    agrae/unscored_prompts.
+    The advantages, in the loss and in the logged table of completions, are computed over a whole generation batch (all
+    processes) from the weighted sum of rewards that TRL logs. If a completion has no reward (every function returned
+    None) or no success, its prompt gets the advantage 0 and does not count in ω. Logged besides TRL's metrics:
+    agrae/omega, agrae/success, agrae/unscored_prompts.
 
-    Raises ValueError for unknown rules and settings, for a `success_from` that is missing or not a
-    reward function, and for TRL settings of its own advantage: scale_rewards,
-    multi_objective_aggregation.
+    Raises ValueError for unknown rules and settings, for a `success_from` that is missing or not a reward function,
+    and for TRL settings of its own advantage: scale_rewards, multi_objective_aggregation.
     """
 
     def __init__(
@@ -171,7 +168,5 @@ def _columns(names: list[str], functions: list[str], needed: bool) -> list[int]:
         )
     for name in names:
         if functions.count(name) != 1:
-            raise ValueError(
-                f"success_from={name!r} is not the name of one reward function; there are: {listed}"
-            )
+            raise ValueError(f"success_from={name!r} is not the name of one reward function; there are: {listed}")
     return [functions.index(name) for name in names]

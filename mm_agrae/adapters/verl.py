@@ -69,9 +69,7 @@ def token_advantages(
     reward_PG = reward_B[rows_PG]
     length_PG = (response_mask != 0).sum(dim=-1)[rows_PG]
     try:
-        advantage_PG = compute(
-            rule, reward_PG, success_of(reward_PG, threshold), length_PG, **fixed, **settings
-        )
+        advantage_PG = compute(rule, reward_PG, success_of(reward_PG, threshold), length_PG, **fixed, **settings)
     except ValueError as error:
         raise ValueError(_with_uid(str(error), list(groups))) from None
     warning = scale_warning(rule, settings, reward_PG)
@@ -106,9 +104,7 @@ def _verl_function(estimator: str) -> Callable[..., tuple[Tensor, Tensor]]:
         config: Any = None,
         **unused: Any,
     ) -> tuple[Tensor, Tensor]:
-        advantage_BT = token_advantages(
-            estimator, token_level_rewards, response_mask, index, config
-        )
+        advantage_BT = token_advantages(estimator, token_level_rewards, response_mask, index, config)
         return advantage_BT, advantage_BT  # as for verl's GRPO, the return is the advantage
 
     return estimate

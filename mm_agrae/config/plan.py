@@ -35,10 +35,7 @@ def plan(config: Config, train_rows: int, processes: int = 1) -> list[tuple[str,
             f"{prompts} prompts × {group} completions = {completions} on {processes} "
             f"process{'es' if processes > 1 else ''}",
         ),
-        (
-            "optimiser steps",
-            f"{optimiser_steps} a rollout ({policy}), {steps * optimiser_steps:,} in all",
-        ),
+        ("optimiser steps", f"{optimiser_steps} a rollout ({policy}), {steps * optimiser_steps:,} in all"),
         ("micro-batches", micro_batches),
         ("tokens", f"up to {tokens:,} sampled a step, {steps * tokens:,} in all"),
         ("rule and loss", f"{config.advantage.rule} / {update.loss}"),

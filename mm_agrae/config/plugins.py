@@ -31,8 +31,7 @@ def is_import_name(name: str) -> bool:
 def load_object(name: str) -> Any:
     """Import "package.module:Name" or "path/to/file.py:Name".
 
-    Raises ConfigError if there is no such file, module or name; other errors of the import pass
-    through.
+    Raises ConfigError if there is no such file, module or name; other errors of the import pass through.
     """
     where, _, attribute = name.rpartition(":")
     if where.endswith(".py"):
@@ -53,9 +52,7 @@ def load_object(name: str) -> Any:
     found = getattr(module, attribute, None)
     if not callable(found):
         names = [key for key, value in vars(module).items() if callable(value) and key[0] != "_"]
-        raise ConfigError(
-            f"{where} has no function or class {attribute!r}; it has {', '.join(names) or 'none'}"
-        )
+        raise ConfigError(f"{where} has no function or class {attribute!r}; it has {', '.join(names) or 'none'}")
     return found
 
 
@@ -78,9 +75,7 @@ def _file_module(path: Path) -> ModuleType:
     return module
 
 
-def check_arguments(
-    function: Callable[..., Any], arguments: Mapping[str, Any], filled_in: Sequence[str] = ()
-) -> None:
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any], filled_in: Sequence[str] = ()) -> None:
     """Check keyword arguments against the signature of a function or a constructor.
 
     `filled_in` are parameters that the caller sets. Raises ConfigError for an unknown name, a
@@ -110,9 +105,7 @@ def check_arguments(
             raise ConfigError(f"{key}: {problem} (got {first['input']!r})") from None
 
 
-def signature(
-    function: Callable[..., Any], resolve: bool = False
-) -> Mapping[str, inspect.Parameter]:
+def signature(function: Callable[..., Any], resolve: bool = False) -> Mapping[str, inspect.Parameter]:
     """Parameters of a function or a constructor, by name.
 
     `**options` of a constructor stand for the parameters of its base class. `resolve`: annotations

@@ -24,9 +24,8 @@ MAX_VALUES, MAX_DEPTH = 100_000, 50
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config and apply overrides: `key=value`, or further YAML files laid over it.
 
-    A file may build on another one: `base: other.yaml`, relative to itself. Sections are merged
-    key by key, anything else is replaced, by what comes later. Raises ConfigError naming the file
-    and the key.
+    A file may build on another one: `base: other.yaml`, relative to itself. Sections are merged key by key, anything
+    else is replaced, by what comes later. Raises ConfigError naming the file and the key.
     """
     values = _read(Path(path))
     for override in overrides:
@@ -125,9 +124,7 @@ def _hide(value: Any, name: str = "") -> Any:
 def apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(
-            f"override {override!r}: expected key=value, such as train.steps=10, or a YAML file"
-        )
+        raise ConfigError(f"override {override!r}: expected key=value, such as train.steps=10, or a YAML file")
     try:
         value = _number(_from_yaml(text)) if text else ""
     except yaml.YAMLError:
@@ -150,9 +147,7 @@ def _part(node: dict[str, Any] | list[Any], name: str, key: str) -> Any:
     if isinstance(node, dict):
         return name
     if not name.isdecimal() or int(name) >= len(node):
-        raise ConfigError(
-            f"override {key}: {name!r} is not an index of a list of {len(node)} (counted from 0)"
-        )
+        raise ConfigError(f"override {key}: {name!r} is not an index of a list of {len(node)} (counted from 0)")
     return int(name)
 
 

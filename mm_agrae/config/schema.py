@@ -20,8 +20,7 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 
 SECRET_NAME = re.compile(
-    r"(.*_)?(api_?key|access_?key|private_?key|secret|password|passwd|credentials?|token)",
-    re.IGNORECASE,
+    r"(.*_)?(api_?key|access_?key|private_?key|secret|password|passwd|credentials?|token)", re.IGNORECASE
 )
 URL_SECRET = re.compile(r"(\w://)[^/@\s]+@")
 
@@ -37,8 +36,7 @@ class LoraSection(Section):
     alpha: PositiveInt = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     parts: tuple[Literal["language", "vision", "merger", "head"], ...] = ("language",)
-    """Which parts of the model: language layers, vision tower, the merger between them, or the
-    vocabulary head."""
+    """Which parts of the model: language layers, vision tower, the merger between them, or the vocabulary head."""
     modules: tuple[str, ...] = ()
     """Names of linear layers inside those parts, such as q_proj. Empty: every linear layer."""
 
@@ -170,8 +168,7 @@ class MismatchSection(Section):
     warn_above: Annotated[float, Field(gt=0)] = 0.05
     """Mean difference (nats a token) above which the probe warns; bfloat16 gives about 0.01."""
     stop_above: Annotated[float, Field(gt=0)] = 0.5
-    """Mean difference above which the run stops: the engine holds other weights or sees other
-    images."""
+    """Mean difference above which the run stops: the engine holds other weights or sees other images."""
 
 
 class RolloutSection(SamplingSection):
@@ -215,8 +212,7 @@ class RolloutSection(SamplingSection):
             )
         if self.temperature == 0:
             raise ValueError(
-                "rollout.temperature is 0: greedy completions of a group are all the same and "
-                "carry no signal; use 1.0"
+                "rollout.temperature is 0: greedy completions of a group are all the same and carry no signal; use 1.0"
             )
         return self
 
@@ -250,9 +246,8 @@ class RewardSection(Section):
 
 
 class AdvantageSection(Section):
-    """Further keys are the rule's own settings (see `mm-agrae rules`): the keyword arguments of its
-    function in `advantage.py`, whose names and types are checked. One left out, or null, has the
-    rule's default."""
+    """Further keys are the rule's own settings (see `mm-agrae rules`): the keyword arguments of its function in
+    `advantage.py`, whose names and types are checked. One left out, or null, has the rule's default."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     rule: str = "agrae"
@@ -267,9 +262,7 @@ class AdvantageSection(Section):
         from mm_agrae import advantage
 
         if self.rule not in advantage.RULES:
-            raise ValueError(
-                f"advantage.rule is {self.rule!r}; {nearest(self.rule, advantage.RULES)}"
-            )
+            raise ValueError(f"advantage.rule is {self.rule!r}; {nearest(self.rule, advantage.RULES)}")
         accepted = advantage.accepted_settings(self.rule)
         everywhere = {key for rule in advantage.RULES for key in advantage.accepted_settings(rule)}
         for key in self.settings:
@@ -318,17 +311,14 @@ class UpdateSection(Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     max_bad_gradients: Annotated[int, Field(ge=0)] = 3
-    """An optimiser step whose gradient is not finite is left out; more than so many in a row end
-    the run."""
+    """An optimiser step whose gradient is not finite is left out; more than so many in a row end the run."""
 
     @model_validator(mode="after")
     def _check(self) -> UpdateSection:
         from mm_agrae.loss import LOSSES
 
         if self.loss not in LOSSES:
-            raise ValueError(
-                f"update.loss: {self.loss!r} is not valid; {nearest(self.loss, LOSSES)}"
-            )
+            raise ValueError(f"update.loss: {self.loss!r} is not valid; {nearest(self.loss, LOSSES)}")
         return self
 
 

@@ -106,9 +106,8 @@ def run(
 ) -> list[EvaluatedProblem]:
     """Sample and grade the examples of `task` at `indices`.
 
-    The seeds of a problem depend on `section.seed` and its index alone, so that checkpoints are
-    compared with the same random numbers. Raises DataError for a row that cannot be used, unless
-    `on_bad_row` is "skip".
+    The seeds of a problem depend on `section.seed` and its index alone, so that checkpoints are compared with the same
+    random numbers. Raises DataError for a row that cannot be used, unless `on_bad_row` is "skip".
     """
     problems: list[EvaluatedProblem] = []
     prompts: list[Prompt] = []
@@ -195,9 +194,7 @@ def _one_line(result: EvaluationResult) -> str:
     return f"{result.name}: {result.label}  " + "  ".join(parts)
 
 
-def _sample_record(
-    example: Example, number: int, completion: Completion, score: Score
-) -> SampleRecord:
+def _sample_record(example: Example, number: int, completion: Completion, score: Score) -> SampleRecord:
     return SampleRecord(
         example_id=example.id,
         sample=number,
@@ -256,10 +253,7 @@ def evaluate_checkpoints(
     config = load_config(config_path, overrides)
     if not config.data.evaluate:
         raise ConfigError(f"{config_path}: data.evaluate is empty; add data to evaluate on")
-    tasks = {
-        source.label: load(source, on_bad_row=config.data.on_bad_row)
-        for source in config.data.evaluate
-    }
+    tasks = {source.label: load(source, on_bad_row=config.data.on_bad_row) for source in config.data.evaluate}
     reporter = Reporter()
     run_folder = RunFolder(out).create(configs.dump(config), versions(), resume=True)
     results: list[EvaluationResult] = []
@@ -267,9 +261,7 @@ def evaluate_checkpoints(
         for name, path in zip(_names(models), paths, strict=True):
             processing, _, engine = build_engine(config, path)
             with contextlib.closing(engine):
-                results += evaluate_all(
-                    name, config, tasks, engine, processing, rewarder, run_folder, reporter
-                )
+                results += evaluate_all(name, config, tasks, engine, processing, rewarder, run_folder, reporter)
     for label in tasks:
         _table(reporter, label, [result for result in results if result.label == label])
     reporter.say(f"results and samples in {out}")

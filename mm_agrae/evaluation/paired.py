@@ -129,9 +129,7 @@ class SampleCache:
         """Raises RunFolderError if they were not kept or are damaged."""
         path = evaluation.folder.samples_path(evaluation.result)
         if path is None or not path.exists():
-            raise RunFolderError(
-                f"the samples of {evaluation.result.name} were not kept in {evaluation.folder.path}"
-            )
+            raise RunFolderError(f"the samples of {evaluation.result.name} were not kept in {evaluation.folder.path}")
         state = path.stat()
         stamp = (path, state.st_mtime_ns, state.st_size)
         with self._lock:

@@ -61,9 +61,7 @@ def pass_at_k_table(
     return dict(zip(ks, _intervals(values_PK, bootstrap, seed), strict=True))
 
 
-def paired_difference(
-    a_PN: np.ndarray, b_PN: np.ndarray, k: int, bootstrap: int = 2000, seed: int = 0
-) -> Interval:
+def paired_difference(a_PN: np.ndarray, b_PN: np.ndarray, k: int, bootstrap: int = 2000, seed: int = 0) -> Interval:
     """pass@k of b minus pass@k of a on the same problems, with its 95 % interval.
 
     Row p of both is problem p; the numbers of samples may differ. Pairing removes the variance

@@ -3,10 +3,9 @@ r"""Is the final answer of a completion correct?
     >>> verify("1/2", r"<think>a quarter, twice</think> It is \boxed{\dfrac{1}{2}}.")
     True
 
-`verify` finds the final answer (`extraction.py`), decides what kind of answer the gold one is, and
-compares the two (`equivalence.py`). It can be called from any thread with any text: text is never
-evaluated, and formulas that need sympy are compared in a worker process with a time and a memory
-limit, started on first use.
+`verify` finds the final answer (`extraction.py`), decides what kind of answer the gold one is, and compares the two
+(`equivalence.py`). It can be called from any thread with any text: text is never evaluated, and formulas that need
+sympy are compared in a worker process with a time and a memory limit, started on first use.
 
 In a process prepared by `prepare_worker` everything is compared in place: there the limits of the
 pool it belongs to apply.
@@ -90,8 +89,7 @@ def verify(
     gold = final_answer(gold).strip()
     question = (gold, kind, tuple(choices), Rules(tolerance, units))
     return gold != "" and any(
-        not _too_odd(answer, gold) and _is_correct_within(question, answer, time_limit_s)
-        for answer in answers
+        not _too_odd(answer, gold) and _is_correct_within(question, answer, time_limit_s) for answer in answers
     )
 
 
@@ -152,9 +150,7 @@ def _same_single_number(gold: str, answer: str, equal: _Equal) -> bool:
 
 _LETTERED = re.compile(r"\(?\s*([A-Za-z])\s*(?:\)\s*[.:,]?|[.:,](?!\d)|$)\s*(.*)", re.DOTALL)
 _LETTER_SPACE = re.compile(r"\(?\s*([A-Z])\s*\)?\s*(?:-|–|\s)\s*(.*)", re.DOTALL)
-_OPTION = re.compile(
-    r"^(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s+(?:is\s+)?|\w+\s*=)", re.IGNORECASE
-)
+_OPTION = re.compile(r"^(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|answer)\s+(?:is\s+)?|\w+\s*=)", re.IGNORECASE)
 _MORE = re.compile(r"(?:or|and|not)\b|[^\w\s$\\(\[]", re.IGNORECASE)
 
 

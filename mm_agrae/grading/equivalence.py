@@ -1,9 +1,8 @@
 r"""Do two written answers mean the same?
 
-`same` brings both to one notation (`notation.py`), takes them apart (lists, tuples, sets,
-intervals, matrices) and compares the leaves: as exact numbers with units (`quantities.py`), as
-text, and only if neither decides by `symbolic` (`formulas.py`), which the caller passes in.
-Everything else is plain string work.
+`same` brings both to one notation (`notation.py`), takes them apart (lists, tuples, sets, intervals, matrices) and
+compares the leaves: as exact numbers with units (`quantities.py`), as text, and only if neither decides by `symbolic`
+(`formulas.py`), which the caller passes in. Everything else is plain string work.
 """
 
 from __future__ import annotations
@@ -17,9 +16,7 @@ from mm_agrae.grading.quantities import Rules, based, number, quantity, same_qua
 
 Symbolic = Callable[[str, str, float | None], bool]
 
-_MATRIX = re.compile(
-    r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL
-)
+_MATRIX = re.compile(r"\\begin\{([pbB]?matrix|array)\}(?:\{[lcr| ]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL)
 _COMMA = r",(?!(?<=\d,)\d{3}(?!\d))"  # not the one of 1,234
 _BRACKETS = {"()", "[]", "(]", "[)"}
 
@@ -192,10 +189,7 @@ def _same_proportion(gold: list[str], answer: list[str], rules: Rules, symbolic:
     """2:3 against 4:6 or 2/3."""
     if len(gold) > 2 or len(answer) > 2 or not all(gold + answer):
         return False
-    g, a = (
-        rf"\frac{{{parts[0]}}}{{{parts[1]}}}" if len(parts) == 2 else parts[0]
-        for parts in (gold, answer)
-    )
+    g, a = (rf"\frac{{{parts[0]}}}{{{parts[1]}}}" if len(parts) == 2 else parts[0] for parts in (gold, answer))
     return _leaf(g, a, rules, symbolic)
 
 
@@ -209,9 +203,7 @@ def _compare(gold: str, answer: str, comma: str, rules: Rules, symbolic: Symboli
     g_kind, g_items = _structure(gold, comma)
     a_kind, a_items = _structure(answer, comma)
     if "," in "".join(g_items):  # pairs: a set of solutions, which may repeat one
-        g_items, a_items = (
-            list({compact(item): item for item in items}.values()) for items in (g_items, a_items)
-        )
+        g_items, a_items = (list({compact(item): item for item in items}.values()) for items in (g_items, a_items))
 
     def equal(g: str, a: str) -> bool:
         g, a = g.strip(), a.strip()

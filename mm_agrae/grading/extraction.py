@@ -73,9 +73,8 @@ def extract_answer(
       otherwise the formula or number at the end of the last sentence, or the only one in it. A
       completion that was cut off has no such end.
 
-    `after_thinking`: only text outside the reasoning section counts; if that is never closed there
-    is no answer. A closing tag alone ends a section that the prompt has opened; without any tag the
-    whole completion counts.
+    `after_thinking`: only text outside the reasoning section counts; if that is never closed there is no answer. A
+    closing tag alone ends a section that the prompt has opened; without any tag the whole completion counts.
 
     Time is linear in the text. Raises ValueError for an unknown place.
     """
@@ -203,20 +202,14 @@ _FORMULA = re.compile(
     re.DOTALL,
 )
 _NUMBER = r"[-−+]?\s?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:[.,]\d+)?(?:\s?/\s?\d+)?(?:\s?%|°)?"
-_LONE_NUMBER = re.compile(
-    rf"(?<![\w.,/^\\{{])(?=[-−+$€£.\d]){_NUMBER}(?![\w^/]*\d|[/^\\{{]|[a-eknt-z]\b)"
-)
-_SUM = re.compile(
-    rf"(?:^|[\s(])[$\d][\d\s.,+*/×x·()$%−-]*=\s*(?P<total>{_NUMBER})(?![\w.,/^]*\d|[/^\\])(?!.*\d)"
-)
+_LONE_NUMBER = re.compile(rf"(?<![\w.,/^\\{{])(?=[-−+$€£.\d]){_NUMBER}(?![\w^/]*\d|[/^\\{{]|[a-eknt-z]\b)")
+_SUM = re.compile(rf"(?:^|[\s(])[$\d][\d\s.,+*/×x·()$%−-]*=\s*(?P<total>{_NUMBER})(?![\w.,/^]*\d|[/^\\])(?!.*\d)")
 _OPERATOR = re.compile(r"[=^\\<>|{}_]|\d\s*[+*×·/−-]|[+*×·/]\s*\d")
 _GIVES = re.compile(
     r".*\b(?:is|are|was|were|be|equals?|equal to|it's|gives?|gets?|have|has)\b[\s:*_]*(?=\S)",
     re.IGNORECASE | re.DOTALL,
 )
-_HENCE = re.compile(
-    r"(?:therefore|thus|hence|so|then|finally|in conclusion)\b[\s,:]*", re.IGNORECASE
-)
+_HENCE = re.compile(r"(?:therefore|thus|hence|so|then|finally|in conclusion)\b[\s,:]*", re.IGNORECASE)
 _CHOSEN = re.compile(r"\(([A-J])\)|\b(?:[Oo]ption|[Cc]hoice)\s+\(?\**([A-J])\b")
 _INSTEAD = re.compile(r"[,(]\s*(?:and )?not\b|\b(?:rather than|instead of)\b")
 # "is not 5", "step 5", and a sentence that was cut off: "so there are 5 of"

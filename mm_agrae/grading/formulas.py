@@ -26,9 +26,7 @@ _HUGE = re.compile(
     r"|\)\s*\^\s*\{?\d{3,}|\d[eE]-?\d{4,}|\\binom\s*\{[^{}]*(?:\^|\d{6})|([|!_^&])(?:\s*\1){4}"
 )
 TO_DO = re.compile(r"\\(?:i*int|oint|sum|prod|lim)(?![a-z])")
-_NO_FORMULA = re.compile(
-    r"[^\x20-\x7e]|[#@?`\"]|^[^\w\\]*$|\\(?:def|newcommand|write|input|csname|catcode)(?![a-z])"
-)
+_NO_FORMULA = re.compile(r"[^\x20-\x7e]|[#@?`\"]|^[^\w\\]*$|\\(?:def|newcommand|write|input|csname|catcode)(?![a-z])")
 
 
 def no_formula(text: str) -> bool:
@@ -54,14 +52,10 @@ def _parse(text: str, real: bool) -> Any:
     from latex2sympy2_extended import latex2sympy2 as grammar
 
     # Decimals as fractions, so that 0.1 x is exactly x/10.
-    text = re.sub(
-        r"(\d*)\.(\d+)", lambda m: rf"(\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}})", text
-    )
+    text = re.sub(r"(\d*)\.(\d+)", lambda m: rf"(\frac{{{m[1]}{m[2]}}}{{1{'0' * len(m[2])}}})", text)
     text = re.sub(r"(\d+|\{[^{}]*\})\s*\^\\circ", r"(\\frac{\1 \\pi}{180})", text)
     text = re.sub(r"\\text\{([^{}]*)\}", r"\1", text)
-    cleaning = grammar.NormalizationConfig(
-        units=False, malformed_operators=True, nits=True, boxed="none"
-    )
+    cleaning = grammar.NormalizationConfig(units=False, malformed_operators=True, nits=True, boxed="none")
     try:
         return grammar.latex2sympy(
             grammar.normalize_latex(text, cleaning),

@@ -30,9 +30,7 @@ _TRANSLATE = str.maketrans("−–‐÷⁄∕∶，：（）％’", "---///:,:(
             for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
         },
         **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
-        **{
-            chr(0x1D7CE + place): str(place % 10) for place in range(50)
-        },  # bold, double-struck, ...
+        **{chr(0x1D7CE + place): str(place % 10) for place in range(50)},  # bold, double-struck, ...
         **dict.fromkeys("\u00a0\u2002\u2003\u2009\u202f", " "),
         # Invisible and harmless: soft hyphen, zero-width space and joiners, byte order mark.
         **dict.fromkeys("\u00ad\u200b\u200c\u200d\u2060\ufeff", ""),
@@ -60,9 +58,7 @@ _REWRITES = [
         (r"(?<=\d)(?:,\s*\\!|\{\s*,\s*\}|\\,)\s*(?=\d{3}(?!\d))", ""),  # marked thousands
         (r"\\!", ""),
         (
-            r"(?:(?<!\\)\\[,:;> ]|~|\s|\\(?:q?quad|displaystyle|textstyle|limits|phantom|hline)"
-            + _NOT_LETTER
-            + ")+",
+            r"(?:(?<!\\)\\[,:;> ]|~|\s|\\(?:q?quad|displaystyle|textstyle|limits|phantom|hline)" + _NOT_LETTER + ")+",
             " ",
         ),
         (r"\\[dtc]frac", r"\\frac"),

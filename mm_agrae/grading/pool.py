@@ -65,11 +65,7 @@ class WorkerPool:
     """
 
     def __init__(
-        self,
-        workers: int,
-        memory_limit_mb: int,
-        prepare: Callable[..., None],
-        prepare_args: Sequence[Any] = (),
+        self, workers: int, memory_limit_mb: int, prepare: Callable[..., None], prepare_args: Sequence[Any] = ()
     ):
         self._memory_limit_mb = memory_limit_mb
         self._start = partial(

@@ -142,9 +142,7 @@ _UNITS = {
     for name in names
 }
 _SHORTHAND = {"mph": "mile/hour", "kmh": "km/hour", "kph": "km/hour", "cc": "cm^3"}
-_ONE_UNIT = re.compile(
-    r"(square|sq|cubic|cu)?\s*(.*?)\s*(squared|cubed)?\s*(?:\^?\s*\{?\s*([23])\s*\}?)?"
-)
+_ONE_UNIT = re.compile(r"(square|sq|cubic|cu)?\s*(.*?)\s*(squared|cubed)?\s*(?:\^?\s*\{?\s*([23])\s*\}?)?")
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
 
 
@@ -194,17 +192,13 @@ class Quantity(NamedTuple):
 
 
 _DEGREES = re.compile(r"(.*\S)\s*\^\\circ\s*(?:\\text\{\s*)?([TCF]?)\s*\}?")
-_TEXT_UNIT = re.compile(
-    r"(.*?[^\s/])((?:\s*/?\s*\\text\{[^{}]*\}\s*(?:\^\s*\{?\s*-?\d\s*\}?)?)+)\s*", re.DOTALL
-)
+_TEXT_UNIT = re.compile(r"(.*?[^\s/])((?:\s*/?\s*\\text\{[^{}]*\}\s*(?:\^\s*\{?\s*-?\d\s*\}?)?)+)\s*", re.DOTALL)
 _PLAIN_UNIT = re.compile(
     r"(.*(?:[\d)}\]]|\\pi))(\s*)([A-Za-z]+(?:\.? [A-Za-z]+)*\.?(?:\s*\^?\s*\{?[23]\}?)?"
     r"(?:\s*/\s*[A-Za-z]+)?)"
 )
 # Text after a formula that is not just a name of what is counted.
-_NO_UNIT = re.compile(
-    r"\\text\{\s*.{0,2}\}|\b(?:if|for|when|where|otherwise|is|are|to|at|not|no)\b"
-)
+_NO_UNIT = re.compile(r"\\text\{\s*.{0,2}\}|\b(?:if|for|when|where|otherwise|is|are|to|at|not|no)\b")
 
 
 @lru_cache(maxsize=4096)

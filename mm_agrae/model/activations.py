@@ -1,11 +1,10 @@
 """Fewer saved activations, almost for free: cheap elementwise results are recomputed.
 
-Between forward and backward, autograd saves the inputs of every operation. Many of them are the
-result of one elementwise operation on tensors that are saved as well: in a gated MLP silu(gate)
-and silu(gate) · up, beside gate and up; in a norm h · r and w · h · r, beside h, r and w. Under
-`recompute_elementwise` such a tensor is replaced by a reference to the operation and computed
-again, bit for bit, when the backward pass needs it. In Qwen2.5-VL that halves what a layer saves.
-Unlike with gradient checkpointing, no matrix product runs twice.
+Between forward and backward, autograd saves the inputs of every operation. Many of them are the result of one
+elementwise operation on tensors that are saved as well: in a gated MLP silu(gate) and silu(gate) · up, beside gate and
+up; in a norm h · r and w · h · r, beside h, r and w. Under `recompute_elementwise` such a tensor is replaced by a
+reference to the operation and computed again, bit for bit, when the backward pass needs it. In Qwen2.5-VL that halves
+what a layer saves. Unlike with gradient checkpointing, no matrix product runs twice.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Works around one common broken install before transformers' image processors are imported.
 
-A CPU build of torch next to the default torchvision wheel leaves torchvision's compiled library
-unloadable; importing torchvision then fails with "operator torchvision::nms does not exist".
-None of its operators is used here, so declaring their schemas is enough. The default wheels of
-torchaudio and torchcodec, which vLLM installs and transformers imports where it finds them, fail
-in the same way; neither is used, so they are treated as not installed.
+A CPU build of torch next to the default torchvision wheel leaves torchvision's compiled library unloadable; importing
+torchvision then fails with "operator torchvision::nms does not exist". None of its operators is used here, so
+declaring their schemas is enough. The default wheels of torchaudio and torchcodec, which vLLM installs and
+transformers imports where it finds them, fail in the same way; neither is used, so they are treated as not installed.
 """
 
 from __future__ import annotations

@@ -57,9 +57,7 @@ class ImageFeatures:
         for batch in batches:
             self._uses.update({_key(prompt) for prompt in _with_images(batch.prompts)})
 
-    def of(
-        self, prompts: Sequence[Prompt], encode: Callable[[list[Prompt]], list[Features]]
-    ) -> Features:
+    def of(self, prompts: Sequence[Prompt], encode: Callable[[list[Prompt]], list[Features]]) -> Features:
         """Features of all images of `prompts` in order; `encode` runs the tower on new ones."""
         distinct = {_key(prompt): prompt for prompt in _with_images(prompts)}
         learning = torch.is_grad_enabled() and not self.frozen
@@ -148,10 +146,9 @@ def encode_images(backbone: Any, prompts: Sequence[Prompt], device: torch.device
 def dummy_image_forward(hf: Any, device: torch.device) -> Iterator[None]:
     """Forward passes inside run the vision tower on a blank image and add 0 times its output.
 
-    For a rank whose micro-batch has no images while the tower is trained: the other ranks wait
-    for its share in gathering the tower's weights and in summing its gradients. The 0 is added to
-    the embeddings, where image features go in, so that the forward and backward pass make the
-    same collective calls in the same order.
+    For a rank whose micro-batch has no images while the tower is trained: the other ranks wait for its share in
+    gathering the tower's weights and in summing its gradients. The 0 is added to the embeddings, where image features
+    go in, so that the forward and backward pass make the same collective calls in the same order.
     """
     zero = _zero_from_vision_tower(hf, device)
     embeddings = hf.get_input_embeddings()

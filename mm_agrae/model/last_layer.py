@@ -1,10 +1,9 @@
 """The last layer of a packed row: its MLP runs only on tokens that predict another.
 
-Once the last layer's attention has read a prompt's keys and values, only the hidden state of the
-prompt's last token is still used. `install` replaces the forward of the last layer's MLP by one
-that skips the others; parameters, LoRA layers and hooks stay where they are. The attention of the
-same layer announces in every call which tokens count, so a layer that is recomputed (gradient
-checkpointing) skips the same tokens again, and a plain forward skips none.
+Once the last layer's attention has read a prompt's keys and values, only the hidden state of the prompt's last token
+is still used. `install` replaces the forward of the last layer's MLP by one that skips the others; parameters, LoRA
+layers and hooks stay where they are. The attention of the same layer announces in every call which tokens count, so a
+layer that is recomputed (gradient checkpointing) skips the same tokens again, and a plain forward skips none.
 """
 
 from __future__ import annotations

@@ -18,13 +18,7 @@ from mm_agrae.errors import ModelError, one_line
 from mm_agrae.model.compat import prepare
 from mm_agrae.model.lora import add_lora, load_lora, model_and_adapter
 
-LOGIT_SCALES = (
-    "final_logit_softcapping",
-    "logits_scaling",
-    "logit_scale",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
+LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
 """Config fields of families that rescale or cap the logits after the vocabulary head."""
 
 
@@ -60,8 +54,7 @@ def freeze_modules(model: Any, settings: ModelSection, path: str) -> dict[str, n
     for name in (*settings.freeze, *(settings.lora.parts if settings.lora else ())):
         if name not in modules:
             raise ModelError(
-                f"model.path {path!r} has no module {name!r} to freeze or adapt; it has "
-                + ", ".join(sorted(modules))
+                f"model.path {path!r} has no module {name!r} to freeze or adapt; it has " + ", ".join(sorted(modules))
             )
     for name in settings.freeze:
         modules[name].requires_grad_(False)
@@ -132,10 +125,7 @@ def misfit(hf: Any) -> str | None:
     scaled = [field for field in LOGIT_SCALES if getattr(config, field, None) not in (None, 0, 1)]
     if scaled or not isinstance(head, nn.Linear):
         because = f" ({scaled[0]} = {getattr(config, scaled[0])})" if scaled else ""
-        return (
-            f"{kind} has no plain linear vocabulary head{because}, which log-probabilities are "
-            "computed from"
-        )
+        return f"{kind} has no plain linear vocabulary head{because}, which log-probabilities are computed from"
     accepted = inspect.signature(hf.base_model.forward).parameters
     needed = ("attention_mask", "position_ids", "past_key_values")
     if lacking := [name for name in needed if name not in accepted]:

@@ -20,10 +20,7 @@ def model_and_adapter(path: str) -> tuple[str, str | None]:
     """
     folder = Path(path)
     if checkpoints := sorted(folder.glob("checkpoints/step_*")):
-        raise ModelError(
-            f"model.path {path!r} is a run folder; name a checkpoint, the newest is "
-            f"{checkpoints[-1]}"
-        )
+        raise ModelError(f"model.path {path!r} is a run folder; name a checkpoint, the newest is {checkpoints[-1]}")
     file = folder / "adapter_config.json"
     if not file.is_file():
         return path, None
@@ -58,13 +55,8 @@ def add_lora(hf: Any, lora: LoraSection, modules: dict[str, nn.Module]) -> Any:
             if part == "head" or not lora.modules or full_name.split(".")[-1] in lora.modules:
                 targets.append(full_name)
     if not targets:
-        raise ModelError(
-            f"model.lora: no linear layer named {', '.join(lora.modules)} in "
-            f"{', '.join(lora.parts)}"
-        )
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets
-    )
+        raise ModelError(f"model.lora: no linear layer named {', '.join(lora.modules)} in {', '.join(lora.parts)}")
+    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     with warnings.catch_warnings():
         # About merging a head that is tied to the embeddings; `export` unties them.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")
@@ -88,9 +80,7 @@ def load_lora(hf: Any, adapter: str, lora: LoraSection | None) -> Any:
     # Merging and the fused vocabulary head would silently leave these out.
     names = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "bias")
     values = {name: getattr(config, name, None) for name in names}
-    if unusual := [
-        f"{name}={value}" for name, value in values.items() if value and value != "none"
-    ]:
+    if unusual := [f"{name}={value}" for name, value in values.items() if value and value != "none"]:
         raise ModelError(
             f"{where} is not plain LoRA ({', '.join(unusual)}); merge it into its base with "
             "PEFT's merge_and_unload and name the result"
@@ -132,10 +122,7 @@ def load_lora_weights(model: Any, folder: str) -> None:
     if result.unexpected_keys or missing:
         found = [
             f"{len(keys)} of its weights {what} (such as {keys[0]})"
-            for keys, what in (
-                (result.unexpected_keys, "belong to no layer"),
-                (missing, "are missing"),
-            )
+            for keys, what in ((result.unexpected_keys, "belong to no layer"), (missing, "are missing"))
             if keys
         ]
         raise _unfit(folder, model, " and ".join(found))

@@ -1,9 +1,8 @@
 """How much GPU memory a run takes, phase by phase, worked out from its config and `ModelSize`.
 
-Weights, gradients, optimiser state and KV cache follow exactly from the counts of `size.measure`.
-Activations are summed over the tensors that a layer keeps for its backward pass (`_layer_bytes`),
-derived from Qwen2.5 layers; other families differ somewhat. Prompts and completions are assumed to
-reach their limits, so a run usually needs less.
+Weights, gradients, optimiser state and KV cache follow exactly from the counts of `size.measure`. Activations are
+summed over the tensors that a layer keeps for its backward pass (`_layer_bytes`), derived from Qwen2.5 layers; other
+families differ somewhat. Prompts and completions are assumed to reach their limits, so a run usually needs less.
 """
 
 from __future__ import annotations
@@ -131,9 +130,7 @@ def micro_batch_tokens(config: Config) -> MicroBatchTokens:
     return MicroBatchTokens(tokens, completions * completion, prompts, shared)
 
 
-def _layer_bytes(
-    tokens: int, hidden: int, inner: int, query: int, key: int, *, bf16: bool, rank: int
-) -> int:
+def _layer_bytes(tokens: int, hidden: int, inner: int, query: int, key: int, *, bf16: bool, rank: int) -> int:
     """What one layer keeps for its backward pass, elementwise results recomputed.
 
     Inputs of both norms, queries, keys, values, attention's output, gate and up. In 16 bits also
@@ -160,9 +157,7 @@ def kept_activations(config: Config, size: ModelSize, batch: MicroBatchTokens, c
     if config.model.gradient_checkpointing:
         return text.num_hidden_layers * stream + last
     query = text.num_attention_heads * size.head_dim
-    layer = _layer_bytes(
-        batch.tokens, text.hidden_size, _inner(text), query, size.kv_size, bf16=bf16, rank=rank
-    )
+    layer = _layer_bytes(batch.tokens, text.hidden_size, _inner(text), query, size.kv_size, bf16=bf16, rank=rank)
     if not batch.shared:
         layer *= 2  # elementwise results are recomputed only where the prompt is shared
     elif cuda:
@@ -209,9 +204,7 @@ def _vocabulary_head(size: ModelSize, predicted: int, device: str) -> int:
     return 2 * chunk + predicted * size.text.hidden_size * 12
 
 
-def _rollout(
-    config: Config, size: ModelSize, casts: int, device_bytes: int | None
-) -> dict[str, int]:
+def _rollout(config: Config, size: ModelSize, casts: int, device_bytes: int | None) -> dict[str, int]:
     rollout = config.rollout
     if rollout.engine != "hf":
         return _vllm(config, device_bytes) if rollout.vllm.sleep else {}
@@ -248,9 +241,7 @@ def kv_cache_bytes(size: ModelSize, rows: int, length: int, element: int) -> int
     text = size.text
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
     window = getattr(text, "sliding_window", None) or length
-    cached = sum(
-        min(length, max(1, window - 1)) if kind == "sliding_attention" else length for kind in kinds
-    )
+    cached = sum(min(length, max(1, window - 1)) if kind == "sliding_attention" else length for kind in kinds)
     return 2 * rows * cached * size.kv_size * element
 
 
@@ -266,9 +257,7 @@ def suggest(
         key = _counted(changed)
         if key not in sizes:
             sizes[key] = measure(changed, size.config)
-        return estimate(
-            changed, sizes[key], processes=processes, device_bytes=device_bytes, sharded=sharded
-        )
+        return estimate(changed, sizes[key], processes=processes, device_bytes=device_bytes, sharded=sharded)
 
     chosen: dict[str, str] = {}
     for key, value in _candidates(config, size):

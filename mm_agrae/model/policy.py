@@ -1,9 +1,8 @@
 """The policy: a vision-language or text model, LoRA or full, and its token log-probabilities.
 
-`Policy` is the one module that accelerate wraps; its forward takes a MicroBatch and returns
-log-probability and entropy of each completion token. Rollout, update and evaluation use the same
-object, so the distribution sampled from is the one that is trained: softmax(logits / temperature)
-with the placeholder ids excluded.
+`Policy` is the one module that accelerate wraps; its forward takes a MicroBatch and returns log-probability and
+entropy of each completion token. Rollout, update and evaluation use the same object, so the distribution sampled from
+is the one that is trained: softmax(logits / temperature) with the placeholder ids excluded.
 """
 
 from __future__ import annotations
@@ -122,8 +121,7 @@ class Policy(nn.Module):
     def forward(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """Log-probability and entropy (nats, float32) of each completion token: two [B,T].
 
-        Zeros stand on padding. The entropy carries a gradient only if the policy was made with
-        `entropy_grad`.
+        Zeros stand on padding. The entropy carries a gradient only if the policy was made with `entropy_grad`.
         """
         hidden_states = self._repeated if self.repeats_because else self._shared
         no_images = all(prompt.pixel_values is None for prompt in batch.prompts)
@@ -168,8 +166,7 @@ class Policy(nn.Module):
     def vision_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """The backbone's keyword arguments for the images of `prompts`, in their order.
 
-        Features where the backbone accepts them; pixels are then read only of images whose
-        features are not cached.
+        Features where the backbone accepts them; pixels are then read only of images whose features are not cached.
         """
         if not self._accepts_features or all(prompt.pixel_values is None for prompt in prompts):
             return pixel_inputs(prompts, self.device)
@@ -185,9 +182,7 @@ class Policy(nn.Module):
         Prompts alone are padded on the left, and the output then has a cache.
         """
         side = "left" if completions is None else "right"
-        inputs = pad_sequences(
-            prompts, completions, pad_id=self.pad_id, side=side, device=self.device
-        )
+        inputs = pad_sequences(prompts, completions, pad_id=self.pad_id, side=side, device=self.device)
         attention_BS = inputs.attention_mask
         positions = (attention_BS.cumsum(-1) - 1).clamp(min=0)
         next_B = attention_BS.sum(-1)
@@ -258,12 +253,11 @@ class Policy(nn.Module):
     def distribute(self, barrier: Callable[[], None], shard: Callable[..., None] | None) -> None:
         """Become one of several processes' policies, before the optimiser is made.
 
-        `barrier` is called before weights are gathered. `shard(policy, layers, whole)`, if given,
-        spreads the parameters over the processes. It gets the class names of the text model's and
-        the vision tower's layers, and the modules that every process keeps whole: a frozen vision
-        tower, which runs once per prompt and so not equally often on all processes. On a sharded
-        policy only `forward` may be called, by all processes alike; everything else belongs inside
-        `gathered`.
+        `barrier` is called before weights are gathered. `shard(policy, layers, whole)`, if given, spreads the
+        parameters over the processes. It gets the class names of the text model's and the vision tower's layers, and
+        the modules that every process keeps whole: a frozen vision tower, which runs once per prompt and so not
+        equally often on all processes. On a sharded policy only `forward` may be called, by all processes alike;
+        everything else belongs inside `gathered`.
         """
         self._barrier, self._always_runs_vision = barrier, self.update_runs_vision
         if shard is not None:
@@ -280,9 +274,8 @@ class Policy(nn.Module):
     def gathered(self, *, saving: bool = False, keep: bool = True) -> Iterator[None]:
         """Inside, a sharded policy has whole weights and works without the other processes.
 
-        Entering is a collective call; a process without `keep` discards the result. `saving` puts
-        the weights into main memory, with LoRA the adapter alone. A policy that is not sharded
-        stays as it is.
+        Entering is a collective call; a process without `keep` discards the result. `saving` puts the weights into
+        main memory, with LoRA the adapter alone. A policy that is not sharded stays as it is.
         """
         if self._replica is None or self._in_replica:
             yield

@@ -34,13 +34,7 @@ IMAGE_MARKER = "<image>"
 PROBE, ANSWER = "{question}", "{answer}"
 """Texts that a chat template is probed with."""
 
-PLACEHOLDERS = (
-    "<|image_pad|>",
-    "<|video_pad|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-)
+PLACEHOLDERS = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
 """Tokens of the Qwen family that only the processor may write."""
 
 THINK = "<think>"
@@ -352,8 +346,7 @@ class Processing:
         features = int((inputs["image_grid_thw"].prod(-1) // merge).sum())
         if placeholders != features or len(inputs["image_grid_thw"]) != images:
             raise DataError(
-                f"{where}: {placeholders} image placeholders for {features} image features of "
-                f"{images} images"
+                f"{where}: {placeholders} image placeholders for {features} image features of {images} images"
             )
 
 

@@ -7,14 +7,12 @@ prompt. The two parts of a completion's attention are merged by their log-normal
 
     lse = log(exp lse_1 + exp lse_2),   out = out_1 · exp(lse_1 − lse) + out_2 · exp(lse_2 − lse)
 
-Given the merged `out` and `lse`, the kernel's backward of each part is the exact gradient of that
-part (as in Ring Attention, arXiv 2310.01889). The kernels are PyTorch's own: the one for CPUs, and
-on GPUs in 16 bits FlashAttention for spans of different lengths, once a trial there has given what
-masked attention gives. Elsewhere, and in layers whose sliding window cuts a sequence, completions
-attend to [prompt keys; own keys] under a mask instead.
+Given the merged `out` and `lse`, the kernel's backward of each part is the exact gradient of that part (as in Ring
+Attention, arXiv 2310.01889). The kernels are PyTorch's own: the one for CPUs, and on GPUs in 16 bits FlashAttention
+for spans of different lengths, once a trial there has given what masked attention gives. Elsewhere, and in layers
+whose sliding window cuts a sequence, completions attend to [prompt keys; own keys] under a mask instead.
 
-Shapes: S tokens of the row, C of them in completions, n spans padded to R tokens, H heads of
-size D (K key heads).
+Shapes: S tokens of the row, C of them in completions, n spans padded to R tokens, H heads of size D (K key heads).
 """
 
 from __future__ import annotations
@@ -34,9 +32,7 @@ from mm_agrae.model.packed_layout import GroupSpans, PackedLayout
 
 _aten: Any = torch.ops.aten
 _cpu_flash: Any = getattr(_aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_cpu_flash_backward: Any = getattr(
-    _aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None
-)
+_cpu_flash_backward: Any = getattr(_aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
 
 def attention(
@@ -83,9 +79,7 @@ def _kernel(query: Tensor, key: Tensor) -> Any:
 
 
 @functools.lru_cache(maxsize=32)
-def _varlen_fault(
-    device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int
-) -> str:
+def _varlen_fault(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> str:
     """Why `VarlenKernel` cannot be used, found by running it once; empty if it can.
 
     Output and gradients must be as near to masked attention in float32 as 16 bits allow.
@@ -212,9 +206,7 @@ class CpuKernel(_Kernel):
         grad, q, k, v, out, lse = saved
         for tokens, keys in self._completions_and_prompts():
             rows = (grad[tokens], q[tokens], k[keys], v[keys], out[tokens])
-            parts = _cpu_flash_backward(
-                *map(_heads_first, rows), lse[tokens].T[None], 0.0, False, scale=self.scale
-            )
+            parts = _cpu_flash_backward(*map(_heads_first, rows), lse[tokens].T[None], 0.0, False, scale=self.scale)
             for total, part, where in zip(grads, parts, (tokens, keys, keys), strict=True):
                 total[where] += part[0].transpose(0, 1)
 
@@ -316,7 +308,5 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dropout: float, scale: 
     """
     repeats = q.shape[1] // k.shape[1]
     stacked = q.unflatten(1, (k.shape[1], repeats)).flatten(2, 3)
-    out = F.scaled_dot_product_attention(
-        stacked, k, v, attn_mask=mask, dropout_p=dropout, scale=scale
-    )
+    out = F.scaled_dot_product_attention(stacked, k, v, attn_mask=mask, dropout_p=dropout, scale=scale)
     return out.unflatten(2, (repeats, q.shape[2])).flatten(1, 2)

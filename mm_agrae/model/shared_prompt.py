@@ -1,10 +1,9 @@
 """The update without repeated prompts: `[prompt + images][completion 1]…[completion G]` in a row.
 
-The completions of a group share their prompt, so its tokens and images need to go through the
-model once, not G times. All groups of a micro-batch stand one after another in one row, each
-prompt followed by its completions. A completion attends to its prompt and to itself, and its
-positions continue from the prompt's end, so log-probabilities and gradients equal those of the
-repeated batch. The last token of a completion predicts nothing and is left out.
+The completions of a group share their prompt, so its tokens and images need to go through the model once, not G times.
+All groups of a micro-batch stand one after another in one row, each prompt followed by its completions. A completion
+attends to its prompt and to itself, and its positions continue from the prompt's end, so log-probabilities and
+gradients equal those of the repeated batch. The last token of a completion predicts nothing and is left out.
 
 A prompt of 5 tokens with completions of 3, 1 and 2 tokens becomes a row of 8:
 
@@ -19,13 +18,11 @@ A prompt of 5 tokens with completions of 3, 1 and 2 tokens becomes a row of 8:
     row_N          0  0  0 |  1 |  2  2     its place in token_BT of the micro-batch
     column_N       0  1  2 |  0 |  0  1
 
-The prompt's last token (index 4) predicts the first token of all three completions; the one token
-of the second needs no place in the row. A second group would follow from index 8 on, its positions
-from 0.
+The prompt's last token (index 4) predicts the first token of all three completions; the one token of the second needs
+no place in the row. A second group would follow from index 8 on, its positions from 0.
 
-The model's classes stay as they are: `install` selects an attention function from transformers'
-registry that does what `sdpa` does unless a forward call brings a `PackedLayout` as keyword
-argument.
+The model's classes stay as they are: `install` selects an attention function from transformers' registry that does
+what `sdpa` does unless a forward call brings a `PackedLayout` as keyword argument.
 
     install(hf)                                  # once, where unsupported_reason(hf) is None
     packed = pack(hf.base_model, batch)
@@ -36,8 +33,7 @@ argument.
 `packed_layout` describes the row to attention, `shared_attention` computes it, and `last_layer`
 skips what nothing is predicted from.
 
-Shapes: S tokens of the row, N predicted tokens; P tokens of a prompt; H heads of size D; B and T
-as in a MicroBatch.
+Shapes: S tokens of the row, N predicted tokens; P tokens of a prompt; H heads of size D; B and T as in a MicroBatch.
 """
 
 from __future__ import annotations
@@ -90,10 +86,9 @@ class PackedRow:
 def pack(backbone: Any, batch: MicroBatch) -> PackedRow:
     """Lay the micro-batch out in one row, on the device of its tokens.
 
-    `backbone` is the model below the vocabulary head (`hf.base_model`), asked for its config and
-    positions. Completions without tokens are left out. Raises DataError naming the example if
-    image placeholders, `mm_token_type_ids` and image sizes do not agree, or if a completion holds
-    an image placeholder.
+    `backbone` is the model below the vocabulary head (`hf.base_model`), asked for its config and positions.
+    Completions without tokens are left out. Raises DataError naming the example if image placeholders,
+    `mm_token_type_ids` and image sizes do not agree, or if a completion holds an image placeholder.
     """
     device = batch.token_BT.device
     _require_no_placeholder(backbone.config, batch)
@@ -147,9 +142,7 @@ def pack(backbone: Any, batch: MicroBatch) -> PackedRow:
     )
 
 
-def hidden_states(
-    backbone: Any, packed: PackedRow, images: Mapping[str, Any] | None = None
-) -> Tensor:
+def hidden_states(backbone: Any, packed: PackedRow, images: Mapping[str, Any] | None = None) -> Tensor:
     """Last hidden states [N, hidden size] from which `packed.target_N` are predicted.
 
     `images` are the backbone's keyword arguments for the images of `packed.prompts` in order, for
@@ -233,9 +226,8 @@ def _require_no_placeholder(config: Any, batch: MicroBatch) -> None:
 def unsupported_reason(hf: Any) -> str | None:
     """Why prompts cannot be shared for this model, in one line; None if they can.
 
-    Looks at the config and then lets the model itself judge: two short completions, packed and
-    one by one, must give the same hidden states. Call it on the transformers model (below PEFT)
-    before it is sharded over devices.
+    Looks at the config and then lets the model itself judge: two short completions, packed and one by one, must give
+    the same hidden states. Call it on the transformers model (below PEFT) before it is sharded over devices.
     """
     name, config = type(hf).__name__, hf.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())

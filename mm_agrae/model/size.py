@@ -105,8 +105,7 @@ def find_model_config(path: str, trust_remote_code: bool = False) -> tuple[Any, 
         return load(), "its config.json on the hub"
     except errors:
         raise ModelError(
-            f"model.path {path!r}: no config.json there, in the hub's cache or on the hub "
-            f"({reason})"
+            f"model.path {path!r}: no config.json there, in the hub's cache or on the hub ({reason})"
         ) from None
 
 
@@ -124,14 +123,10 @@ def measure(config: Config, model_config: Any) -> ModelSize:
     embeddings = model.get_input_embeddings().weight
     head = model.get_output_embeddings().weight
     linear = {
-        module.weight
-        for module in model.modules()
-        if isinstance(module, nn.Linear) and module.weight.requires_grad
+        module.weight for module in model.modules() if isinstance(module, nn.Linear) and module.weight.requires_grad
     }
     trained = frozenset(
-        name
-        for name, module in modules.items()
-        if any(parameter.requires_grad for parameter in module.parameters())
+        name for name, module in modules.items() if any(parameter.requires_grad for parameter in module.parameters())
     )
     frozen_tower: set[nn.Parameter] = set()
     if "vision" in modules and "vision" not in trained:

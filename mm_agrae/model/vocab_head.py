@@ -51,9 +51,7 @@ def token_logprobs(
         factors.append((low_rank[0], _whole(low_rank[1])))
     _check(factors, target_N, temperature)
     device = hidden_NH.device.type
-    dtype = (
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
-    )
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
     return _TokenLogprobs.apply(
         target_N, _whole(bias_V), 1.0 / temperature, entropy_grad, dtype,
         chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]),
@@ -62,12 +60,7 @@ def token_logprobs(
 
 
 def head_logprobs(
-    head: Any,
-    hidden_NH: Tensor,
-    target_N: Tensor,
-    *,
-    bias_V: Tensor | None = None,
-    **options: Any,
+    head: Any, hidden_NH: Tensor, target_N: Tensor, *, bias_V: Tensor | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """`token_logprobs` for a model's vocabulary head, a linear layer with or without LoRA.
 
@@ -79,9 +72,7 @@ def head_logprobs(
         head = head.get_base_layer()
     if head.bias is not None:
         bias_V = head.bias if bias_V is None else head.bias + bias_V
-    return token_logprobs(
-        hidden_NH, head.weight, target_N, bias_V=bias_V, low_rank=low_rank, **options
-    )
+    return token_logprobs(hidden_NH, head.weight, target_N, bias_V=bias_V, low_rank=low_rank, **options)
 
 
 def _low_rank(head: Any, hidden_NH: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -217,9 +208,7 @@ def _column(target_N: Tensor, v: slice) -> tuple[Tensor, Tensor]:
     return (target_N - v.start).clamp(0, v.stop - v.start - 1), inside_N
 
 
-def _logits(
-    left: list[Tensor], right: list[Tensor], bias_V: Tensor | None, v: slice, scale: float
-) -> Tensor:
+def _logits(left: list[Tensor], right: list[Tensor], bias_V: Tensor | None, v: slice, scale: float) -> Tensor:
     logits_Nv = _matmul(left[0], right[0].T)
     for more, weight in zip(left[1:], right[1:], strict=True):
         logits_Nv += _matmul(more, weight.T)
@@ -247,8 +236,7 @@ def _check(factors: list[tuple[Tensor, Tensor]], target_N: Tensor, temperature: 
     (hidden_NH, weight_VH), *more = factors
     if hidden_NH.dim() != 2 or hidden_NH.shape[1:] != weight_VH.shape[1:]:
         raise ValueError(
-            f"hidden has shape {tuple(hidden_NH.shape)}, the head {tuple(weight_VH.shape)}; "
-            "expected [N, H] and [V, H]"
+            f"hidden has shape {tuple(hidden_NH.shape)}, the head {tuple(weight_VH.shape)}; expected [N, H] and [V, H]"
         )
     for low_NR, high_VR in more:
         wanted = ((len(hidden_NH), high_VR.shape[-1]), (len(weight_VH), low_NR.shape[-1]))

@@ -1,9 +1,8 @@
 """The policy's weights as a Hugging Face checkpoint stores them.
 
-Rollout engines and exports need checkpoint names and whole tensors. A model in training differs:
-LoRA weights are separate, FSDP keeps shards, tied weights occur twice, and transformers renames
-parameters when it loads a model. All four are undone here, one tensor at a time, without changing
-the model.
+Rollout engines and exports need checkpoint names and whole tensors. A model in training differs: LoRA weights are
+separate, FSDP keeps shards, tied weights occur twice, and transformers renames parameters when it loads a model. All
+four are undone here, one tensor at a time, without changing the model.
 """
 
 from __future__ import annotations

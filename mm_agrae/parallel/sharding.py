@@ -1,10 +1,9 @@
 """Parameters sharded over processes by FSDP2, and put together where whole ones are needed.
 
-Each process keeps a shard of every parameter, its gradient and its optimiser state; FSDP2 gathers
-one unit (a layer) at a time for the forward and the backward pass, by collective calls that all
-processes make in the same order. Sampling cannot do that, because processes take different numbers
-of decoding steps, and files want whole tensors. For both a `GatheredReplica` of the model is
-filled with gathered weights, used without any communication, and emptied.
+Each process keeps a shard of every parameter, its gradient and its optimiser state; FSDP2 gathers one unit (a layer)
+at a time for the forward and the backward pass, by collective calls that all processes make in the same order.
+Sampling cannot do that, because processes take different numbers of decoding steps, and files want whole tensors. For
+both a `GatheredReplica` of the model is filled with gathered weights, used without any communication, and emptied.
 """
 
 from __future__ import annotations
@@ -89,10 +88,7 @@ class GatheredReplica:
     """A copy of a model without weights of its own. Make it before the model is sharded."""
 
     def __init__(self, model: nn.Module):
-        empty = {
-            id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
-            for p in model.parameters()
-        }
+        empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()}
         self.model = copy.deepcopy(model, dict(empty))  # parameters are taken from this memo
 
     @torch.no_grad()
@@ -116,9 +112,7 @@ class GatheredReplica:
             if id(parameter) not in made:
                 value = whole(parameter)
                 target = value.device if device is None else device
-                made[id(parameter)] = nn.Parameter(
-                    value.to(target if keep else "meta"), parameter.requires_grad
-                )
+                made[id(parameter)] = nn.Parameter(value.to(target if keep else "meta"), parameter.requires_grad)
             _assign(self.model, "_parameters", name, made[id(parameter)])
         for name, buffer in model.named_buffers(remove_duplicate=False):
             _assign(self.model, "_buffers", name, buffer)
@@ -139,8 +133,7 @@ def _assign(model: nn.Module, kind: str, name: str, value: torch.Tensor) -> None
 
 
 def whole_state(optimizer: Any, keep: bool = True) -> dict[str, Any]:
-    """An optimiser's state dict with whole tensors, in the CPU's memory and by a collective call if
-    they are sharded.
+    """An optimiser's state dict with whole tensors, in the CPU's memory and by a collective call if they are sharded.
 
     The same on any number of processes; one that sets `keep` to False gets None for tensors.
     torch.distributed.checkpoint.state_dict is not used: it refuses a state in which a parameter
@@ -156,8 +149,7 @@ def whole_state(optimizer: Any, keep: bool = True) -> dict[str, Any]:
     found = optimizer.state_dict()
     # In new dictionaries: those of the state dict are the optimiser's own.
     state = {
-        index: {name: gathered(value) for name, value in values.items()}
-        for index, values in found["state"].items()
+        index: {name: gathered(value) for name, value in values.items()} for index, values in found["state"].items()
     }
     return {**found, "state": state}
 

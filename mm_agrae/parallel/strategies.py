@@ -1,8 +1,7 @@
 """Parallelism strategies: what each process holds of the model, gradients and optimiser state.
 
-`Replicated` keeps a copy on every process (DDP), `Fsdp2` a shard, on the GPU or, with
-`fsdp_offload_params: true`, in the CPU's memory. accelerate's launcher chooses, by environment
-variables.
+`Replicated` keeps a copy on every process (DDP), `Fsdp2` a shard, on the GPU or, with `fsdp_offload_params: true`, in
+the CPU's memory. accelerate's launcher chooses, by environment variables.
 """
 
 from __future__ import annotations
@@ -63,9 +62,7 @@ class Fsdp2(Replicated):
         super().__init__(accelerator)
         self.shard = self._shard
 
-    def _shard(
-        self, module: nn.Module, layers: Collection[str], whole: Iterable[nn.Module]
-    ) -> None:
+    def _shard(self, module: nn.Module, layers: Collection[str], whole: Iterable[nn.Module]) -> None:
         # accelerate itself ignores what its launcher was told about FSDP on a CPU.
         plugin = FullyShardedDataParallelPlugin()
         # Every process reads the weights: ranks compare the model's forms with each other.

@@ -1,8 +1,7 @@
 """Notices that another process has failed, is gone or does not come, and says which and where.
 
-Every rank publishes its stage and step every second in the store that torch.distributed keeps, and
-its error message before it ends. A collective call hangs if a rank is missing; a barrier through
-the store can tell which one:
+Every rank publishes its stage and step every second in the store that torch.distributed keeps, and its error message
+before it ends. A collective call hangs if a rank is missing; a barrier through the store can tell which one:
 
     rank 1 (node-b) failed in evaluate of step 200: DataError: rows.jsonl:17: …
     rank 1 (node-b) has been gone for 45 s; it was last seen in update of step 3

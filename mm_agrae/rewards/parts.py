@@ -1,9 +1,8 @@
 """The built-in rewards.
 
-A reward part is a function `(example, completion) -> float`. To add one, write it here and put a
-line into `PARTS`; `reward.parts` in the config then takes its name and weight. It runs in a worker
-process, and gets the whole completion (token ids and log-probabilities too) and the example
-without its images.
+A reward part is a function `(example, completion) -> float`. To add one, write it here and put a line into `PARTS`;
+`reward.parts` in the config then takes its name and weight. It runs in a worker process, and gets the whole completion
+(token ids and log-probabilities too) and the example without its images.
 """
 
 from __future__ import annotations
@@ -48,10 +47,9 @@ def follows_format(text: str, *, open_tag: str = "<think>", close_tag: str = "</
 
         <think> … </think> … \boxed{answer} …
 
-    True if the completion, stripped of white space, starts with `open_tag` and holds each tag
-    exactly once with some text in between, and the rest holds exactly one \boxed{…} (or \fbox{…})
-    that is closed and not empty. Any text may surround that box; boxes in the reasoning section
-    are not counted. Whether the answer is correct plays no part.
+    True if the completion, stripped of white space, starts with `open_tag` and holds each tag exactly once with some
+    text in between, and the rest holds exactly one \boxed{…} (or \fbox{…}) that is closed and not empty. Any text may
+    surround that box; boxes in the reasoning section are not counted. Whether the answer is correct plays no part.
 
     `open_tag=""`: the chat template has already opened the reasoning section, so the completion
     starts inside it. Time is linear in the length of the text.
@@ -68,14 +66,11 @@ def follows_format(text: str, *, open_tag: str = "<think>", close_tag: str = "</
     return len(found) == 1 and bool(found[0].content and found[0].content.strip())
 
 
-def overlong_penalty(
-    length: int, max_new_tokens: int, buffer_tokens: int, penalty: float = 1.0
-) -> float:
+def overlong_penalty(length: int, max_new_tokens: int, buffer_tokens: int, penalty: float = 1.0) -> float:
     """DAPO's soft overlong punishment (arXiv 2503.14476, Eq. 13), to be added to the reward.
 
-    0 up to max_new_tokens − buffer_tokens tokens, from there falling linearly to −penalty at
-    max_new_tokens, and −penalty beyond. Raises ValueError if the buffer is not in
-    1 … max_new_tokens or the penalty is negative.
+    0 up to max_new_tokens − buffer_tokens tokens, from there falling linearly to −penalty at max_new_tokens, and
+    −penalty beyond. Raises ValueError if the buffer is not in 1 … max_new_tokens or the penalty is negative.
     """
     if not 1 <= buffer_tokens <= max_new_tokens:
         raise ValueError(f"buffer_tokens = {buffer_tokens} must be in 1 … {max_new_tokens}")

@@ -26,14 +26,7 @@ from typing import TYPE_CHECKING
 from mm_agrae.config.plugins import is_import_name, load_object
 from mm_agrae.errors import ConfigError
 from mm_agrae.grading.accuracy import prepare_worker
-from mm_agrae.grading.pool import (
-    Call,
-    CallFailed,
-    PoolBroken,
-    WorkerPool,
-    describe,
-    limit_computing,
-)
+from mm_agrae.grading.pool import Call, CallFailed, PoolBroken, WorkerPool, describe, limit_computing
 from mm_agrae.rewards.parts import PARTS, Part, accuracy, overlong_penalty
 from mm_agrae.types import Completion, Example, Score
 
@@ -100,10 +93,7 @@ class Rewarder:
         graders = {str(e.grading["grader"]) for e in examples if "grader" in e.grading}
         if new := sorted(graders.difference(self._imports)):
             self._start_pool(new)
-        light = {
-            id(e): replace(e, images=(), grading=dict(e.grading), meta=dict(e.meta))
-            for e in examples
-        }
+        light = {id(e): replace(e, images=(), grading=dict(e.grading), meta=dict(e.meta)) for e in examples}
         jobs = [
             _Job(index, part, light[id(example)], completion)
             for index, (example, completion) in enumerate(zip(examples, completions, strict=True))
@@ -126,9 +116,7 @@ class Rewarder:
         reward = sum(weight * parts[name] for name, weight in self.config.parts.items())
         if (overlong := self.config.overlong) is not None:
             length = len(completion.token_ids)
-            parts["overlong"] = overlong_penalty(
-                length, self.max_new_tokens, overlong.buffer_tokens, overlong.penalty
-            )
+            parts["overlong"] = overlong_penalty(length, self.max_new_tokens, overlong.buffer_tokens, overlong.penalty)
             reward += parts["overlong"]
         success = parts["accuracy"] == 1.0 and not errors
         return Score(reward=reward, success=success, parts=parts, error="; ".join(errors))
@@ -184,9 +172,7 @@ class Rewarder:
             raise
         if errors:
             self.close()
-            raise ConfigError(
-                "\n".join(f"{self._where(name)}: {problem}" for name, problem in errors.items())
-            )
+            raise ConfigError("\n".join(f"{self._where(name)}: {problem}" for name, problem in errors.items()))
 
     def _where(self, name: str) -> str:
         return f"reward.parts.{name}" if name in self.config.parts else f"grader {name}"

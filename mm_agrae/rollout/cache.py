@@ -24,11 +24,7 @@ _DATA_STATE = ("data_position", "rows_skipped")
 
 
 def write(
-    path: Path,
-    checkpoint: str,
-    groups: Sequence[Group],
-    rows: Sequence[int],
-    data_state: dict[str, int],
+    path: Path, checkpoint: str, groups: Sequence[Group], rows: Sequence[int], data_state: dict[str, int]
 ) -> None:
     """Store the groups of the step after `checkpoint` (its id), whose prompts are `rows` of the
     data, and the data cursor after them. Raises RunFolderError."""
@@ -65,9 +61,7 @@ def write(
     write_atomic(path, save(tensors, {"rollouts": json.dumps(header)}))
 
 
-def read(
-    path: Path, checkpoint: str
-) -> tuple[list[tuple[int, list[int], dict[str, Any]]], dict[str, int]] | None:
+def read(path: Path, checkpoint: str) -> tuple[list[tuple[int, list[int], dict[str, Any]]], dict[str, int]] | None:
     """What `write` stored after the checkpoint of this id, and the data cursor.
 
     A group is given as its row in the data, the token ids of its prompt, and all of `Group` but
@@ -81,10 +75,7 @@ def read(
             ids, logprobs = (iter(file.get_tensor(name).tolist()) for name in _TENSORS)
         if not checkpoint or header["checkpoint"] != checkpoint:
             return None
-        groups = [
-            (group["row"], group["prompt_ids"], _group(group, ids, logprobs))
-            for group in header["groups"]
-        ]
+        groups = [(group["row"], group["prompt_ids"], _group(group, ids, logprobs)) for group in header["groups"]]
         return groups, {name: int(header["data_state"][name]) for name in _DATA_STATE}
     except Exception:  # not whole, or not ours: sampling again costs only time
         return None

@@ -1,9 +1,8 @@
 """Prompts -> completions -> scores: the groups of a training step.
 
-Read `Collector.collect` first. The prompts of a step are dealt to the ranks in turn (position i to
-rank i mod N), and every rank samples and scores its own. Rows that cannot be used and groups
-without an advantage are replaced on all ranks alike, so that the data cursor is the same
-everywhere.
+Read `Collector.collect` first. The prompts of a step are dealt to the ranks in turn (position i to rank i mod N), and
+every rank samples and scores its own. Rows that cannot be used and groups without an advantage are replaced on all
+ranks alike, so that the data cursor is the same everywhere.
 """
 
 from __future__ import annotations
@@ -52,20 +51,14 @@ class _Overlapped:
 class Collector:
     """Draws prompts, has the engine sample, and scores, for one step after another.
 
-    `rewarder` is to be set before the first step. `values` collects what weight syncs and mismatch
-    checks measured. `behaviour_version` is the policy version that the present completions were
-    sampled with.
+    `rewarder` is to be set before the first step. `values` collects what weight syncs and mismatch checks measured.
+    `behaviour_version` is the policy version that the present completions were sampled with.
     """
 
     rewarder: Rewarder
 
     def __init__(
-        self,
-        context: RunContext,
-        task: Concatenation,
-        processing: Processing,
-        policy: Policy,
-        engine: Engine,
+        self, context: RunContext, task: Concatenation, processing: Processing, policy: Policy, engine: Engine
     ):
         self.config, self.processes = context.config, context.processes
         self.reporter, self.stopwatch = context.reporter, context.stopwatch
@@ -186,9 +179,7 @@ class Collector:
                 if prompt.token_ids.tolist() == prompt_ids:
                     groups.append(Group(prompt=prompt, **values))
                     self._row_at[groups[-1].position] = row
-        positions = range(
-            self.processes.rank, self.config.rollout.prompts_per_step, self.processes.world
-        )
+        positions = range(self.processes.rank, self.config.rollout.prompts_per_step, self.processes.world)
         whole = cached is not None and [group.position for group in groups] == list(positions)
         if not all(self.processes.gather([whole], "rollout cache")) or cached is None:
             return None
@@ -206,9 +197,7 @@ class Collector:
         """
         rows = self.order.peek(self.config.rollout.prompts_per_step)
         own = rows[self.processes.rank :: self.processes.world]
-        self._prefetched = {
-            row: self._prefetch_thread.submit(self._prompt, row) for row in dict.fromkeys(own)
-        }
+        self._prefetched = {row: self._prefetch_thread.submit(self._prompt, row) for row in dict.fromkeys(own)}
 
     def _prompt(self, row: int) -> Prompt:
         return self.processing.prompt(self.task[row])
@@ -270,17 +259,11 @@ class Collector:
     # ------------------------------------------------------------------ completions
 
     def _generate(
-        self,
-        prompts: Prompts,
-        step: int,
-        resample_round: int,
-        advance: Callable[[int], None] | None = None,
+        self, prompts: Prompts, step: int, resample_round: int, advance: Callable[[int], None] | None = None
     ) -> Completions:
         rollout, seed = self.config.rollout, self.config.train.seed
         seeds = [derive_seed(seed, "rollout", step, resample_round, each) for each in prompts]
-        groups = self.engine.generate(
-            list(prompts.values()), rollout.completions_per_prompt, rollout, seeds, advance
-        )
+        groups = self.engine.generate(list(prompts.values()), rollout.completions_per_prompt, rollout, seeds, advance)
         return dict(zip(prompts, groups, strict=True))
 
     def _collect_overlapped(self, step: int, last: bool) -> list[Group]:
@@ -323,8 +306,7 @@ class Collector:
             return
         few = prompts[: settings.probe_prompts]
         seeds = [
-            derive_seed(self.config.train.seed, "probe", step, self.processes.rank, index)
-            for index in range(len(few))
+            derive_seed(self.config.train.seed, "probe", step, self.processes.rank, index) for index in range(len(few))
         ]
         with self.stopwatch("probe"):
             own = mismatch.check(self.engine, self.policy, few, rollout, seeds)
@@ -349,9 +331,7 @@ class Collector:
 
     # ------------------------------------------------------------------ scores
 
-    def _score(
-        self, prompts: Prompts, completions: Completions, resample_round: int
-    ) -> list[Group]:
+    def _score(self, prompts: Prompts, completions: Completions, resample_round: int) -> list[Group]:
         count = self.config.rollout.completions_per_prompt
         with self.stopwatch("reward"):
             scores = self.rewarder.score(

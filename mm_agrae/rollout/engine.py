@@ -83,12 +83,11 @@ class Engine(Protocol):
     ) -> list[list[Completion]]:
         """Sample `count` completions of each prompt; returns one group per prompt, in order.
 
-        The group of a prompt that a server refused is empty. Which tokens a prompt gets depends
-        on its seed, not on the other prompts of the call, except at near-ties: batches of another
-        shape round differently, and a draw that falls within that rounding of the boundary between
-        two tokens may give either one. Ids of image, video and padding placeholders are never
-        sampled. `on_progress` receives the number of completions finished since its last call.
-        Raises EngineError.
+        The group of a prompt that a server refused is empty. Which tokens a prompt gets depends on its seed, not on
+        the other prompts of the call, except at near-ties: batches of another shape round differently, and a draw that
+        falls within that rounding of the boundary between two tokens may give either one. Ids of image, video and
+        padding placeholders are never sampled. `on_progress` receives the number of completions finished since its
+        last call. Raises EngineError.
         """
         ...
 

@@ -1,9 +1,8 @@
 """The reference engine: sampling with the policy that is being trained.
 
-Each prompt, images included, is encoded once; its key-value cache is then expanded to the group.
-Completions leave the batch as they end. Each one has its own stream of random numbers, so neither
-the composition of the batch nor the number of processes changes what is sampled, except at
-near-ties: see `rollout.Engine.generate`.
+Each prompt, images included, is encoded once; its key-value cache is then expanded to the group. Completions leave the
+batch as they end. Each one has its own stream of random numbers, so neither the composition of the batch nor the
+number of processes changes what is sampled, except at near-ties: see `rollout.Engine.generate`.
 """
 
 from __future__ import annotations
@@ -67,9 +66,8 @@ class HFEngine:
     ) -> list[list[Completion]]:
         """See `rollout.Engine.generate`.
 
-        `on_tokens` receives every token as it is sampled; an output row belongs to completion
-        `row % count` of prompt `row // count`. Logits are before temperature. An exception it
-        raises ends the call.
+        `on_tokens` receives every token as it is sampled; an output row belongs to completion `row % count` of prompt
+        `row // count`. Logits are before temperature. An exception it raises ends the call.
         """
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
@@ -144,9 +142,7 @@ class HFEngine:
                 position = position + 1
         return self._completions(count, token_BT, logp_BT, length_B, stopped_B)
 
-    def _prefill(
-        self, prompts: Sequence[Prompt], count: int
-    ) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
+    def _prefill(self, prompts: Sequence[Prompt], count: int) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
         """Encode each prompt once, then repeat logits, cache, mask and next position `count`×."""
         output, attention_mask, next_position = self.policy.padded(prompts)
         cache = output.past_key_values
@@ -158,9 +154,7 @@ class HFEngine:
             next_position.repeat_interleave(count, 0),
         )
 
-    def _decode(
-        self, token_B: torch.Tensor, cache: Any, mask: torch.Tensor, position_B: torch.Tensor
-    ) -> torch.Tensor:
+    def _decode(self, token_B: torch.Tensor, cache: Any, mask: torch.Tensor, position_B: torch.Tensor) -> torch.Tensor:
         """Append one token per row to the cache; returns the logits [B,V] of the next one."""
         positions = position_B[:, None]
         if self.policy.is_multimodal:  # M-RoPE: temporal, height and width are equal for text
@@ -177,9 +171,7 @@ class HFEngine:
     def _completions(self, count: int, *outputs: torch.Tensor) -> list[list[Completion]]:
         """Groups of `count` from the rows' tokens, log-probs, lengths, and whether they stopped."""
         made = []
-        for tokens, logps, length, stopped in zip(
-            *(each.tolist() for each in outputs), strict=True
-        ):
+        for tokens, logps, length, stopped in zip(*(each.tolist() for each in outputs), strict=True):
             ids, reason = tokens[:length], "stop" if stopped else "length"
             text, version = self.processing.decode(ids), self.policy.version
             made.append(Completion(tuple(ids), tuple(logps[:length]), text, reason, version))

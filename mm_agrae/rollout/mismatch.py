@@ -1,8 +1,7 @@
 """Log-prob mismatch: an engine's log-probabilities against the policy's own.
 
-An engine that holds stale weights, sees other images or shifts its log-probabilities raises no
-error, but the policy then learns from samples of another distribution. So a few completions are
-checked token by token.
+An engine that holds stale weights, sees other images or shifts its log-probabilities raises no error, but the policy
+then learns from samples of another distribution. So a few completions are checked token by token.
 """
 
 from __future__ import annotations
@@ -54,11 +53,7 @@ class Mismatch:
 
 
 def check(
-    engine: Engine,
-    policy: Policy,
-    prompts: Sequence[Prompt],
-    sampling: SamplingSection,
-    seeds: Sequence[int],
+    engine: Engine, policy: Policy, prompts: Sequence[Prompt], sampling: SamplingSection, seeds: Sequence[int]
 ) -> Mismatch:
     """Sample one completion of each prompt with the engine and `measure` it.
 
@@ -71,9 +66,7 @@ def check(
 
 
 @torch.no_grad()
-def measure(
-    policy: Policy, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]
-) -> Mismatch:
+def measure(policy: Policy, prompts: Sequence[Prompt], groups: Sequence[Sequence[Completion]]) -> Mismatch:
     """Score each prompt's completions with the policy and compare the log-probabilities.
 
     Runs the policy's forward pass, on every process if the policy is sharded.

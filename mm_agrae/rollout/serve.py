@@ -49,8 +49,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype",
         choices=["auto", "float32", "bfloat16"],
         default="auto",
-        help="the run's rollout.vllm.dtype, or model.dtype where that is auto (auto: the "
-        "checkpoint's)",
+        help="the run's rollout.vllm.dtype, or model.dtype where that is auto (auto: the checkpoint's)",
     )
     add("--max-model-len", type=int, help="tokens of prompt and completion (the model's)")
     add("--memory-fraction", type=float, default=0.9, help="share of the GPU (%(default)s)")
@@ -72,9 +71,7 @@ def serve(argv: Sequence[str]) -> int:
     """
     options = parse(argv)
     if importlib.util.find_spec("vllm") is None:
-        raise EngineError(
-            "serve: vLLM is not installed in this environment; pip install 'mm-agrae[vllm]'"
-        )
+        raise EngineError("serve: vLLM is not installed in this environment; pip install 'mm-agrae[vllm]'")
     _check_port(options.host, options.port)
     _warn_if_open(options.host)
     command = command_line(options)
@@ -93,8 +90,7 @@ def serve(argv: Sequence[str]) -> int:
                 )
             elif child.returncode > 0:
                 raise EngineError(
-                    f"serve: vLLM ended with status {child.returncode} before it was ready; its "
-                    "own messages are above"
+                    f"serve: vLLM ended with status {child.returncode} before it was ready; its own messages are above"
                 )
             return child.wait()
 

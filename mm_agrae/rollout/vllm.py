@@ -102,10 +102,7 @@ class VllmEngine(VllmBase):
         except Exception as error:
             self._lost = f"sampling failed: {error or type(error).__name__}"
             raise EngineError(f"engine vllm: {self._lost}") from error
-        return [
-            self._completions(prompt, output, count)
-            for prompt, output in zip(prompts, outputs[own], strict=True)
-        ]
+        return [self._completions(prompt, output, count) for prompt, output in zip(prompts, outputs[own], strict=True)]
 
     def close(self) -> None:
         """Stop vLLM and free its memory; the engine cannot be used afterwards."""

@@ -112,8 +112,7 @@ class VllmBase:
         # vLLM seeds completion i with seed + i: prompts with neighbouring seeds would share
         # random numbers.
         requests = [
-            (own, arguments | {"seed": derive_seed("vllm", seed) >> 1})
-            for own, seed in zip(ids, seeds, strict=True)
+            (own, arguments | {"seed": derive_seed("vllm", seed) >> 1}) for own, seed in zip(ids, seeds, strict=True)
         ]
         return self._generate(prompts, requests, count, on_progress or (lambda finished: None))
 
@@ -154,9 +153,8 @@ class VllmBase:
     def _token_ids(self, prompt: Prompt, max_new_tokens: int) -> list[int]:
         """Token ids with a single placeholder per image, which vLLM expands again itself.
 
-        Raises DataError, naming the row, for a prompt that is empty, longer than `max_tokens` with
-        its completion, or whose image placeholders do not match its images one to one in number,
-        position and size.
+        Raises DataError, naming the row, for a prompt that is empty, longer than `max_tokens` with its completion, or
+        whose image placeholders do not match its images one to one in number, position and size.
         """
         where = prompt.example.origin or prompt.example.id
         ids: list[int] = prompt.token_ids.tolist()
@@ -170,18 +168,14 @@ class VllmBase:
             )
         processing = self.processing
         if prompt.images and not processing.is_multimodal:
-            raise DataError(
-                f"{where}: has an image, but the model {processing.path!r} is text-only"
-            )
+            raise DataError(f"{where}: has an image, but the model {processing.path!r} is text-only")
         placeholders = [i for i, token in enumerate(ids) if token == processing.image_token_id]
         grids = [] if prompt.image_grid_thw is None else prompt.image_grid_thw.tolist()
         if len(prompt.images) != len(grids):
             raise DataError(f"{where}: {len(prompt.images)} images, but features of {len(grids)}")
         repeated: set[int] = set()
         start = 0
-        for index, (image, (frames, high, wide)) in enumerate(
-            zip(prompt.images, grids, strict=True)
-        ):
+        for index, (image, (frames, high, wide)) in enumerate(zip(prompt.images, grids, strict=True)):
             image_processor = processing.processor.image_processor
             patch, merge = image_processor.patch_size, image_processor.merge_size
             if (frames, high * patch, wide * patch) != (1, image.height, image.width):
@@ -193,15 +187,13 @@ class VllmBase:
             own = placeholders[start : start + count]
             if len(own) < count or own[-1] - own[0] != count - 1:
                 raise DataError(
-                    f"{where}: image {index} has {count} features, but not as many image "
-                    "placeholders in a row"
+                    f"{where}: image {index} has {count} features, but not as many image placeholders in a row"
                 )
             repeated.update(own[1:])
             start += count
         if start != len(placeholders):
             raise DataError(
-                f"{where}: {len(placeholders)} image placeholders for {start} features of "
-                f"{len(grids)} images"
+                f"{where}: {len(placeholders)} image placeholders for {start} features of {len(grids)} images"
             )
         return [token for index, token in enumerate(ids) if index not in repeated]
 
@@ -210,9 +202,7 @@ class VllmBase:
         made = []
         for token_ids, logprobs, finish_reason in outputs:
             if finish_reason not in ("stop", "length") or not token_ids:
-                raise EngineError(
-                    f"vLLM ended a completion with {finish_reason!r} instead of finishing it"
-                )
+                raise EngineError(f"vLLM ended a completion with {finish_reason!r} instead of finishing it")
             ids, logps = tuple(token_ids), tuple(logprobs)
             if len(ids) != len(logps):
                 raise EngineError(f"vLLM gave {len(logps)} log-probabilities for {len(ids)} tokens")

@@ -48,9 +48,7 @@ class Server:
     about: dict[str, Any] = field(default_factory=dict)
     """What its workers report of themselves, see `vllm_worker.WorkerExtension`."""
 
-    def call(
-        self, method: str, path: str, *, limit: float | None = None, **arguments: Any
-    ) -> requests.Response:
+    def call(self, method: str, path: str, *, limit: float | None = None, **arguments: Any) -> requests.Response:
         """One HTTP request, to be answered within `limit` seconds (request_limit_s if None).
 
         Raises Unreachable if no reply comes, EngineError if the key is wrong.
@@ -75,8 +73,7 @@ class Server:
             raise Unreachable(f"{method} {path}: {type(error).__name__}") from None
         if response.status_code == 401:
             raise EngineError(
-                f"vLLM server {self.address} asks for a key; set {KEY_VARIABLE} to the one that "
-                "it was started with"
+                f"vLLM server {self.address} asks for a key; set {KEY_VARIABLE} to the one that it was started with"
             )
         return response
 
@@ -121,10 +118,7 @@ class Servers:
         addresses = [address.rstrip("/") for address in addresses]
         for address in addresses:
             if not address.startswith(("http://", "https://")):
-                raise EngineError(
-                    f"rollout.vllm.servers: {address!r} is not an address such as "
-                    "http://127.0.0.1:8000"
-                )
+                raise EngineError(f"rollout.vllm.servers: {address!r} is not an address such as http://127.0.0.1:8000")
         self.all = [Server(address, request_limit_s) for address in dict.fromkeys(addresses)]
         self.lock = threading.Lock()
 

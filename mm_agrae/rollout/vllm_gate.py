@@ -62,9 +62,7 @@ class Gate:
         given = dict(scope["headers"]).get(b"authorization", b"")
         return hmac.compare_digest(given, f"Bearer {self.key}".encode())
 
-    async def _store(
-        self, folder: Path, name: str, scope: Message, receive: Receive, send: Send
-    ) -> None:
+    async def _store(self, folder: Path, name: str, scope: Message, receive: Receive, send: Send) -> None:
         # A trainer that died leaves its folder behind. Only one is ever needed.
         for other in folder.parent.iterdir():
             if other != folder:

@@ -122,8 +122,7 @@ class VllmServerEngine(VllmBase):
         groups_at_once = len(self.servers.live()) * max(1, self.batch_completions // count)
         pool = ThreadPoolExecutor(min(groups_at_once, MOST_AT_ONCE), "vllm_server")
         waiting = {
-            pool.submit(self._sample, call, prompt, *requests[index]): index
-            for index, prompt in enumerate(prompts)
+            pool.submit(self._sample, call, prompt, *requests[index]): index for index, prompt in enumerate(prompts)
         }
         try:
             for future in as_completed(waiting):
@@ -143,9 +142,7 @@ class VllmServerEngine(VllmBase):
             raise refused[min(refused)]
         return groups
 
-    def _sample(
-        self, call: _Call, prompt: Prompt, token_ids: list[int], arguments: dict[str, Any]
-    ) -> list[Output]:
+    def _sample(self, call: _Call, prompt: Prompt, token_ids: list[int], arguments: dict[str, Any]) -> list[Output]:
         """One prompt's completions, from whichever server can give them. Runs in its own thread.
 
         Raises Refused if the prompt is to blame, EngineError if no server is left.
@@ -153,9 +150,7 @@ class VllmServerEngine(VllmBase):
         body: dict[str, Any] = {
             "request_id": uuid.uuid4().hex,
             "token_ids": token_ids,
-            "content_parts": [
-                {"type": "image_url", "url": _data_url(image)} for image in prompt.images
-            ],
+            "content_parts": [{"type": "image_url", "url": _data_url(image)} for image in prompt.images],
             "sampling_params": arguments,
             "return_token_ids": True,
         }
@@ -267,9 +262,7 @@ class VllmServerEngine(VllmBase):
         try:
             self._check_fit(server)
         except (Unreachable, Refused) as error:
-            raise EngineError(
-                f"vLLM server {server.address} cannot take weights ({error}); {HOW_TO_START}"
-            ) from None
+            raise EngineError(f"vLLM server {server.address} cannot take weights ({error}); {HOW_TO_START}") from None
 
     def _check_again(self, server: Server) -> None:
         server.ok("GET", "/health", limit=CHECK_LIMIT_S)
@@ -296,9 +289,7 @@ class VllmServerEngine(VllmBase):
             if about[name] != value
         ]
         if about["max_model_len"] < self.max_tokens:
-            problems.append(
-                f"it takes {about['max_model_len']} tokens, fewer than {self.max_tokens}"
-            )
+            problems.append(f"it takes {about['max_model_len']} tokens, fewer than {self.max_tokens}")
         if self.by_adapter and about["lora_rank"] < self.adapter_rank:
             problems.append(f"it takes adapters up to rank {about['lora_rank']}")
         if about["lora_rank"] and not self.by_adapter:

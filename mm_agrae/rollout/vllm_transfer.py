@@ -37,9 +37,7 @@ class WeightTransfer:
         self._engine = engine
         self._senders: dict[Server, Any] = {}
 
-    def send(
-        self, servers: list[Server], tag: str, previous_tag: str
-    ) -> tuple[dict[Server, str], int]:
+    def send(self, servers: list[Server], tag: str, previous_tag: str) -> tuple[dict[Server, str], int]:
         """Returns why each server failed ("" if it has the weights), and the bytes sent to one.
 
         Collective if the policy is sharded, which the other processes join by consuming
@@ -145,17 +143,13 @@ def _load_adapter(server: Server, folder: str, tag: str, previous_tag: str) -> N
 class NcclSender:
     """A process group with the workers of one server, in which this process is rank 0.
 
-    Written from the sources of vLLM 0.32's `distributed/weight_transfer`; not run yet, as that
-    takes two GPUs. It needs vllm in the trainer's environment, a server started with `mm-agrae
-    serve --nccl`, and NCCL between the trainer's GPU and the server's, which must be different
-    ones. Raises what vLLM raises.
+    Written from the sources of vLLM 0.32's `distributed/weight_transfer`; not run yet, as that takes two GPUs. It
+    needs vllm in the trainer's environment, a server started with `mm-agrae serve --nccl`, and NCCL between the
+    trainer's GPU and the server's, which must be different ones. Raises what vLLM raises.
     """
 
     def __init__(self, server: Server):
-        from vllm.distributed.weight_transfer.nccl_engine import (
-            NCCLTrainerInitInfo,
-            NCCLTrainerWeightTransferEngine,
-        )
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
         host = _local_address(server.address)
         with socket.socket() as listener:

@@ -64,16 +64,12 @@ class WorkerExtension:
 def load_weights(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> int:
     """Give vLLM's model new weights under their checkpoint names; returns the bytes loaded.
 
-    Raises EngineError if a weight is unknown to vLLM's model or one of the model's is missing; the
-    model must not be used any more then. The caller resets the scheduler's prefix and encoder
-    caches.
+    Raises EngineError if a weight is unknown to vLLM's model or one of the model's is missing; the model must not be
+    used any more then. The caller resets the scheduler's prefix and encoder caches.
     """
     import torch
     from vllm.config import set_current_vllm_config
-    from vllm.model_executor.model_loader.reload import (
-        finalize_layerwise_reload,
-        initialize_layerwise_reload,
-    )
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
     runner = worker.model_runner
     model = runner.get_model()

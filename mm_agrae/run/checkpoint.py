@@ -249,8 +249,7 @@ def point(link: Path, target: str) -> None:
 
 
 def prune(folder: Path, keep: int, best: str = "") -> None:
-    """Delete all but the newest `keep` checkpoints of a run and the one named `best`, and what a
-    killed run left."""
+    """Delete all but the newest `keep` checkpoints of a run and the one named `best`, and what a killed run left."""
     found = sorted(path for path in folder.glob("step_*") if path.is_dir())
     old = [path for path in found[:-keep] if path.name != best]
     for path in (*old, *folder.glob(".step_*.partial")):

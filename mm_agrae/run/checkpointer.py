@@ -28,20 +28,11 @@ from mm_agrae.run.versions import changes, versions
 class Checkpointer:
     """Writes, keeps and restores the checkpoints of one run.
 
-    `saved_step` is the step of the newest checkpoint that belongs to this run (None: none yet),
-    `id` its random name, by which a rollout cache knows what it belongs to, and `resumed` says
-    whether the run goes on from it.
+    `saved_step` is the step of the newest checkpoint that belongs to this run (None: none yet), `id` its random name,
+    by which a rollout cache knows what it belongs to, and `resumed` says whether the run goes on from it.
     """
 
-    def __init__(
-        self,
-        context: RunContext,
-        policy: Policy,
-        processing: Processing,
-        *,
-        optimizer: Any,
-        scheduler: Any,
-    ):
+    def __init__(self, context: RunContext, policy: Policy, processing: Processing, *, optimizer: Any, scheduler: Any):
         self.config, self.run = context.config, context.folder
         self.processes, self.reporter = context.processes, context.reporter
         self.policy, self.processing = policy, processing
@@ -61,9 +52,8 @@ class Checkpointer:
     def save(self, state: Mapping[str, Any], best_step: int | None) -> None:
         """Write a checkpoint of the last whole step, or have it written in the background.
 
-        `state` are the plain values of the run's progress, and `best_step` the step whose
-        checkpoint is kept as the best. Raises RunFolderError if it cannot be written, or the one
-        before could not.
+        `state` are the plain values of the run's progress, and `best_step` the step whose checkpoint is kept as the
+        best. Raises RunFolderError if it cannot be written, or the one before could not.
         """
         is_main, step = self.processes.is_main, int(state["step"])
         self.processes.barrier("checkpoint")
@@ -153,8 +143,7 @@ class Checkpointer:
             return state
         if found:
             raise RunFolderError(
-                f"all checkpoints in {self.folder} are damaged; put a whole one back, or "
-                "begin anew with --overwrite"
+                f"all checkpoints in {self.folder} are damaged; put a whole one back, or begin anew with --overwrite"
             )
         return None
 

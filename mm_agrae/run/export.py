@@ -23,15 +23,12 @@ EXPORT_FILE = "mm_agrae_export.json"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def export(
-    source: Path, out: Path, dtype: Dtype = "auto", *, trust_remote_code: bool = False
-) -> dict[str, Any]:
+def export(source: Path, out: Path, dtype: Dtype = "auto", *, trust_remote_code: bool = False) -> dict[str, Any]:
     """Write `source` to the new folder `out`, for transformers, vLLM or this package to load.
 
-    `source` is a checkpoint (full or LoRA), a LoRA adapter, or a run folder (its newest
-    checkpoint). `dtype` "auto" keeps that of the (base) model's files; LoRA is merged in float32
-    and rounded once. Returns what is written to `mm_agrae_export.json`: source, step, dtype,
-    parameters, versions.
+    `source` is a checkpoint (full or LoRA), a LoRA adapter, or a run folder (its newest checkpoint). `dtype` "auto"
+    keeps that of the (base) model's files; LoRA is merged in float32 and rounded once. Returns what is written to
+    `mm_agrae_export.json`: source, step, dtype, parameters, versions.
 
     Raises ModelError if the source cannot be loaded, RunFolderError if `out` is not empty or
     cannot be written. The folder is written whole or not at all.
@@ -50,8 +47,7 @@ def export(
     hf = policy.hf
     target = _stored_dtype(str(folder)) if dtype == "auto" else getattr(torch, dtype)
     weights = {
-        name: tensor.to(target) if tensor.is_floating_point() else tensor
-        for name, tensor in policy.full_weights()
+        name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in policy.full_weights()
     }
     facts = {
         "source": str(folder),

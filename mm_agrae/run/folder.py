@@ -35,15 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mm_agrae.errors import RunFolderError
-from mm_agrae.run.files import (
-    append_line,
-    clean_text,
-    explained,
-    open_lines,
-    to_json,
-    write_atomic,
-    write_jsonl,
-)
+from mm_agrae.run.files import append_line, clean_text, explained, open_lines, to_json, write_atomic, write_jsonl
 from mm_agrae.run.records import (
     ROLLOUT_COLUMNS,
     EvaluationResult,
@@ -79,9 +71,7 @@ class RunFolder:
 
     # -- the run as a whole
 
-    def create(
-        self, config_yaml: str, versions: Mapping[str, Any], *, resume: bool = False
-    ) -> RunFolder:
+    def create(self, config_yaml: str, versions: Mapping[str, Any], *, resume: bool = False) -> RunFolder:
         """Make the folder, or with `resume` continue in one that holds a run.
 
         Raises RunFolderError if it cannot be written, or holds a run and `resume` is not set.
@@ -116,8 +106,7 @@ class RunFolder:
         with explained(self.path, "reading config.yaml"):
             if not (self.path / "config.yaml").is_file():
                 raise RunFolderError(
-                    f"run folder {self.path}: there is no run here (no config.yaml); give the "
-                    "run_dir of a run"
+                    f"run folder {self.path}: there is no run here (no config.yaml); give the run_dir of a run"
                 )
             return (self.path / "config.yaml").read_text("utf-8", errors="replace")
 
@@ -148,9 +137,7 @@ class RunFolder:
             rows += self._parse_metrics(lines[-1:], len(lines) - 1)
         return rows
 
-    def follow_metrics(
-        self, mark: MetricsMark | None = None
-    ) -> tuple[list[dict[str, Any]], MetricsMark | None, bool]:
+    def follow_metrics(self, mark: MetricsMark | None = None) -> tuple[list[dict[str, Any]], MetricsMark | None, bool]:
         """Rows finished since `mark`, the new mark, and whether these are all rows of the file.
 
         They are if there was no mark, or if a resumed run has rewritten the file.
@@ -181,8 +168,7 @@ class RunFolder:
                     raise ValueError("not a mapping")
             except ValueError as error:
                 raise RunFolderError(
-                    f"run folder {self.path}: metrics.jsonl line {number} is damaged ({error}); "
-                    "remove that line"
+                    f"run folder {self.path}: metrics.jsonl line {number} is damaged ({error}); remove that line"
                 ) from None
             rows.append({sys.intern(current_name(name)): value for name, value in row.items()})
         return rows
@@ -220,23 +206,17 @@ class RunFolder:
                     found |= zip(inside, rollout_rows(part.to_pylist()), strict=True)
                 start = end
             if not found.keys() >= set(rows):
-                raise RunFolderError(
-                    f"run folder {self.path}: step {step} has been rewritten; open it again"
-                )
+                raise RunFolderError(f"run folder {self.path}: step {step} has been rewritten; open it again")
             return [found[row] for row in rows]
 
-    def iter_rollouts(
-        self, step: int, columns: Sequence[str] | None = None
-    ) -> Iterator[list[dict[str, Any]]]:
+    def iter_rollouts(self, step: int, columns: Sequence[str] | None = None) -> Iterator[list[dict[str, Any]]]:
         """The same rows, some hundred at a time, for steps too large for memory."""
         with self._rollout_file(step, columns) as (file, stored):
             for batch in file.iter_batches(batch_size=ROWS_PER_GROUP, columns=stored):
                 yield rollout_rows(batch.to_pylist())
 
     @contextmanager
-    def _rollout_file(
-        self, step: int, columns: Sequence[str] | None
-    ) -> Iterator[tuple[ParquetFile, list[str]]]:
+    def _rollout_file(self, step: int, columns: Sequence[str] | None) -> Iterator[tuple[ParquetFile, list[str]]]:
         """The open file of a step and the names it has for `columns` (None: for all of them)."""
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -259,9 +239,7 @@ class RunFolder:
             except (pa.ArrowException, ValueError, TypeError, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # the operating system's; Arrow's own, for damaged pages, have no number
-                raise RunFolderError(
-                    f"run folder {self.path}: {path.name} is damaged ({error}); delete it"
-                ) from None
+                raise RunFolderError(f"run folder {self.path}: {path.name} is damaged ({error}); delete it") from None
 
     def rollout_steps(self) -> list[int]:
         """Steps whose rollouts were kept, ascending."""
@@ -309,9 +287,7 @@ class RunFolder:
 
     # -- evaluations
 
-    def write_evaluation(
-        self, result: EvaluationResult, samples: Iterable[SampleRecord | Mapping[str, Any]]
-    ) -> Path:
+    def write_evaluation(self, result: EvaluationResult, samples: Iterable[SampleRecord | Mapping[str, Any]]) -> Path:
         """Write a result with its samples, replacing an earlier one of the same name and label.
 
         The folder is called after the name; where that is taken, as by a second task evaluated
@@ -411,8 +387,7 @@ def summarise_evaluations(run: RunFolder, label: str) -> dict[str, Any]:
     found = [result for result in run.read_evaluations() if result.label == label]
     return {
         "pass_at_k": {
-            result.name: {k: asdict(interval) for k, interval in result.pass_at_k.items()}
-            for result in found
+            result.name: {k: asdict(interval) for k, interval in result.pass_at_k.items()} for result in found
         },
         "greedy": {result.name: asdict(result.greedy) for result in found if result.greedy},
     }

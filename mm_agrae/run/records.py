@@ -35,11 +35,10 @@ def current_name(name: str) -> str:
 class RolloutRecord:
     """One completion of a training step. The fields are the columns of the step's Parquet file.
 
-    `resample_round` is the round of dynamic sampling that its group comes from, 0 the first.
-    `images` are paths relative to the run folder, as `RunFolder.store_image` returns them.
-    `tokens` is the completion's length, `entropy` the mean over its tokens in nats. The three
-    advantages are the normalised reward before any rescaling, after the sample level, and the
-    final one.
+    `resample_round` is the round of dynamic sampling that its group comes from, 0 the first. `images` are paths
+    relative to the run folder, as `RunFolder.store_image` returns them. `tokens` is the completion's length, `entropy`
+    the mean over its tokens in nats. The three advantages are the normalised reward before any rescaling, after the
+    sample level, and the final one.
     """
 
     step: int
@@ -93,10 +92,7 @@ def rollout_table(records: Sequence[RolloutRecord]) -> Table:
 def rollout_rows(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Rows of a rollout file by today's names, with the JSON text of mappings decoded."""
     return [
-        {
-            current_name(name): json.loads(value) if name in _JSON_COLUMNS else value
-            for name, value in row.items()
-        }
+        {current_name(name): json.loads(value) if name in _JSON_COLUMNS else value for name, value in row.items()}
         for row in rows
     ]
 
@@ -140,12 +136,11 @@ class SubsetResult:
 class EvaluationResult:
     """What one evaluation of one task found. Shares and accuracies are in [0, 1].
 
-    `name` is "before", "step_000050", "after" or the user's own; `label` names the task.
-    `mean_tokens` is the mean length of a completion, `truncated` the share cut off by the
-    token limit, `entropy` the mean over all sampled tokens in nats (None: not measured),
-    `unsolved` the share of problems with no correct completion. `groups` breaks the result down
-    by the entries of the examples' `meta`: `{"level": {"3": SubsetResult}}`. `seconds` and
-    `tokens` are what the evaluation took.
+    `name` is "before", "step_000050", "after" or the user's own; `label` names the task. `mean_tokens` is the mean
+    length of a completion, `truncated` the share cut off by the token limit, `entropy` the mean over all sampled
+    tokens in nats (None: not measured), `unsolved` the share of problems with no correct completion. `groups` breaks
+    the result down by the entries of the examples' `meta`: `{"level": {"3": SubsetResult}}`. `seconds` and `tokens`
+    are what the evaluation took.
     """
 
     name: str

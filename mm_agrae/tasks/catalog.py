@@ -166,11 +166,7 @@ CATALOG: dict[str, CatalogEntry] = {
         hub="AI4Math/MathVerse",
         files={
             "testmini": ("testmini.parquet", "testmini.jsonl", "testmini_subset.jsonl"),
-            "testmini_text_only": (
-                "testmini_text_only.parquet",
-                "testmini_text_only.jsonl",
-                "testmini_subset.jsonl",
-            ),
+            "testmini_text_only": ("testmini_text_only.parquet", "testmini_text_only.jsonl", "testmini_subset.jsonl"),
         },
         rows={"testmini": 3940, "testmini_text_only": 788},
         licence="MIT",

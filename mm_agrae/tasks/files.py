@@ -288,15 +288,12 @@ class FileTask:
             raise DataError(f"{origin}: {error}") from None
 
 
-def _place_images(
-    question: str, choice_lines: Sequence[str], images: list[Any], origin: str
-) -> tuple[str, list[Any]]:
+def _place_images(question: str, choice_lines: Sequence[str], images: list[Any], origin: str) -> tuple[str, list[Any]]:
     """Question and images such that the i-th `<image>` marker stands for the i-th image.
 
-    There must be as many bare markers as images. Numbered ones (`<image2>`) may repeat and come in
-    any order: the first of each number stays, later ones become the words "(image 2)", and the
-    images are put in the order of their markers. A single image stands for all numbered markers,
-    since MathVision draws all figures of a problem into one.
+    There must be as many bare markers as images. Numbered ones (`<image2>`) may repeat and come in any order: the
+    first of each number stays, later ones become the words "(image 2)", and the images are put in the order of their
+    markers. A single image stands for all numbered markers, since MathVision draws all figures of a problem into one.
     """
     text = "\n".join([question.rstrip(), *choice_lines] if choice_lines else [question])
     numbers = MARKER.findall(text)
@@ -311,10 +308,7 @@ def _place_images(
         start, end, kept = (first.start(), first.end(), "<image>") if first else (0, 0, "")
         return text[:start] + kept + MARKER.sub(r"(image \1)", text[end:]), images
     if order and sorted(order) != list(range(1, len(images) + 1)):
-        raise DataError(
-            f"{origin}: markers for images {', '.join(map(str, sorted(order)))}, but "
-            f"{len(images)} images"
-        )
+        raise DataError(f"{origin}: markers for images {', '.join(map(str, sorted(order)))}, but {len(images)} images")
     left = set(order)
 
     def place(found: re.Match[str]) -> str:
@@ -344,9 +338,7 @@ def _choice_letters(answer: str, choices: Sequence[tuple[str, str]], origin: str
 
 
 def _has_choices(question: str, choices: Sequence[tuple[str, str]]) -> bool:
-    return all(
-        re.search(rf"\b{letter}[).:]\s*{re.escape(text)}", question) for letter, text in choices
-    )
+    return all(re.search(rf"\b{letter}[).:]\s*{re.escape(text)}", question) for letter, text in choices)
 
 
 def _no_column(name: object, columns: Any) -> str:

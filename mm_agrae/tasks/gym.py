@@ -2,11 +2,10 @@
 
     - {task: gym, names: [countdown, maze], size: 1000, seed: 1, settings: {maze: {max_dist: 6}}}
 
-Needs `pip install mm-agrae[gym]`. The final answer of a completion is graded by the data set's own
-`score_answer`, a number from 0 to 1 (1 is success), in the worker processes and under the limits of
-`mm_agrae.rewards`. Some of these functions evaluate the answer as Python, or by sympy, which does
-the same. Their answers must first match a pattern of numbers, operators, variables, a few functions
-and lists; anything else counts as no answer.
+Needs `pip install mm-agrae[gym]`. The final answer of a completion is graded by the data set's own `score_answer`, a
+number from 0 to 1 (1 is success), in the worker processes and under the limits of `mm_agrae.rewards`. Some of these
+functions evaluate the answer as Python, or by sympy, which does the same. Their answers must first match a pattern of
+numbers, operators, variables, a few functions and lists; anything else counts as no answer.
 """
 
 from __future__ import annotations
@@ -28,21 +27,13 @@ LEFT_OUT = {
 }
 EVALUATED_AS_PYTHON = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
 EVALUATED_BY_SYMPY = frozenset(
-    {
-        "countdown",
-        "intermediate_integration",
-        "polynomial_multiplication",
-        "puzzle24",
-        "simple_integration",
-    }
+    {"countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"}
 )
 # Without parentheses, dots and operators nothing is called, looked up or computed.
 _LISTS = re.compile(r"[\w\s,\[\]'\"-]*", re.ASCII)
 _FUNCTIONS = "sin|cos|tan|sec|csc|cot|asin|acos|atan|sinh|cosh|tanh|log|ln|exp|sqrt|Abs|pi"
 # A name is a one-letter variable or a listed function; only digits may precede a dot.
-_FORMULA = re.compile(
-    rf"\d+(?:\.\d*)?|\.\d+|(?<![\w.])(?:[A-Za-z]|{_FUNCTIONS})\b|[\s+*/^()-]+", re.ASCII
-)
+_FORMULA = re.compile(rf"\d+(?:\.\d*)?|\.\d+|(?<![\w.])(?:[A-Za-z]|{_FUNCTIONS})\b|[\s+*/^()-]+", re.ASCII)
 
 
 class GymTask:
@@ -69,10 +60,7 @@ class GymTask:
         self.size, self.seed = size, seed
         self.settings = {name: dict((settings or {}).get(name, {})) for name in self.names}
         # reasoning-gym seeds question i with seed + i: neighbouring seeds would share questions.
-        self._data = [
-            _make(name, size, _seed_of(f"{name} {seed}"), self.settings[name])
-            for name in self.names
-        ]
+        self._data = [_make(name, size, _seed_of(f"{name} {seed}"), self.settings[name]) for name in self.names]
 
     @staticmethod
     def check_options(options: Mapping[str, Any]) -> None:
@@ -91,9 +79,7 @@ class GymTask:
             valid = {item.name for item in fields(registered[name][1])} - {"seed", "size"}
             for key in values:
                 if key not in valid:
-                    raise ConfigError(
-                        f"settings.{name}: no setting {key!r}; {nearest(str(key), sorted(valid))}"
-                    )
+                    raise ConfigError(f"settings.{name}: no setting {key!r}; {nearest(str(key), sorted(valid))}")
             _make(name, 1, 0, values)
 
     def __len__(self) -> int:
@@ -109,12 +95,7 @@ class GymTask:
             id=f"{name}-{self.seed}-{row}",
             question=entry["question"],
             answer="(several are correct)" if answer is None else str(answer),
-            grading={
-                "grader": f"{__name__}:score",
-                "name": name,
-                "settings": self.settings[name],
-                "entry": entry,
-            },
+            grading={"grader": f"{__name__}:score", "name": name, "settings": self.settings[name], "entry": entry},
             origin=f"gym {name}, seed {self.seed}, question {row}",
             meta={"data_set": name},
         )
@@ -167,9 +148,7 @@ def _registered() -> Mapping[str, Any]:
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise ConfigError(
-            f"gym needs reasoning-gym: pip install 'mm-agrae[gym]' ({error})"
-        ) from None
+        raise ConfigError(f"gym needs reasoning-gym: pip install 'mm-agrae[gym]' ({error})") from None
     return DATASETS
 
 

@@ -1,9 +1,8 @@
 """Decode images from untrusted files to RGB, or refuse them with the reason.
 
-Every image of a run passes through `open_image`, so that the vision processor only ever sees an
-upright, opaque, fully decoded RGB image of a sane size. The size is read from the header before
-anything is decoded, only common raster formats are tried, and paths are followed only inside the
-folder the caller names. URLs are never fetched.
+Every image of a run passes through `open_image`, so that the vision processor only ever sees an upright, opaque, fully
+decoded RGB image of a sane size. The size is read from the header before anything is decoded, only common raster
+formats are tried, and paths are followed only inside the folder the caller names. URLs are never fetched.
 """
 
 from __future__ import annotations
@@ -99,8 +98,7 @@ def find_file(path: str, root: str | os.PathLike[str] | None = None) -> Path:
         raise DataError(f"{where}: not a usable path ({printable(str(error))})") from None
     if not inside:
         raise DataError(
-            f"{where}: lies outside {root}; put the images there, or set image_root to the "
-            "folder that holds them"
+            f"{where}: lies outside {root}; put the images there, or set image_root to the folder that holds them"
         )
     problem = "is not a file" if found.exists() else "no such file"
     raise DataError(f"{where}: {problem} (looked at {printable(str(found))})")
@@ -129,9 +127,7 @@ def encode_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _decode(
-    image: Image.Image, name: str, max_pixels: int, min_side: int, max_aspect: float
-) -> Image.Image:
+def _decode(image: Image.Image, name: str, max_pixels: int, min_side: int, max_aspect: float) -> Image.Image:
     width, height = image.size
     size = f"{name}: {width:,}×{height:,} pixels"
     if width * height > max_pixels:

@@ -3,19 +3,17 @@
     - {task: medical_mri, split: train}
     - {task: medical_xray, split: test}
 
-The protocol of MedVLM-R1 (Pan et al. 2025, arXiv 2502.19634): training on MRI alone, tests on MRI
-(in domain), CT and X-ray (out of domain). The pairs are from OmniMedVQA as bundled with the
-evaluation data of HuatuoGPT-Vision (Chen et al. 2024), a JSON list whose rows have `image`,
-`question`, `options`, `answer` (the text of an option), `dataset` and `subset`, with the images in
-images.zip. These names are taken from MedVLM-R1's program and published list; the layout inside the
-archive is not documented, so both a folder images and bare files are accepted.
+The protocol of MedVLM-R1 (Pan et al. 2025, arXiv 2502.19634): training on MRI alone, tests on MRI (in domain), CT and
+X-ray (out of domain). The pairs are from OmniMedVQA as bundled with the evaluation data of HuatuoGPT-Vision (Chen et
+al. 2024), a JSON list whose rows have `image`, `question`, `options`, `answer` (the text of an option), `dataset` and
+`subset`, with the images in images.zip. These names are taken from MedVLM-R1's program and published list; the layout
+inside the archive is not documented, so both a folder images and bare files are accepted.
 
 Which 600 pairs MedVLM-R1 trained on is not published. Its 900 test pairs are: the file
-MRI_CT_XRAY_300each_dataset.json of github.com/JZPeterPan/MedVLM-R1, option `test_list`. Without
-it both are chosen here: the pairs of a modality whose answer is exactly one of the options are
-sorted by the SHA-256 of image name, line break and question; every pair whose image (by the bytes
-of its file) came before is dropped; the first 300 are the test, the next 600 the training set. So
-no image is in both, and every machine chooses the same pairs.
+MRI_CT_XRAY_300each_dataset.json of github.com/JZPeterPan/MedVLM-R1, option `test_list`. Without it both are chosen
+here: the pairs of a modality whose answer is exactly one of the options are sorted by the SHA-256 of image name, line
+break and question; every pair whose image (by the bytes of its file) came before is dropped; the first 300 are the
+test, the next 600 the training set. So no image is in both, and every machine chooses the same pairs.
 """
 
 from __future__ import annotations
@@ -69,9 +67,7 @@ class MedicalTask(CatalogTask):
             if (row.get("dataset"), row.get("subset")) == ("OmniMedVQA", self.subset_name):
                 pairs[_pair(row, lazy.origin)] = lazy
         if not pairs:
-            raise DataError(
-                f"{table}: has no rows with dataset 'OmniMedVQA' and subset {self.subset_name!r}"
-            )
+            raise DataError(f"{table}: has no rows with dataset 'OmniMedVQA' and subset {self.subset_name!r}")
         usable = [pair for pair, lazy in pairs.items() if _has_answer(lazy.read())]
         usable.sort(key=lambda pair: hashlib.sha256("\n".join(pair).encode()).digest())
         root = Path(self.image_root or table.parent)
@@ -87,9 +83,7 @@ class MedicalTask(CatalogTask):
             chosen = self._take("train", usable, image_of, seen)
         return [pairs[pair] for pair in chosen]
 
-    def _take(
-        self, split: str, usable: list[Pair], image_of: Callable[[Pair], bytes], seen: set[bytes]
-    ) -> list[Pair]:
+    def _take(self, split: str, usable: list[Pair], image_of: Callable[[Pair], bytes], seen: set[bytes]) -> list[Pair]:
         """The first pairs whose images are not in `seen`, which is extended by them."""
         taken: list[Pair] = []
         for pair in usable:
@@ -154,17 +148,10 @@ def _entry(*splits: str) -> CatalogEntry:
     )
 
 
-CATALOG = {
-    "medical_mri": _entry("train", "test"),
-    "medical_ct": _entry("test"),
-    "medical_xray": _entry("test"),
-}
+CATALOG = {"medical_mri": _entry("train", "test"), "medical_ct": _entry("test"), "medical_xray": _entry("test")}
 SUBSETS = {
     "medical_mri": "MR (Mag-netic Resonance Imaging)",
     "medical_ct": "CT(Computed Tomography)",
     "medical_xray": "X-Ray",
 }
-TASKS = {
-    name: task_class(name, entry, MedicalTask, subset_name=SUBSETS[name])
-    for name, entry in CATALOG.items()
-}
+TASKS = {name: task_class(name, entry, MedicalTask, subset_name=SUBSETS[name]) for name, entry in CATALOG.items()}

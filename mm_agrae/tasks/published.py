@@ -1,9 +1,8 @@
 """The task behind every entry of the catalog: it finds a data set, and reads any copy of it.
 
-A data set is looked for at the option `path` (a folder or a file), then in data/downloads/<name>/,
-then on the Hugging Face hub (in its local cache if there is no network). A folder may hold JSONL
-files with the images beside them, the hub's files (Parquet with the images inside), or what
-`datasets.save_to_disk` wrote; all give the same examples.
+A data set is looked for at the option `path` (a folder or a file), then in data/downloads/<name>/, then on the Hugging
+Face hub (in its local cache if there is no network). A folder may hold JSONL files with the images beside them, the
+hub's files (Parquet with the images inside), or what `datasets.save_to_disk` wrote; all give the same examples.
 """
 
 from __future__ import annotations

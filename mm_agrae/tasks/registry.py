@@ -1,12 +1,11 @@
 """The list of tasks. A task is a sequence of `Example`s.
 
-To add one, write a class with `__len__` and `__getitem__` (IndexError past the end) and put a
-line into `TASKS`, or name it as "module:Class" or "path/to/file.py:Class" in the config. A
-published data set needs only an entry in `catalog.py`. The keyword arguments of the constructor are
-the task's options in the config; `**options` stand for those of the base class, less the names in
-the class attribute `fixed`. Two options are filled in, if the constructor has them: `limit` (stop
-after so many examples) and `on_bad_row` ("error" or "skip"). A task that leaves rows out lists the
-reasons in an attribute `skipped`.
+To add one, write a class with `__len__` and `__getitem__` (IndexError past the end) and put a line into `TASKS`, or
+name it as "module:Class" or "path/to/file.py:Class" in the config. A published data set needs only an entry in
+`catalog.py`. The keyword arguments of the constructor are the task's options in the config; `**options` stand for
+those of the base class, less the names in the class attribute `fixed`. Two options are filled in, if the constructor
+has them: `limit` (stop after so many examples) and `on_bad_row` ("error" or "skip"). A task that leaves rows out lists
+the reasons in an attribute `skipped`.
 """
 
 from __future__ import annotations
@@ -48,8 +47,7 @@ class Concatenation:
     def __init__(self, tasks: Sequence[Task], limits: Sequence[int | None]):
         self.tasks = tuple(tasks)
         self.lengths = [
-            len(task) if limit is None else min(len(task), limit)
-            for task, limit in zip(tasks, limits, strict=True)
+            len(task) if limit is None else min(len(task), limit) for task, limit in zip(tasks, limits, strict=True)
         ]
         self.skipped = [reason for task in tasks for reason in getattr(task, "skipped", ())]
         """Rows left out: file, row and reason."""
@@ -75,9 +73,7 @@ def load(source: DataSource, *, on_bad_row: Literal["error", "skip"] = "error") 
     return load_all([source], on_bad_row=on_bad_row)
 
 
-def load_all(
-    sources: Sequence[DataSource], *, on_bad_row: Literal["error", "skip"] = "error"
-) -> Concatenation:
+def load_all(sources: Sequence[DataSource], *, on_bad_row: Literal["error", "skip"] = "error") -> Concatenation:
     """The examples of several sources, one source after the other. Raises as `load`."""
     for source in sources:
         check(source)

@@ -51,9 +51,7 @@ def read_rows(path: str, split: str = "", subset: str = "") -> Iterator[LazyRow]
     elif local.is_dir():
         for file in _choose_files(local, split, subset):
             yield from _file_rows(file)
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not (
-        local.parent.exists() or local.suffix in SUFFIXES
-    ):
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not (local.parent.exists() or local.suffix in SUFFIXES):
         yield from _hub_rows(path, split, subset)
     else:
         raise DataError(
@@ -168,9 +166,7 @@ def _parquet_rows(path: Path) -> Iterator[LazyRow]:
     yield from _arrow_rows(lambda i: table.slice(i, 1), table.num_rows, str(path), path.parent)
 
 
-def _arrow_rows(
-    table_of: Callable[[int], Any], count: int, name: str, folder: Path
-) -> Iterator[LazyRow]:
+def _arrow_rows(table_of: Callable[[int], Any], count: int, name: str, folder: Path) -> Iterator[LazyRow]:
     def read(index: int) -> TableRow:
         try:
             return table_of(index).to_pylist()[0]

@@ -101,9 +101,7 @@ def build(folder, path=TEXT, rewards=(correct, tidy), arguments=None, **settings
     }
     args = GRPOConfig(**args)
     data = dataset(path)
-    return Watched(
-        path, list(rewards), args=args, train_dataset=data, eval_dataset=data, **settings
-    )
+    return Watched(path, list(rewards), args=args, train_dataset=data, eval_dataset=data, **settings)
 
 
 def table(folder, step):
@@ -135,9 +133,7 @@ def expected(logged, rule="agrae", settings=None):
 def test_a_run_uses_and_logs_our_advantages(path, arguments, tmp_path):
     trainer = build(tmp_path, path, arguments=arguments, **MIXED)
     trainer.train()
-    generations = (
-        trainer.args.max_steps * 2 // (trainer.args.steps_per_generation * trainer.num_iterations)
-    )
+    generations = trainer.args.max_steps * 2 // (trainer.args.steps_per_generation * trainer.num_iterations)
     assert len(trainer.scored) == generations
     for number, scored in enumerate(trainer.scored, 1):
         logged = table(tmp_path, number * trainer.args.max_steps // generations)
@@ -176,9 +172,7 @@ def test_rules_get_reward_success_and_length(rule, tmp_path):
     trainer = build(tmp_path, rule=rule, success_from="correct" if needed else None)
     total = (torch.tensor(CORRECT) + torch.tensor(TIDY)).view(-1, G)
     success, length = torch.tensor(CORRECT).view(-1, G), torch.arange(1, 9).view(-1, G)
-    torch.testing.assert_close(
-        rewards(trainer, CORRECT, TIDY), compute(rule, total, success, length)
-    )
+    torch.testing.assert_close(rewards(trainer, CORRECT, TIDY), compute(rule, total, success, length))
 
 
 def test_reward_weights_are_trls_and_the_only_function_tells_success(tmp_path):
@@ -187,9 +181,7 @@ def test_reward_weights_are_trls_and_the_only_function_tells_success(tmp_path):
     torch.testing.assert_close(rewards(trainer, CORRECT), compute("agrae", total, success))
     trainer = build(tmp_path, rewards=[tidy], success_threshold=0.2)
     success = (torch.tensor(TIDY) > 0.15).view(-1, G)
-    torch.testing.assert_close(
-        rewards(trainer, TIDY), compute("agrae", torch.tensor(TIDY).view(-1, G), success)
-    )
+    torch.testing.assert_close(rewards(trainer, TIDY), compute("agrae", torch.tensor(TIDY).view(-1, G), success))
 
 
 NONE = float("nan")  # as TRL keeps it
@@ -257,9 +249,7 @@ def test_evaluation(group, tmp_path):
         if group > 1:
             wanted = compute("agrae", total[part].view(shape), success[part].view(shape), alpha=0.5)
         torch.testing.assert_close(scored["advantages"], wanted.flatten())
-        assert logged["advantage"][8 * part : 8 * part + 8].tolist() == pytest.approx(
-            wanted.flatten().tolist()
-        )
+        assert logged["advantage"][8 * part : 8 * part + 8].tolist() == pytest.approx(wanted.flatten().tolist())
 
 
 REFUSED = {
@@ -270,10 +260,7 @@ REFUSED = {
     "wrong name": ({"success_from": "accuracy"}, "'accuracy' is not the name.*correct, tidy"),
     "scale": (MIXED | {"arguments": {"scale_rewards": "none"}}, "scale_rewards='none'.*dr_grpo"),
     "batch": (MIXED | {"arguments": {"scale_rewards": "batch"}}, "scale_rewards='batch'"),
-    "objectives": (
-        MIXED | {"arguments": {"multi_objective_aggregation": "normalize_then_sum"}},
-        "normalize_then_sum",
-    ),
+    "objectives": (MIXED | {"arguments": {"multi_objective_aggregation": "normalize_then_sum"}}, "normalize_then_sum"),
 }
 
 

@@ -56,9 +56,7 @@ def settings_of(column, case):
 def check(advantage_BT, mask_BT, order, expected_PG, tolerance=1e-6):
     """Each row holds its completion's advantage where the mask is 1, and 0 elsewhere."""
     expected_B = torch.as_tensor(expected_PG, dtype=torch.float64).flatten()[order]
-    torch.testing.assert_close(
-        advantage_BT.double(), expected_B[:, None] * mask_BT, rtol=tolerance, atol=1e-9
-    )
+    torch.testing.assert_close(advantage_BT.double(), expected_B[:, None] * mask_BT, rtol=tolerance, atol=1e-9)
 
 
 # ---------------------------------------------------------------------- without verl
@@ -220,9 +218,7 @@ def test_verl_finds_the_plug_in_by_its_entry_point():
     assert found.value == "mm_agrae.adapters.verl"
     script = "from verl.trainer.ppo.core_algos import *; import sys; print(get_adv_estimator_fn"
     done = subprocess.run(
-        [sys.executable, "-c", f"{script}('agrae'), 'trl' in sys.modules)"],
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", f"{script}('agrae'), 'trl' in sys.modules)"], capture_output=True, text=True
     )
     assert "estimate" in done.stdout, done.stderr
     assert "False" in done.stdout
@@ -247,10 +243,7 @@ def test_reordering_the_batch_as_verl_balances_it_changes_nothing():
     second, _ = data_proto(CASES[3])
     order = torch.randperm(len(second), generator=torch.Generator().manual_seed(9))
     second.reorder(order)
-    by_row = [
-        advantages(data, "algorithm.adv_estimator=agrae").batch["advantages"]
-        for data in (first, second)
-    ]
+    by_row = [advantages(data, "algorithm.adv_estimator=agrae").batch["advantages"] for data in (first, second)]
     torch.testing.assert_close(by_row[0][order], by_row[1], rtol=1e-6, atol=1e-9)
 
 
@@ -268,8 +261,7 @@ def test_beside_verls_own_grpo():
     torch.testing.assert_close(ours * math.sqrt((size - 1) / size), theirs, rtol=1e-4, atol=1e-6)
     centred = "algorithm.norm_adv_by_std_in_grpo=False"
     torch.testing.assert_close(
-        result("algorithm.adv_estimator=dr_grpo", centred),
-        result("algorithm.adv_estimator=grpo", centred),
+        result("algorithm.adv_estimator=dr_grpo", centred), result("algorithm.adv_estimator=grpo", centred)
     )
 
 

@@ -39,10 +39,7 @@ def test_round_trip():
     ("sections", "expected"),
     [
         ({"modle": {}}, "modle: unknown setting; did you mean 'model'?"),
-        (
-            {"rollout": {"temprature": 1.0}},
-            "rollout.temprature: unknown setting; did you mean 'temperature'?",
-        ),
+        ({"rollout": {"temprature": 1.0}}, "rollout.temprature: unknown setting; did you mean 'temperature'?"),
         ({"update": {"loss": "gropo"}}, "update.loss: 'gropo' is not valid; did you mean 'grpo'?"),
         ({"model": {"path": "x", "lora": {"rnk": 4}}}, "did you mean 'rank'?"),
         ({"advantage": {"rule": "a-grae"}}, "did you mean 'agrae'?"),
@@ -52,10 +49,7 @@ def test_round_trip():
         ({"train": {}}, "give one of train.steps and train.epochs"),
         ({"rollout": {"completions_per_prompt": 1}}, "a group of one"),
         ({"rollout": {"temperature": 0.0}}, "rollout.temperature is 0"),
-        (
-            {"rollout": {"prompts_per_step": 16}, "update": {"mini_batch_prompts": 6}},
-            "nearest that does is 4",
-        ),
+        ({"rollout": {"prompts_per_step": 16}, "update": {"mini_batch_prompts": 6}}, "nearest that does is 4"),
         ({"update": {"learning_rate": "fast"}}, "update.learning_rate"),
         ({"reward": {"parts": {"format": 1.0}}}, "must hold accuracy"),
         (
@@ -105,8 +99,7 @@ def test_overrides(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
-    [("a: [", "not valid YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping")],
+    ("text", "expected"), [("a: [", "not valid YAML"), ("- 1", "expected a mapping"), ("", "expected a mapping")]
 )
 def test_a_file_that_is_no_config(tmp_path, text, expected):
     path = tmp_path / "bad.yaml"

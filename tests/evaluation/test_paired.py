@@ -5,13 +5,7 @@ import pytest
 from run_folders import evaluate, make_run
 
 from mm_agrae.errors import RunFolderError
-from mm_agrae.evaluation.paired import (
-    OUTCOMES,
-    EvaluationSamples,
-    PairedEvaluations,
-    SampleCache,
-    find_evaluations,
-)
+from mm_agrae.evaluation.paired import OUTCOMES, EvaluationSamples, PairedEvaluations, SampleCache, find_evaluations
 from mm_agrae.evaluation.statistics import paired_difference
 
 
@@ -100,11 +94,7 @@ def test_problems_pair_by_id_question_and_answer(run):
 
 
 def test_unequal_numbers_of_samples_have_no_gain_but_shares(run):
-    rewrite(
-        run,
-        "after",
-        lambda row: row if (row["example_id"], row["sample"]) != ("problem 6", 3) else None,
-    )
+    rewrite(run, "after", lambda row: row if (row["example_id"], row["sample"]) != ("problem 6", 3) else None)
     paired = paired_of(run)
     assert paired.gain(1) is None
     assert paired.by_outcome["only second"][0].samples == (4, 3)
@@ -134,11 +124,7 @@ def test_evaluations_of_several_runs(tmp_path, run):
     next(damaged.path.rglob("result.json")).write_text("{")
     runs = {"run": run.path, "eval": other.path, "damaged": damaged.path}
     found, errors = find_evaluations(runs)
-    assert list(found) == [
-        "run · before · test",
-        "run · after · test",
-        "eval · models/base · geometry",
-    ]
+    assert list(found) == ["run · before · test", "run · after · test", "eval · models/base · geometry"]
     (error,) = errors
     assert "damaged" in error
     assert find_evaluations({}) == ({}, [])

@@ -6,12 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from mm_agrae.evaluation.statistics import (
-    paired_difference,
-    pass_at_k,
-    pass_at_k_table,
-    summarise,
-)
+from mm_agrae.evaluation.statistics import paired_difference, pass_at_k, pass_at_k_table, summarise
 from mm_agrae.run.records import EvaluationResult
 
 
@@ -28,9 +23,7 @@ def test_pass_at_k_is_exact_for_many_samples():
     n = 1024
     correct = np.array([0, 1, 2, 511, 768, 1022, 1023, 1024])
     for k in (1, 2, 256, 512, 1023, 1024):
-        expected = [
-            float(1 - Fraction(math.comb(n - c, k), math.comb(n, k))) for c in correct.tolist()
-        ]
+        expected = [float(1 - Fraction(math.comb(n - c, k), math.comb(n, k))) for c in correct.tolist()]
         np.testing.assert_array_equal(pass_at_k(n, correct, k), expected)
 
 
@@ -90,9 +83,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     runs = 300
     for seed in range(runs):
         rate = generator.beta(0.5, 0.7, size=80)
-        before, after = (
-            generator.random((80, 8)) < np.clip(rate + shift, 0, 1)[:, None] for shift in (0, 0.1)
-        )
+        before, after = (generator.random((80, 8)) < np.clip(rate + shift, 0, 1)[:, None] for shift in (0, 0.1))
         table = pass_at_k_table(before, ks=[1, 4], bootstrap=400, seed=seed)
         for k, interval in table.items():
             hits[k] += interval.low <= truth[k] <= interval.high

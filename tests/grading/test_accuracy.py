@@ -399,14 +399,10 @@ def test_an_empty_gold_answer_is_never_matched():
 @given(st.fractions(max_denominator=10**6), st.integers(1, 99))
 def test_fractions_are_exact(value, factor):
     p, q = value.numerator, value.denominator
-    assert number(f"{p * factor}/{q * factor}" if p >= 0 else f"-{-p * factor}/{q * factor}") == (
-        Number(value)
-    )
+    assert number(f"{p * factor}/{q * factor}" if p >= 0 else f"-{-p * factor}/{q * factor}") == (Number(value))
     sign = "-" if p < 0 else ""
     assert verify(f"{p}/{q}", rf"\boxed{{{sign}\frac{{{abs(p) * factor}}}{{{q * factor}}}}}")
-    assert not verify(
-        f"{p}/{q}", rf"\boxed{{{sign}\frac{{{abs(p) * factor + 1}}}{{{q * factor}}}}}"
-    )
+    assert not verify(f"{p}/{q}", rf"\boxed{{{sign}\frac{{{abs(p) * factor + 1}}}{{{q * factor}}}}}")
 
 
 @given(st.integers(-(10**80), 10**80), st.integers(1, 10**9))
@@ -474,12 +470,8 @@ def test_from_a_forked_daemonic_process():
 def test_a_script_without_a_main_guard(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "print('started')\n"
-        "from mm_agrae.grading.accuracy import verify\n"
-        f"print(verify({HARD[0]!r}, {HARD[1]!r}))\n"
+        f"print('started')\nfrom mm_agrae.grading.accuracy import verify\nprint(verify({HARD[0]!r}, {HARD[1]!r}))\n"
     )
-    result = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=120
-    )
+    result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert result.stdout.split() == ["started", "True"], result.stderr
     assert result.stderr == ""

@@ -18,10 +18,7 @@ PAIRS = [
     *((r"\sin(", ")"), (r"\log_{2}(", ")"), ("f(", ")"), ("-(", ")"), (r"\overline{", "}")),
 ]
 NESTED = [
-    *(
-        opening * depth + "7" + closing * depth
-        for (opening, closing), depth in product(PAIRS, DEPTHS)
-    ),
+    *(opening * depth + "7" + closing * depth for (opening, closing), depth in product(PAIRS, DEPTHS)),
     *(opening * 300 + "7" for opening, _ in PAIRS),
     *("7" + closing * 300 for closing in ("}", ")", "]", r"\right)", r"\}", r"\end{pmatrix}")),
 ]
@@ -33,21 +30,13 @@ HUGE = [
     *(f"({base}^9)^{{9^9}}" for base in BASES),
     *(f"{number}!" for number in ("99999", "(10^9)", "(9!)!", "((5!)!)!", "10!!!!!!!!", "9^9")),
     *(f"factorial({number})" for number in ("10**9", "factorial(99)")),
-    *(
-        rf"\binom{{{n}}}{{{k}}}"
-        for n, k in (("10^9", "5"), ("10^{9}", r"5\cdot 10^8"), ("9^9", "x"))
-    ),
+    *(rf"\binom{{{n}}}{{{k}}}" for n, k in (("10^9", "5"), ("10^{9}", r"5\cdot 10^8"), ("9^9", "x"))),
     *(f"1e{exponent}" for exponent in ("999", "9999", "999999999", "-999999999")),
     *(f"10^{{{exponent}}}" for exponent in ("99999999", "10^{10}", "-10^{10}")),
     *(f"{digit * 1900}" for digit in "789"),
     *("7." + "3" * 1900, "0." + "0" * 1900 + "1", "1/" + "7" * 1900, "7" * 950 + "/" + "3" * 949),
     *("9" * 1_000_000, "7 " * 500_000, "x+" * 500_000, r"\frac{1}{2}" * 90_000, "(" * 1_000_000),
-    *(
-        r"\sqrt[99999]{2}",
-        r"\log_{10^{-999999}} 2",
-        "2^{99999999} \\bmod 7",
-        r"\sqrt{2}^{\sqrt{2}^{99}}",
-    ),
+    *(r"\sqrt[99999]{2}", r"\log_{10^{-999999}} 2", "2^{99999999} \\bmod 7", r"\sqrt{2}^{\sqrt{2}^{99}}"),
 ]
 ENDLESS = [
     *(
@@ -57,11 +46,7 @@ ENDLESS = [
                 *(r"\sum_{i=1}^{10^{9}}", r"\sum_{i=1}^{\infty}", r"\prod_{i=1}^{10^8}"),
                 *(r"\int_0^{\infty}", r"\int", r"\lim_{x \to 0}", r"\int_0^1 \int_0^1"),
             ),
-            (
-                r"\frac{1}{i^{x}+\sin i}",
-                r"x^{x^{x}} \sin(e^{x}) dx",
-                r"\frac{\sin(\tan(\sin x))}{x^{99}}",
-            ),
+            (r"\frac{1}{i^{x}+\sin i}", r"x^{x^{x}} \sin(e^{x}) dx", r"\frac{\sin(\tan(\sin x))}{x^{99}}"),
         )
     ),
     *(r"\sum" * 300, r"\int" * 300, r"\lim" * 300, r"\frac{d}{dx}" * 150 + "x", r"x_{x_{x}}" * 200),
@@ -69,218 +54,41 @@ ENDLESS = [
     *("+".join(f"x_{{{k}}}^{{{k}}}" for k in range(150)), "*".join(f"(x+{k})" for k in range(200))),
 ]
 CODE = [
-    *(
-        f"__import__('os').system('touch {MARK}')",
-        f"open('{MARK}','w')",
-        "exit()",
-        "1;1",
-        "lambda: 5",
-    ),
-    *(
-        f"exec(\"open('{MARK}', 'w')\")",
-        f"eval(\"open('{MARK}','w')\")",
-        "().__class__.__bases__[0]",
-    ),
+    *(f"__import__('os').system('touch {MARK}')", f"open('{MARK}','w')", "exit()", "1;1", "lambda: 5"),
+    *(f"exec(\"open('{MARK}', 'w')\")", f"eval(\"open('{MARK}','w')\")", "().__class__.__bases__[0]"),
     *("().__class__.__bases__[0].__subclasses__()", "${6*6}", "{{7*7}}", "#{7*7}", "`ls`", "$(ls)"),
-    *(
-        f"$(touch {MARK})",
-        f"; touch {MARK}",
-        f"| touch {MARK}",
-        "%n%n%n%s%s",
-        "{0.__class__}",
-        "{!r}",
-    ),
-    *(
-        "lambda x: x",
-        "(lambda: (yield))()",
-        "[x for x in range(10**9)]",
-        "while True: pass",
-        "import os",
-    ),
-    *(
-        "True",
-        "None",
-        "5 if True else 4",
-        "not 4",
-        "print(5)",
-        "input()",
-        "globals()",
-        "quit",
-        "1 # 5",
-    ),
-    *(
-        "Symbol('x')",
-        "sympify('5')",
-        "S(5)",
-        "Integer(5)",
-        "x.subs(x, 5)",
-        "solve(x-5)",
-        "N(5)",
-        "E1(2)",
-    ),
+    *(f"$(touch {MARK})", f"; touch {MARK}", f"| touch {MARK}", "%n%n%n%s%s", "{0.__class__}", "{!r}"),
+    *("lambda x: x", "(lambda: (yield))()", "[x for x in range(10**9)]", "while True: pass", "import os"),
+    *("True", "None", "5 if True else 4", "not 4", "print(5)", "input()", "globals()", "quit", "1 # 5"),
+    *("Symbol('x')", "sympify('5')", "S(5)", "Integer(5)", "x.subs(x, 5)", "solve(x-5)", "N(5)", "E1(2)"),
     *("'; DROP TABLE x; --", "<script>5</script>", "<answer>5</answer", "\\input{/etc/passwd}"),
-    *(
-        r"\def\a{\a\a}\a",
-        r"\newcommand{\x}{\x\x}\x",
-        r"\write18{ls}",
-        r"\csname x\endcsname",
-        r"\catcode`\%=7",
-    ),
+    *(r"\def\a{\a\a}\a", r"\newcommand{\x}{\x\x}\x", r"\write18{ls}", r"\csname x\endcsname", r"\catcode`\%=7"),
 ]
 CHARACTERS = [
     *(f"5{chr(code)}" for code in range(32) if chr(code) not in "\t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"),
     *(f"{chr(code)}5" for code in (0, 7, 8, 27, 127, 0xD800, 0xDFFF)),
     *("5\udfff", "\ud8005", "\ud800\udc005", "5\U0010ffff", "5\ufffd", "5\ufffe"),
     *(f"{mark}5" for mark in "\u202a\u202b\u202d\u202e\u2066\u2067\u2068\u061c\u200e\u200f"),
-    *(
-        "\u06615",
-        "٥",
-        "५",
-        "五",
-        "Ⅴ",
-        "⑤",
-        "5" + "\u0301" * 900,
-        "𝕏" * 900,
-        "🙂" * 900,
-        "5🙂",
-        "ﷺ" * 300,
-    ),
+    *("\u06615", "٥", "५", "五", "Ⅴ", "⑤", "5" + "\u0301" * 900, "𝕏" * 900, "🙂" * 900, "5🙂", "ﷺ" * 300),
 ]
 REPEATED = [
     *(
         token * (1800 // len(token))
         for token in (
-            *(
-                "x",
-                "a ",
-                "1 ",
-                "5,",
-                "5%",
-                "x=",
-                "1:",
-                "x<",
-                "{}",
-                "()",
-                "[]",
-                "^",
-                "_",
-                "|",
-                "&",
-                "\\",
-            ),
-            *(
-                " and ",
-                "or ",
-                ";",
-                r"\cup ",
-                r"\pm ",
-                r"5^\circ",
-                r"\left",
-                "sqrt(",
-                r"\sqrt",
-                r"\frac",
-            ),
-            *(
-                "{,}",
-                r"\!",
-                r"\,",
-                r"\text{}",
-                r"\text{a}",
-                "5\\text{ cm}",
-                "$",
-                "$$",
-                r"\[",
-                r"\(",
-                r"\ ",
-            ),
-            *(
-                "1/",
-                "-",
-                "+",
-                "*",
-                "!",
-                "'",
-                '"',
-                "=",
-                "\n",
-                "\t",
-                ".",
-                "..",
-                "0",
-                "½",
-                "√",
-                "²",
-                "°",
-            ),
-            *(
-                "1,000,",
-                "5 or ",
-                "(1,",
-                "{1;",
-                "[1,2)",
-                r"\in",
-                r"\le ",
-                "a:b",
-                "e",
-                "1e",
-                "0x",
-                r"\\",
-            ),
+            *("x", "a ", "1 ", "5,", "5%", "x=", "1:", "x<", "{}", "()", "[]", "^", "_", "|", "&", "\\"),
+            *(" and ", "or ", ";", r"\cup ", r"\pm ", r"5^\circ", r"\left", "sqrt(", r"\sqrt", r"\frac"),
+            *("{,}", r"\!", r"\,", r"\text{}", r"\text{a}", "5\\text{ cm}", "$", "$$", r"\[", r"\(", r"\ "),
+            *("1/", "-", "+", "*", "!", "'", '"', "=", "\n", "\t", ".", "..", "0", "½", "√", "²", "°"),
+            *("1,000,", "5 or ", "(1,", "{1;", "[1,2)", r"\in", r"\le ", "a:b", "e", "1e", "0x", r"\\"),
         )
     ),
-    *(
-        "-",
-        "+",
-        ".",
-        ",",
-        "$",
-        "- -",
-        "",
-        " ",
-        "{}",
-        "nan",
-        r"\text{nan}",
-        "zoo",
-        "oo",
-        "1e9999999",
-        "0x5",
-    ),
-    *(
-        "5e",
-        "5 or 1234",
-        "5, 1234",
-        r"\infty - \infty",
-        r"\frac{0}{0}",
-        r"\frac{5}{0}",
-        "0^{-1}",
-        r"\pm\pm5",
-    ),
-    *(
-        r"\begin{pmatrix}" + "1&" * 600 + r"\end{pmatrix}",
-        r"\begin{pmatrix}" + r"1\\" * 400 + r"\end{pmatrix}",
-    ),
-    *(
-        r"\begin{matrix}5",
-        r"\end{matrix}5",
-        r"\begin{a}\begin{b}\end{a}",
-        "A" * 30,
-        "B " * 900,
-        "(B" * 600,
-    ),
+    *("-", "+", ".", ",", "$", "- -", "", " ", "{}", "nan", r"\text{nan}", "zoo", "oo", "1e9999999", "0x5"),
+    *("5e", "5 or 1234", "5, 1234", r"\infty - \infty", r"\frac{0}{0}", r"\frac{5}{0}", "0^{-1}", r"\pm\pm5"),
+    *(r"\begin{pmatrix}" + "1&" * 600 + r"\end{pmatrix}", r"\begin{pmatrix}" + r"1\\" * 400 + r"\end{pmatrix}"),
+    *(r"\begin{matrix}5", r"\end{matrix}5", r"\begin{a}\begin{b}\end{a}", "A" * 30, "B " * 900, "(B" * 600),
 ]
 HOSTILE = list(dict.fromkeys([*NESTED, *HUGE, *ENDLESS, *CODE, *CHARACTERS, *REPEATED]))
-GOLDS = [
-    "5",
-    r"\frac{1}{2}",
-    "(1,2)",
-    "x^2+1",
-    "B",
-    "Evelyn",
-    "0.25",
-    r"(-\infty,2)",
-    "yes",
-    "5 cm",
-]
+GOLDS = ["5", r"\frac{1}{2}", "(1,2)", "x^2+1", "B", "Evelyn", "0.25", r"(-\infty,2)", "yes", "5 cm"]
 LIMIT_S = 1.0
 
 
@@ -307,9 +115,7 @@ def test_hostile_answers_of_every_kind(kind):
         assert not verify(gold, f"\\boxed{{{answer}}}", **options), answer[:80]
 
 
-@pytest.mark.parametrize(
-    "form", ["{}", "The answer is {}", "So we have\n{}.", "<answer>{}</answer>"]
-)
+@pytest.mark.parametrize("form", ["{}", "The answer is {}", "So we have\n{}.", "<answer>{}</answer>"])
 def test_hostile_answers_outside_boxes(form):
     for answer in HOSTILE[len(form) % 3 :: 3]:
         if "boxed" not in answer:

@@ -67,9 +67,7 @@ with WorkerPool(1, 256, gc.collect) as pool:
 
 
 def test_a_signal_to_the_whole_group_costs_no_answer():
-    result = subprocess.run(
-        [sys.executable, "-c", SIGNALLED], capture_output=True, text=True, start_new_session=True
-    )
+    result = subprocess.run([sys.executable, "-c", SIGNALLED], capture_output=True, text=True, start_new_session=True)
     assert result.stdout.splitlines() == ["asked to end", "None"], result.stderr
 
 

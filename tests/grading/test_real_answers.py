@@ -32,9 +32,7 @@ def verdicts(questions):
         Example(id=str(k), question="", answer=gold, grading={"choices": choices})
         for k, (gold, _, choices) in enumerate(questions)
     ]
-    completions = [
-        Completion((), (), rf"Hence $\boxed{{{answer}}}$.", "stop", 0) for _, answer, _ in questions
-    ]
+    completions = [Completion((), (), rf"Hence $\boxed{{{answer}}}$.", "stop", 0) for _, answer, _ in questions]
     with Rewarder(RewardSection(), max_new_tokens=1) as rewarder:
         scores = rewarder.score(examples, completions)
     assert [score.error for score in scores if score.error] == []
@@ -60,9 +58,7 @@ def test_other_real_answers_are_incorrect():
     for name, row in rows():
         by_set.setdefault(name, set()).add(row.get("answer_value") or row["answer"])
     draw = random.Random(0)
-    questions = [
-        (*draw.sample(sorted(answers), 2), ()) for answers in by_set.values() for _ in range(150)
-    ]
+    questions = [(*draw.sample(sorted(answers), 2), ()) for answers in by_set.values() for _ in range(150)]
     for (gold, other, _), correct in zip(questions, verdicts(questions), strict=True):
         as_words = [as_text(normalise(text.rpartition("=")[2])) for text in (gold, other)]
         assert not correct or as_words[0] == as_words[1], (gold, other)

@@ -127,9 +127,7 @@ def gradients(policy, batch):
     policy.zero_grad()
     logp_BT, _ = policy(batch)
     (logp_BT * batch.advantage_B[:, None]).sum().div(batch.mask_BT.sum()).backward()
-    return logp_BT.detach(), {
-        name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None
-    }
+    return logp_BT.detach(), {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
 
 
 def require_equal(one, two):

@@ -4,17 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import (
-    FAMILIES,
-    VISION,
-    batch_for,
-    build,
-    gradients,
-    prompts_for,
-    randomise_lora,
-    require_equal,
-    trained,
-)
+from families import FAMILIES, VISION, batch_for, build, gradients, prompts_for, randomise_lora, require_equal, trained
 from helpers import sampling
 from safetensors.torch import load_file
 

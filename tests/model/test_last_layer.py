@@ -98,7 +98,4 @@ def test_a_copy_has_a_forward_of_its_own_and_uninstall_leaves_nothing():
     uninstall(model)
     mlp, attention = model.model.layers[-1].mlp, model.model.layers[-1].self_attn
     assert "forward" not in mlp.__dict__
-    assert "_counting" not in {
-        **mlp.__dict__,
-        **attention.__dict__,
-    }
+    assert "_counting" not in {**mlp.__dict__, **attention.__dict__}

@@ -6,17 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from families import (
-    FAMILIES,
-    SMALL,
-    batch_for,
-    build,
-    gradients,
-    randomise_lora,
-    require_equal,
-    trained,
-    write_family,
-)
+from families import FAMILIES, SMALL, batch_for, build, gradients, randomise_lora, require_equal, trained, write_family
 from helpers import VL, policy
 
 from mm_agrae.config import LoraSection
@@ -26,10 +16,7 @@ from mm_agrae.rollout.vllm_common import check_adapters
 
 @pytest.mark.parametrize(
     ("lora", "inside", "outside"),
-    [
-        ({}, "language_model", "visual"),
-        ({"modules": ("q_proj", "v_proj")}, "_proj", "mlp"),
-    ],
+    [({}, "language_model", "visual"), ({"modules": ("q_proj", "v_proj")}, "_proj", "mlp")],
 )
 def test_lora_stands_where_it_was_asked_for(lora, inside, outside):
     names = trained(policy(VL, lora=LoraSection(rank=4, **lora)))
@@ -101,10 +88,7 @@ def test_an_adapter_for_another_model(adapter, tmp_path, family, settings, probl
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        (
-            {"base_model_name_or_path": "/nowhere/else"},
-            "adapter for the base model '/nowhere/else'",
-        ),
+        ({"base_model_name_or_path": "/nowhere/else"}, "adapter for the base model '/nowhere/else'"),
         ({"base_model_name_or_path": None}, "names no base model"),
         ({"use_dora": True}, r"not plain LoRA \(use_dora=True\)"),
         ({"modules_to_save": ["lm_head"]}, "not plain LoRA .*modules_to_save"),

@@ -161,13 +161,9 @@ def test_the_pixel_budget_is_the_checkpoints_own_unless_set():
     assert image_tokens(2000, 2000, min_pixels=200704) == 200704 // 28**2
 
 
-@pytest.mark.parametrize(
-    "settings", [{"min_pixels": 50000, "max_pixels": 40000}, {"max_pixels": 700}]
-)
+@pytest.mark.parametrize("settings", [{"min_pixels": 50000, "max_pixels": 40000}, {"max_pixels": 700}])
 def test_a_pixel_budget_that_nothing_fits(settings):
-    with pytest.raises(
-        ModelError, match=r"prompt\.min_pixels = \d+ and prompt\.max_pixels = \d+: "
-    ):
+    with pytest.raises(ModelError, match=r"prompt\.min_pixels = \d+ and prompt\.max_pixels = \d+: "):
         Processing(VL, PromptSection(**settings))
 
 
@@ -207,12 +203,7 @@ def published(name):
 END = "end▁of▁sentence"
 CONTROL = {
     "llama": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "deepseek": [
-        "<｜begin▁of▁sentence｜>",
-        "<｜User｜>",
-        "<｜Assistant｜>",
-        "<｜end▁of▁sentence｜>",
-    ],
+    "deepseek": ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"],
     "gemma": ["<bos>", "<start_of_turn>", "<end_of_turn>", "<eos>"],
 }
 
@@ -226,9 +217,7 @@ def base_model(tmp_path):
         inner = Tokenizer.from_file(f"{TEXT}/tokenizer.json")
         inner.add_special_tokens([AddedToken(token, special=True) for token in tokens])
         bos = tokens[0]
-        inner.post_processor = TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, inner.token_to_id(bos))]
-        )
+        inner.post_processor = TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, inner.token_to_id(bos))])
         folder = tmp_path / family
         folder.mkdir()
         inner.save(str(folder / "tokenizer.json"))
@@ -252,10 +241,7 @@ def test_known_templates_are_named(base_model):
         "qwen2_5", "qwen2_5_vl", "qwen3", "qwen3_vl", "llama3", "llama3_1", "llama3_2",
         "deepseek_r1_distill", "gemma", "gemma3",
     ]  # fmt: skip
-    found = [
-        dict(Processing(path, PromptSection(chat_template=published(name))).describe())
-        for name in names
-    ]
+    found = [dict(Processing(path, PromptSection(chat_template=published(name))).describe()) for name in names]
     labels = [lines["chat template"].split(" (")[0] for lines in found]
     assert labels == [name for name in CHAT_TEMPLATES.values() if "warm start" not in name]
     own = dict(processing(VL).describe())["chat template"]
@@ -269,9 +255,7 @@ def test_qwen_templates():
         "<|im_end|>\n<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n"
     )
     section = PromptSection(chat_template=published("qwen2_5_vl"), system="Look.")
-    prompt = Processing(VL, section).prompt(
-        Example("a", "<image> or <image>?", "1", (white(28, 28), white(56, 28)))
-    )
+    prompt = Processing(VL, section).prompt(Example("a", "<image> or <image>?", "1", (white(28, 28), white(56, 28))))
     assert prompt.text == (
         "<|im_start|>system\nLook.<|im_end|>\n<|im_start|>user\n"
         "<|vision_start|><|image_pad|><|vision_end|> or "
@@ -298,9 +282,7 @@ def test_llama_templates_have_one_bos_and_a_fixed_date(base_model, name):
 
 
 def test_deepseek_distills_begin_inside_the_thinking(base_model):
-    made = Processing(
-        base_model("deepseek"), PromptSection(chat_template=published("deepseek_r1_distill"))
-    )
+    made = Processing(base_model("deepseek"), PromptSection(chat_template=published("deepseek_r1_distill")))
     prompt = made.prompt(QUESTION)
     bos, user, assistant, end = CONTROL["deepseek"]
     assert prompt.text == f"{bos}{user}What is 1+1?{assistant}<think>\n"

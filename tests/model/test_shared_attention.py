@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 from mm_agrae.errors import ModelError
 from mm_agrae.model import shared_attention
 from mm_agrae.model.packed_layout import GroupSpans, PackedLayout
-from mm_agrae.model.shared_attention import (
-    CpuKernel,
-    VarlenKernel,
-    _MergedAttention,
-    attention,
-    masked_attention,
-)
+from mm_agrae.model.shared_attention import CpuKernel, VarlenKernel, _MergedAttention, attention, masked_attention
 
-LAYOUTS = st.lists(
-    st.tuples(st.integers(1, 9), st.lists(st.integers(1, 20), max_size=5)), min_size=1, max_size=3
-)
+LAYOUTS = st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(1, 20), max_size=5)), min_size=1, max_size=3)
 
 
 def make_layout(groups) -> PackedLayout:
@@ -49,9 +41,7 @@ class FlashInPlainTorch:
             yield slice(q0, q1), slice(k0, k1), hidden if is_causal else hidden & False
 
     @classmethod
-    def _flash_attention_forward(
-        cls, q, k, v, cum_q, cum_k, max_q, max_k, dropout, is_causal, debug, *, scale
-    ):
+    def _flash_attention_forward(cls, q, k, v, cum_q, cum_k, max_q, max_k, dropout, is_causal, debug, *, scale):
         assert cum_q.dtype == cum_k.dtype == torch.int32
         assert max_q == int(cum_q.diff().max())
         assert max_k == int(cum_k.diff().max())
@@ -120,14 +110,10 @@ def test_all_forms_agree_with_gradients(groups, grouped):
 
 @pytest.mark.parametrize("kernel", [CpuKernel, VarlenKernel])
 def test_gradcheck(kernel):
-    layout = PackedLayout(
-        [GroupSpans((0, 3), ((3, 5), (5, 9), (9, 10))), GroupSpans((10, 11), ((11, 13),))]
-    )
+    layout = PackedLayout([GroupSpans((0, 3), ((3, 5), (5, 9), (9, 10))), GroupSpans((10, 11), ((11, 13),))])
     torch.manual_seed(0)
     inputs = [torch.randn(1, h, 13, 4, dtype=torch.float64, requires_grad=True) for h in (4, 2, 2)]
-    assert torch.autograd.gradcheck(
-        lambda *tensors: _MergedAttention.apply(*tensors, kernel(layout, 0.5)), inputs
-    )
+    assert torch.autograd.gradcheck(lambda *tensors: _MergedAttention.apply(*tensors, kernel(layout, 0.5)), inputs)
 
 
 def fault(device="cpu") -> str:

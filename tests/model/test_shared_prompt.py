@@ -15,13 +15,7 @@ from mm_agrae.errors import DataError, ModelError
 from mm_agrae.model import activations, shared_attention, shared_prompt
 from mm_agrae.model.image_features import feature_inputs, pixel_inputs
 from mm_agrae.model.packed_layout import GroupSpans, PackedLayout
-from mm_agrae.model.shared_prompt import (
-    hidden_states,
-    install,
-    pack,
-    require_agreement,
-    unsupported_reason,
-)
+from mm_agrae.model.shared_prompt import hidden_states, install, pack, require_agreement, unsupported_reason
 from mm_agrae.model.vocab_head import head_logprobs
 from mm_agrae.types import Example, MicroBatch, Prompt
 
@@ -56,9 +50,7 @@ def text_prompt(length: int, seed: int = 0) -> Prompt:
     return Prompt(Example(f"text{seed}", "", ""), "", ids, torch.zeros_like(ids))
 
 
-def image_prompt(
-    grids: list[tuple[int, int]], length: int = 9, seed: int = 0, patch: int = 14
-) -> Prompt:
+def image_prompt(grids: list[tuple[int, int]], length: int = 9, seed: int = 0, patch: int = 14) -> Prompt:
     """Images stand in front of the text, each between its start and end token."""
     generator = torch.Generator().manual_seed(seed)
     ids = []
@@ -82,9 +74,7 @@ def make_batch(prompts: list[Prompt], lengths: list[list[int]], seed: int = 0) -
     mask_BT = (torch.arange(longest)[None] < torch.tensor(flat)[:, None]).float()
     token_BT = torch.randint(1, WORDS, mask_BT.shape, generator=generator) * mask_BT.long()
     index_B = [index for index, group in enumerate(lengths) for _ in group]
-    return MicroBatch(
-        prompts, torch.tensor(index_B), token_BT, mask_BT, torch.zeros(len(flat)), mask_BT
-    )
+    return MicroBatch(prompts, torch.tensor(index_B), token_BT, mask_BT, torch.zeros(len(flat)), mask_BT)
 
 
 def shared(model, batch: MicroBatch, **options):
@@ -150,11 +140,7 @@ def prompts_for(family: str) -> list[Prompt]:
     if family in VISION:
         patch = MODELS[family]["vision_config"]["patch_size"]
         first, second = [(4, 8)], [(4, 4), (8, 4)]
-        return [
-            image_prompt(first, patch=patch),
-            text_prompt(5, 1),
-            image_prompt(second, 4, 2, patch),
-        ]
+        return [image_prompt(first, patch=patch), text_prompt(5, 1), image_prompt(second, 4, 2, patch)]
     return [text_prompt(6), text_prompt(1, 1), text_prompt(11, 2)]
 
 
@@ -167,9 +153,7 @@ def test_the_example_of_the_docstring():
     shown = {name: [int(each) for each in re.findall(r"\d+", values)] for name, values in lines}
     completions = [[21, 22, 23], [31], [41, 42]]
     assert shown["completions"] == [*completions[0], *completions[1], *completions[2]]
-    batch = make_batch(
-        [Prompt(Example("0", "", ""), "", torch.tensor(shown["prompt"]))], [[3, 1, 2]]
-    )
+    batch = make_batch([Prompt(Example("0", "", ""), "", torch.tensor(shown["prompt"]))], [[3, 1, 2]])
     for row, tokens in enumerate(completions):
         batch.token_BT[row, : len(tokens)] = torch.tensor(tokens)
     packed = pack(build("qwen2").base_model, batch)
@@ -291,9 +275,7 @@ def test_generation_and_plain_forward_stay_as_they_were():
     mask = torch.ones_like(ids)
     mask[0, :3] = 0
     options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    assert torch.equal(
-        model(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits
-    )
+    assert torch.equal(model(ids, attention_mask=mask).logits, plain(ids, attention_mask=mask).logits)
     assert torch.equal(model.generate(ids, **options), plain.generate(ids, **options))
 
 
@@ -349,10 +331,7 @@ def test_the_agreement_check_passes_what_is_right_and_stops_what_is_wrong():
     torch.testing.assert_close(wrong(model, batch), ours)
     forms = {
         "positions without a mask": {"shared_prompt": None, "attention_mask": None},
-        "a padding mask alone": {
-            "shared_prompt": None,
-            "attention_mask": torch.ones_like(packed.input_ids),
-        },
+        "a padding mask alone": {"shared_prompt": None, "attention_mask": torch.ones_like(packed.input_ids)},
         "one-dimensional positions": {
             "position_ids": torch.cat(
                 [
@@ -363,9 +342,7 @@ def test_the_agreement_check_passes_what_is_right_and_stops_what_is_wrong():
                 ]
             )[None]
         },
-        "positions that run through": {
-            "position_ids": torch.arange(packed.layout.length).expand(3, 1, -1)
-        },
+        "positions that run through": {"position_ids": torch.arange(packed.layout.length).expand(3, 1, -1)},
     }
     for changes in forms.values():
         result = wrong(model, batch, **changes)
@@ -400,9 +377,7 @@ def test_eager_attention_with_a_bool_mask_is_wrong_and_noticed():
 
 @FEW
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_a_model_without_our_attention_fails_instead_of_computing_something_else(
-    family, implementation
-):
+def test_a_model_without_our_attention_fails_instead_of_computing_something_else(family, implementation):
     model = build(family)
     key = "text_config" if family == "qwen2_5_vl" else ""
     model.set_attn_implementation({key: implementation})
@@ -455,17 +430,9 @@ def test_families_that_cannot_share_give_one_line():
     soft.set_attn_implementation("sdpa")
     eager = build("qwen2")
     eager.set_attn_implementation("eager")
-    positions = hf.GPT2LMHeadModel(
-        hf.GPT2Config(vocab_size=643, n_embd=32, n_layer=1, n_head=2, n_positions=64)
-    )
-    recurrent = hf.MambaForCausalLM(
-        hf.MambaConfig(vocab_size=643, hidden_size=32, num_hidden_layers=1, state_size=4)
-    )
-    expected = {
-        soft: "softcap",
-        eager: "attn_implementation is eager",
-        recurrent: "Mamba",
-    }
+    positions = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=643, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    recurrent = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=643, hidden_size=32, num_hidden_layers=1, state_size=4))
+    expected = {soft: "softcap", eager: "attn_implementation is eager", recurrent: "Mamba"}
     for model, words in expected.items():
         reason = unsupported_reason(model)
         assert reason is not None

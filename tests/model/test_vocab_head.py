@@ -66,9 +66,7 @@ def test_gradcheck():
 
     def both(*inputs):
         h, w, b = inputs
-        return token_logprobs(
-            h, w, target, bias_V=b, temperature=0.8, entropy_grad=True, chunk_bytes=4
-        )
+        return token_logprobs(h, w, target, bias_V=b, temperature=0.8, entropy_grad=True, chunk_bytes=4)
 
     assert torch.autograd.gradcheck(both, (hidden, weight[:520], offset), fast_mode=True)
 
@@ -152,16 +150,12 @@ def test_lora_on_the_head_is_exact(entropy_grad):
             super().__init__()
             self.lm_head = nn.Linear(8, 50, bias=False, dtype=torch.float64)
 
-    model = peft.get_peft_model(
-        Model(), peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
-    )
+    model = peft.get_peft_model(Model(), peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
     head = model.base_model.model.lm_head.double()
     hidden, _, target, _ = make(9, 8, 50, False)
     inputs = [hidden, *(p for p in head.parameters() if p.requires_grad)]
     assert len(inputs) == 3
-    logp, entropy = head_logprobs(
-        head, hidden, target, temperature=0.9, entropy_grad=entropy_grad, chunk_bytes=800
-    )
+    logp, entropy = head_logprobs(head, hidden, target, temperature=0.9, entropy_grad=entropy_grad, chunk_bytes=800)
     exact = reference(hidden, head.get_delta_weight("default") + head.weight, target, None, 0.9)
     torch.testing.assert_close(logp, exact[0])
     torch.testing.assert_close(entropy, exact[1])

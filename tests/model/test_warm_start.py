@@ -11,12 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from mm_agrae.grading.accuracy import verify
 from mm_agrae.tasks.synthetic.task import SyntheticTask
@@ -104,12 +99,7 @@ def test_the_script_feeds_what_the_processor_yields(script, processor, tokenizer
     mine = script.batch(rows, tokenizer, left=True)
     texts = [
         processor.apply_chat_template(
-            [
-                {
-                    "role": "user",
-                    "content": [{"type": "image"}, {"type": "text", "text": task[k].question}],
-                }
-            ],
+            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": task[k].question}]}],
             add_generation_prompt=True,
         )
         for k in range(3)

@@ -35,9 +35,7 @@ def spoil(trainer) -> None:
     strategy, calls = trainer.processes.strategy, itertools.count()
     backward = strategy.backward
     last = trainer.rank == trainer.world - 1
-    strategy.backward = lambda loss: backward(
-        loss * math.nan if last and next(calls) == 0 else loss
-    )
+    strategy.backward = lambda loss: backward(loss * math.nan if last and next(calls) == 0 else loss)
 
 
 def first_step(config, strategy: str = "one", spoilt: bool = False) -> dict:
@@ -61,11 +59,7 @@ def first_step(config, strategy: str = "one", spoilt: bool = False) -> dict:
     trainer.updater.optimiser_step = watched
     trainer.train()
     with trainer.policy.gathered():
-        learning = {
-            name: p.detach().clone()
-            for name, p in trainer.policy.model.named_parameters()
-            if p.requires_grad
-        }
+        learning = {name: p.detach().clone() for name, p in trainer.policy.model.named_parameters() if p.requires_grad}
     # As other engines take them: tensor by tensor, from the shards.
     whole = {name: tensor.clone() for name, tensor in trainer.policy.full_weights()}
     if config.model.lora:

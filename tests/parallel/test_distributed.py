@@ -27,10 +27,7 @@ RUNS = {
         "update": {"kl_coef": 0.1, "mini_batch_prompts": 3, "learning_rate": 1e-3},
         "rollout": {"prompts_per_step": 6},
     },
-    "lora_kl": {
-        "model": LORA,
-        "update": {"kl_coef": 0.1, "epochs": 2, "shared_prompt": "off", "learning_rate": 1e-3},
-    },
+    "lora_kl": {"model": LORA, "update": {"kl_coef": 0.1, "epochs": 2, "shared_prompt": "off", "learning_rate": 1e-3}},
 }
 STRATEGIES = {"ddp": ("full", "lora"), "fsdp": tuple(RUNS), "offload": ("full", "lora_kl")}
 SPREAD = """
@@ -65,9 +62,7 @@ def write_config(path: Path, **sections) -> Path:
     } | sections
     update = {"micro_batch_completions": 3, "learning_rate": 1e-3}
     sections["update"] = update | sections.get("update", {})
-    image, text = (
-        {"task": "synthetic", "modality": m, "split": "train"} for m in ("image", "text")
-    )
+    image, text = ({"task": "synthetic", "modality": m, "split": "train"} for m in ("image", "text"))
     data = {"train": [image | {"name": "image"}, text | {"name": "text"}]}
     config = run_config(path.with_suffix(""), VL, data=data, **sections)
     path.write_text(configs.dump(config))
@@ -88,9 +83,7 @@ def steps(tmp_path_factory):
         for name in names
     }
     for name in RESUMED:  # of one process by two …
-        paths["fsdp", f"{name}_resumed"] = second_step(
-            folder / f"one_{name}", f"fsdp_{name}_goes_on"
-        )
+        paths["fsdp", f"{name}_resumed"] = second_step(folder / f"one_{name}", f"fsdp_{name}_goes_on")
     start(2, str(folder / "two.pt"), *map(str, paths.values()))
     saved = torch.load(folder / "two.pt", weights_only=False)
     found |= {key: saved[str(path)] for key, path in paths.items()}
@@ -138,8 +131,7 @@ def check_same_steps(one: dict, two: dict, weights: float = 1e-6) -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "run"),
-    [(strategy, name) for strategy, names in STRATEGIES.items() for name in names],
+    ("strategy", "run"), [(strategy, name) for strategy, names in STRATEGIES.items() for name in names]
 )
 def test_two_processes_take_the_steps_of_one(steps, strategy, run):
     assert len(steps["one", run]["gradients"]) == (2 if "kl" in run else 1)

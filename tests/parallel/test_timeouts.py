@@ -34,10 +34,7 @@ def ends(tmp_path_factory):
     )  # fmt: skip
     return {
         trouble: [
-            (
-                int((folder / f"{trouble}.{rank}.status").read_text()),
-                (folder / f"{trouble}.{rank}").read_text(),
-            )
+            (int((folder / f"{trouble}.{rank}.status").read_text()), (folder / f"{trouble}.{rank}").read_text())
             for rank in (0, 1)
         ]
         for trouble in TROUBLES

@@ -73,9 +73,9 @@ def test_a_built_in_part_sees_the_token_ids(tmp_path):
         text=True,
         env=os.environ | {"PYTHONPATH": path},
     )
-    assert result.stdout.splitlines() == [
-        "[{'accuracy': 1.0, 'brevity': 1.0}, {'accuracy': 1.0, 'brevity': 0.0}]"
-    ], result.stderr
+    assert result.stdout.splitlines() == ["[{'accuracy': 1.0, 'brevity': 1.0}, {'accuracy': 1.0, 'brevity': 0.0}]"], (
+        result.stderr
+    )
 
 
 @pytest.mark.parametrize(

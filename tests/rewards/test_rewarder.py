@@ -154,9 +154,7 @@ def test_numbers_of_any_type(rewarder, own, text, value):
 def test_from_another_thread(rewarder):
     found = []
     thread = threading.Thread(
-        target=lambda: found.extend(
-            rewarder.score([example()] * 2, [completion(r"\boxed{5}"), completion("stuck")])
-        )
+        target=lambda: found.extend(rewarder.score([example()] * 2, [completion(r"\boxed{5}"), completion("stuck")]))
     )
     thread.start()
     thread.join()
@@ -170,9 +168,7 @@ def test_nothing_to_score_and_uneven_lists(rewarder):
 
 
 def test_what_own_functions_get(own, monkeypatch):
-    config = RewardSection(
-        parts={"accuracy": 0.0, f"{own}:sees": 1.0, "own_rewards:modules": 1.0}, time_limit_s=5.0
-    )
+    config = RewardSection(parts={"accuracy": 0.0, f"{own}:sees": 1.0, "own_rewards:modules": 1.0}, time_limit_s=5.0)
     full = example(images=(Image.new("RGB", (4, 4)),), meta={"k": "v"}, grading={"kind": "number"})
     monkeypatch.chdir(own.parent)
     with Rewarder(config, 16) as rewarder:
@@ -207,10 +203,7 @@ def test_accuracy_that_never_ends_is_named():
         ("{own}:not_callable", "no function or class 'not_callable'; it has score, modules, sees"),
         ("{folder}/absent.py:score", "there is no file "),
         ("{folder}/broken.py:score", "importing it raised SyntaxError"),
-        (
-            "{folder}/needy.py:score",
-            "importing it raised ModuleNotFoundError: No module named 'gone'",
-        ),
+        ("{folder}/needy.py:score", "importing it raised ModuleNotFoundError: No module named 'gone'"),
         ("{folder}/leaves.py:score", "importing it raised SystemExit"),
         ("{folder}/dies.py:score", "importing it ends the process, or never finishes"),
     ],

@@ -52,9 +52,7 @@ class Server:
 
     def request(self, method: str, path: str, key: str = KEY, **arguments) -> requests.Response:
         headers = {"Authorization": f"Bearer {key}"}
-        return requests.request(
-            method, self.address + path, headers=headers, timeout=10, **arguments
-        )
+        return requests.request(method, self.address + path, headers=headers, timeout=10, **arguments)
 
     def requests_served(self) -> float:
         text = self.request("GET", "/metrics").text

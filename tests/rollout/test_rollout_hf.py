@@ -69,15 +69,13 @@ def test_a_sample_depends_on_its_seed_and_not_on_its_batch(path):
     small = engine(made, batch_completions=4).generate(batch, 4, sampling(), seeds)
     require_same_samples(small, together)
     alone = [
-        engine(made).generate([prompt], 2, sampling(), [seed])[0]
-        for prompt, seed in zip(batch, seeds, strict=True)
+        engine(made).generate([prompt], 2, sampling(), [seed])[0] for prompt, seed in zip(batch, seeds, strict=True)
     ]
     require_same_samples(alone, [group[:2] for group in together])
     other = engine(made).generate(batch, 4, sampling(), [20, 21, 22, 23, 24])
     assert tokens(other) != tokens(together)
     greedy = [
-        engine(made, batch_completions=size).generate(batch, 1, sampling(temperature=0.0), seeds)
-        for size in (1, 5)
+        engine(made, batch_completions=size).generate(batch, 1, sampling(temperature=0.0), seeds) for size in (1, 5)
     ]
     require_same_greedy(*greedy)
 
@@ -87,9 +85,7 @@ def test_placeholder_ids_are_never_sampled(path):
     made = policy(path)
     favour_forbidden(made, processing(path))
     for temperature in (0.0, 1.0):
-        groups = engine(made).generate(
-            prompts(path, 3), 4, sampling(temperature=temperature), [1, 2, 3]
-        )
+        groups = engine(made).generate(prompts(path, 3), 4, sampling(temperature=temperature), [1, 2, 3])
         for completion in flat(groups):
             assert not set(completion.token_ids) & set(processing(path).forbidden_ids)
             assert all(value > -1000 for value in completion.logprobs)
@@ -98,9 +94,7 @@ def test_placeholder_ids_are_never_sampled(path):
 def test_finish_reason_and_progress():
     made, batch = policy(VL), prompts(VL, 3)
     finished = []
-    groups = engine(made).generate(
-        batch, 4, sampling(max_new_tokens=64), [1, 2, 3], finished.append
-    )
+    groups = engine(made).generate(batch, 4, sampling(max_new_tokens=64), [1, 2, 3], finished.append)
     assert sum(finished) == 12
     require_whole(groups, processing(VL), 64)
     assert "stop" in {each.finish_reason for each in flat(groups)}
@@ -117,9 +111,7 @@ def test_sample_follows_the_distribution(settings):
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(8, generator=generator) * 2
     count = 20000
-    drawn, logp = sample(
-        logits.expand(count, -1), torch.rand(count, generator=generator), sampling(**settings)
-    )
+    drawn, logp = sample(logits.expand(count, -1), torch.rand(count, generator=generator), sampling(**settings))
     # The distribution worked out another way: sort, cut, renormalise.
     p = torch.softmax(logits.double() / settings.get("temperature", 1.0), -1)
     order = p.argsort(descending=True)

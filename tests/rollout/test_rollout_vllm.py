@@ -239,9 +239,7 @@ def test_forbidden_ids_are_never_sampled(vl):
 
 def test_finish_reason_limits_and_progress(untied):
     finished = []
-    groups = untied.engine.generate(
-        untied.prompts, 4, sampling(max_new_tokens=64), range(5), finished.append
-    )
+    groups = untied.engine.generate(untied.prompts, 4, sampling(max_new_tokens=64), range(5), finished.append)
     assert sum(finished) == 20
     require_whole(groups, untied.processing, 64, untied.policy.version)
     assert "stop" in {each.finish_reason for each in flat(groups)}
@@ -302,10 +300,7 @@ def bad_prompts(setup):
         ("0 images, but features of 1", replace(good, images=())),
         ("image 0 has", replace(good, token_ids=short)),
         ("image 0 has", replace(good, token_ids=apart)),
-        (
-            "image placeholders for",
-            replace(good, token_ids=torch.cat([ids, torch.tensor([pad])])),
-        ),
+        ("image placeholders for", replace(good, token_ids=torch.cat([ids, torch.tensor([pad])]))),
         ("its features are of", replace(good, images=(smaller,))),
         ("is empty", replace(text, token_ids=text.token_ids[:0])),
         ("more than the engine's 384", replace(text, token_ids=text.token_ids.repeat(40))),

@@ -59,11 +59,7 @@ def connect(made, servers, *, batch_completions=64, max_tokens=MAX_TOKENS, overl
     settings = {"servers": addresses, "start_limit_s": 240.0, "request_limit_s": 60.0} | vllm
     rollout = RolloutSection(engine="vllm_server", overlap=overlap, vllm=VllmSection(**settings))
     return VllmServerEngine(
-        made,
-        processing(made.settings.path),
-        rollout,
-        batch_completions=batch_completions,
-        max_tokens=max_tokens,
+        made, processing(made.settings.path), rollout, batch_completions=batch_completions, max_tokens=max_tokens
     )
 
 
@@ -187,9 +183,7 @@ def test_sampling_logprobs_equal_the_policy_forward(pair, temperature):
     size = sum(tensor.nbytes for _, tensor in made.full_weights())
     assert sent.megabytes == pytest.approx(size / 1e6, 0.01)
     messages = []
-    groups = served.generate(
-        batch, 3, sampling(temperature=temperature), range(len(batch)), messages.append
-    )
+    groups = served.generate(batch, 3, sampling(temperature=temperature), range(len(batch)), messages.append)
     assert sum(messages) == 3 * len(batch)
     assert [len(group) for group in groups] == [3] * len(batch)
     assert measure(made, batch, groups).highest < EXACT
@@ -223,10 +217,7 @@ def test_every_sync_reaches_the_servers(pair, monkeypatch):
     old = {name: tensor.clone() for name, tensor in made.hf.state_dict().items()}
 
     def greedy_logprobs():
-        return [
-            group[0].logprobs
-            for group in served.generate(batch, 1, sampling(temperature=0.0), range(len(batch)))
-        ]
+        return [group[0].logprobs for group in served.generate(batch, 1, sampling(temperature=0.0), range(len(batch)))]
 
     first = require_same_policy(made, served, batch)
     before = greedy_logprobs()
@@ -355,9 +346,7 @@ def test_a_server_that_hangs(pair, caplog):
     made, batch = policy(VL), prompts(VL, 12)
     served = synced(made, pair, batch_completions=4, request_limit_s=8.0)
     try:
-        groups = served.generate(
-            batch, 4, sampling(), range(12), once(lambda: pair[1].signal(signal.SIGSTOP))
-        )
+        groups = served.generate(batch, 4, sampling(), range(12), once(lambda: pair[1].signal(signal.SIGSTOP)))
     finally:
         pair[1].signal(signal.SIGCONT)
     assert [len(group) for group in groups] == [4] * 12
@@ -374,9 +363,7 @@ def test_a_server_is_killed_midway_and_comes_back(pair, caplog):
     made, batch = policy(VL), prompts(VL, 16)
     bystander = synced(made, pair)
     served = synced(made, pair, batch_completions=8)
-    groups = served.generate(
-        batch, 4, sampling(), range(16), once(lambda: pair[1].signal(signal.SIGKILL))
-    )
+    groups = served.generate(batch, 4, sampling(), range(16), once(lambda: pair[1].signal(signal.SIGKILL)))
     assert [len(group) for group in groups] == [4] * 16
     assert measure(made, batch, groups).highest < EXACT
     assert lost_once(caplog, pair[1])
@@ -448,9 +435,7 @@ def test_the_adapter_alone(tmp_path, monkeypatch):
     made, batch = policy(VL, lora=LoraSection(rank=4)), mixed_prompts(processing(VL), 1)
     server = Server(tmp_path, VL, "--lora-rank", "4")
     try:
-        with pytest.raises(
-            EngineError, match=r"its --lora-rank is for rollout\.vllm\.sync=adapter"
-        ):
+        with pytest.raises(EngineError, match=r"its --lora-rank is for rollout\.vllm\.sync=adapter"):
             connect(made, [server])
         larger = policy(VL, lora=LoraSection(rank=9))
         with pytest.raises(EngineError, match=r"up to rank 8\. .*--lora-rank 9"):

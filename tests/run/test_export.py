@@ -11,12 +11,7 @@ import torch
 from helpers import TEXT, VL, engine, policy, processing, prompts, run_config, sampling, small_files
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from mm_agrae.config import LoraSection, PromptSection
 from mm_agrae.errors import ModelError, RunFolderError
@@ -75,9 +70,7 @@ def load_elsewhere(made, path, folder):
     tensors = {name: tensor.clone().contiguous() for name, tensor in weights}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     made.hf.config.save_pretrained(folder)
-    fresh, report = CLASSES[path].from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True
-    )
+    fresh, report = CLASSES[path].from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert not report["missing_keys"] | report["unexpected_keys"]
     return fresh
 
@@ -168,10 +161,7 @@ def test_adapter_alone(path, tmp_path):
     save_adapter(tmp_path / "ours", dict(adapter_weights(made)), adapter_config(made))
     made.model.save_pretrained(tmp_path / "theirs")
     assert stored_names(tmp_path / "ours") == stored_names(tmp_path / "theirs")
-    configs = [
-        json.loads((tmp_path / name / "adapter_config.json").read_text())
-        for name in ("ours", "theirs")
-    ]
+    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("ours", "theirs")]
     for config in configs:
         config["target_modules"].sort()
         config.pop("auto_mapping")  # only used where PEFT has to guess the class

@@ -126,9 +126,7 @@ def test_an_engine_or_a_gpu_that_breaks_down(tmp_path, whole, capsys, where):
     """In the rollout of step 3: a checkpoint of step 2 is saved. In the update, whose first half
     has changed the weights: none, for half a step is never saved."""
     trainer = make(tmp_path, Reporter())
-    target, name = (
-        (trainer.engine, "generate") if where == "rollout" else (trainer.updater, "optimiser_step")
-    )
+    target, name = (trainer.engine, "generate") if where == "rollout" else (trainer.updater, "optimiser_step")
     working = getattr(target, name)
 
     def breaking(*arguments, **options):
@@ -157,9 +155,7 @@ def test_rewards_that_are_nan_and_workers_that_die(tmp_path):
         "    return float('nan') if long < 3500 else 0.5\n"
     )
     part = f"{tmp_path / 'mine.py'}:reward"
-    make(
-        tmp_path / "run", train={"steps": 1}, reward={"parts": {"accuracy": 1.0, part: 1.0}}
-    ).train()
+    make(tmp_path / "run", train={"steps": 1}, reward={"parts": {"accuracy": 1.0, part: 1.0}}).train()
     run = RunFolder(tmp_path / "run")
     records = run.read_rollouts(1)
     failed = [r for r in records if r["error"]]

@@ -20,15 +20,7 @@ from mm_agrae.run.folder import ROWS_PER_GROUP, RunFolder
 from mm_agrae.run.records import RolloutRecord, SampleRecord
 
 EXAMPLE_RUN = ROOT / "data" / "example_run"
-HOSTILE = [
-    "\ud800",
-    "a\0b",
-    "\ud83d\ude00",
-    "\r\n\x1b[31m",
-    "<img src=x onerror=alert(1)>",
-    "]]>",
-    "",
-]
+HOSTILE = ["\ud800", "a\0b", "\ud83d\ude00", "\r\n\x1b[31m", "<img src=x onerror=alert(1)>", "]]>", ""]
 STORED = ["\ufffd", "a\0b", "😀", *HOSTILE[3:]]
 
 
@@ -134,10 +126,7 @@ def test_full_disk_leaves_every_file_as_it_was(folder):
         lambda: folder.write_evaluation(evaluation("before"), samples(500)),
     ]
     for write in writes:
-        with (
-            small_files(8000),
-            pytest.raises(RunFolderError, match=r"disk or quota is full.*free") as caught,
-        ):
+        with small_files(8000), pytest.raises(RunFolderError, match=r"disk or quota is full.*free") as caught:
             write()
         assert str(folder.path) in str(caught.value)
     assert no_leftovers(folder)
@@ -236,9 +225,7 @@ def test_rollouts_round_trip(folder):
 def test_rollouts_hold_any_text(folder, text, stored):
     names = ("example_id", "question", "prompt_text", "answer", "completion", "finish_reason")
     values = dict.fromkeys((*names, "error"), text)
-    folder.write_rollouts(
-        1, [record(**values, meta={text: [text]}, parts={text: math.nan}, reward=math.nan)]
-    )
+    folder.write_rollouts(1, [record(**values, meta={text: [text]}, parts={text: math.nan}, reward=math.nan)])
     (row,) = folder.read_rollouts(1)
     assert {row[name] for name in values} == {stored}
     assert row["meta"] == {stored: [stored]}
@@ -361,9 +348,7 @@ def evaluation(name, label="figures"):
 
 def samples(count=4):
     for i in range(count):
-        yield SampleRecord(
-            f"e{i}", 0, "q", "a", "text \ud800" * 3, True, 3, "stop", meta={"level": i}
-        )
+        yield SampleRecord(f"e{i}", 0, "q", "a", "text \ud800" * 3, True, 3, "stop", meta={"level": i})
 
 
 def test_evaluations_come_back_in_order_with_their_samples(folder):
@@ -372,10 +357,7 @@ def test_evaluations_come_back_in_order_with_their_samples(folder):
     folder.write_evaluation(evaluation("after", "angles/../x"), samples(2))
     folder.write_evaluation(evaluation("after"), samples(3))
     found = folder.read_evaluations()
-    assert [result.name for result in found] == [
-        *("before", "step_000050", "step_000100"),
-        *("after", "after"),
-    ]
+    assert [result.name for result in found] == [*("before", "step_000050", "step_000100"), *("after", "after")]
     assert found[0] == evaluation("before")
     counts = {result.label: len(list(folder.read_samples(result))) for result in found[-2:]}
     assert counts == {"figures": 3, "angles/../x": 2}
@@ -391,9 +373,7 @@ def test_names_that_make_the_same_folder_are_kept_apart(folder):
     names = [(name, label) for name in ("a/b", "a-b") for label in ("x/y", "x-y", "\ud800")]
     for count, key in enumerate(names * 2):
         folder.write_evaluation(evaluation(*key), samples(count + 1))
-    found = {
-        (r.name, r.label): len(list(folder.read_samples(r))) for r in folder.read_evaluations()
-    }
+    found = {(r.name, r.label): len(list(folder.read_samples(r))) for r in folder.read_evaluations()}
     stored = [(name, label.replace("\ud800", "\ufffd")) for name, label in names]
     assert found == dict(zip(stored, range(7, 13), strict=True))
 

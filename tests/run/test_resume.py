@@ -51,9 +51,7 @@ def same_weights(a, b):
 def records(run_dir):
     run = RunFolder(run_dir)
     return [
-        (r["completion"], r["reward"], r["advantage"])
-        for step in run.rollout_steps()
-        for r in run.read_rollouts(step)
+        (r["completion"], r["reward"], r["advantage"]) for step in run.rollout_steps() for r in run.read_rollouts(step)
     ]
 
 
@@ -89,9 +87,7 @@ def test_resumed_equals_uninterrupted(tmp_path, path, model):
 def test_a_named_checkpoint(tmp_path, whole):
     copied(whole, tmp_path / "first", 3)
     start = tmp_path / "first" / "checkpoints" / "step_000003"
-    config = whole.config.model_copy(
-        update={"run_dir": str(tmp_path / "other"), "resume": str(start)}
-    )
+    config = whole.config.model_copy(update={"run_dir": str(tmp_path / "other"), "resume": str(start)})
     branch = Trainer(config, Reporter(enabled=False))
     assert branch.steps_done == 3
     branch.train()
@@ -170,9 +166,7 @@ def test_the_latest_and_the_best_checkpoint(tmp_path):
     }
     train(run_dir, TEXT, steps=3, **sections)
     trainer = train(run_dir, TEXT, steps=5, **sections)
-    values = {
-        result.name: result.pass_at_k[1].mean for result in RunFolder(run_dir).read_evaluations()
-    }
+    values = {result.name: result.pass_at_k[1].mean for result in RunFolder(run_dir).read_evaluations()}
     values["step_000005"] = values.pop("after")
     best = max(sorted(values), key=values.get)
     assert best not in ("step_000004", "step_000005")  # else it shows nothing
@@ -282,9 +276,7 @@ def start_process(config, folder):
     path.write_text(yaml.safe_dump(yaml.safe_load(configs.dump(config))))
     command = [sys.executable, "-m", "mm_agrae.cli", "train", str(path)]
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
 
 def wait_for_step(run_dir, step, process):

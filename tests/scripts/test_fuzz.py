@@ -16,9 +16,7 @@ sys.path.append(str(ROOT / "scripts"))
 import fuzz
 
 
-@pytest.mark.parametrize(
-    ("target", "cases"), [("config", 200), ("files", 200), ("answers", 300), ("checkpoint", 50)]
-)
+@pytest.mark.parametrize(("target", "cases"), [("config", 200), ("files", 200), ("answers", 300), ("checkpoint", 50)])
 def test_nothing_but_our_own_errors_comes_out(target, cases):
     tally = fuzz.fuzz(target, cases)
     assert tally.faults == {}

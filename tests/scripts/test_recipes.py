@@ -199,9 +199,7 @@ def environment(tmp_path_factory):
     (folder / "bin" / "activate").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
     (folder / "bin" / "python").symlink_to(sys.executable)
     files = [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
-    stamp = subprocess.run(
-        ["cksum"], input=b"".join(file.read_bytes() for file in files), capture_output=True
-    )
+    stamp = subprocess.run(["cksum"], input=b"".join(file.read_bytes() for file in files), capture_output=True)
     (folder / ".installed").write_bytes(stamp.stdout)
     return os.environ | {
         "MM_AGRAE_VENV": str(folder), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",

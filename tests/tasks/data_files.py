@@ -51,9 +51,7 @@ def jsonl(folder, name, rows):
                 path = f"images/{Path(name).stem}-{number}-{index}.png"
                 (folder / path).write_bytes(image)
                 stored.append(path)
-            file.write(
-                json.dumps({**row, **({"images": stored} if "images" in row else {})}) + "\n"
-            )
+            file.write(json.dumps({**row, **({"images": stored} if "images" in row else {})}) + "\n")
     return folder
 
 

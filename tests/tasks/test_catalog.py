@@ -185,9 +185,7 @@ def test_math500_is_found_in_the_folder_of_math(tmp_path, monkeypatch):
     jsonl(Path("data/downloads/math"), "math500.jsonl", [{"problem": "?", "answer": "1"}])
     assert len(tasks.load(DataSource(task="math500"))) == 1
     assert len(tasks.load(DataSource(task="math", split="test"))) == 1
-    hub_parquet(
-        Path("data/downloads/math"), "data/test-0.parquet", [{"problem": "?", "answer": 1}] * 2
-    )
+    hub_parquet(Path("data/downloads/math"), "data/test-0.parquet", [{"problem": "?", "answer": 1}] * 2)
     assert len(tasks.load(DataSource(task="math500"))) == 1  # not the 5,000 of the hub's test
 
 
@@ -195,9 +193,7 @@ def test_testmini_of_a_file_that_holds_all(tmp_path):
     jsonl(tmp_path, *SAME["mathvision"][:2])
     assert len(load("mathvision", tmp_path, split="testmini")) == 1
     assert len(load("mathvision", tmp_path)) == 2
-    rows = [
-        {"problem": "?", "answer": "1", "problem_version": v} for v in ("Text Only", "Text Lite")
-    ]
+    rows = [{"problem": "?", "answer": "1", "problem_version": v} for v in ("Text Only", "Text Lite")]
     jsonl(tmp_path, "testmini_subset.jsonl", rows)
     assert len(load("mathverse", tmp_path, split="testmini_text_only")) == 1
     versions = {"problem_version": ["Text Lite", "Vision Only"]}
@@ -240,9 +236,7 @@ def test_without_a_network_it_is_said_what_to_fetch(offline, name):
 
 def test_folder_without_the_split_lists_its_files(tmp_path):
     jsonl(tmp_path, "test.jsonl", [{"problem": "?", "answer": "1"}])
-    with pytest.raises(
-        DataError, match=r"nothing for split='train'; the data files are test\.jsonl"
-    ):
+    with pytest.raises(DataError, match=r"nothing for split='train'; the data files are test\.jsonl"):
         load("gsm8k", tmp_path)
 
 
@@ -294,9 +288,7 @@ def test_bad_rows_of_every_form_are_named(tmp_path, row, options, words):
     import datasets
 
     hub_parquet(tmp_path / "hub", "data/train-00000-of-00001.parquet", [row])
-    datasets.DatasetDict({"train": datasets.Dataset.from_list([row])}).save_to_disk(
-        str(tmp_path / "saved")
-    )
+    datasets.DatasetDict({"train": datasets.Dataset.from_list([row])}).save_to_disk(str(tmp_path / "saved"))
     for place in (tmp_path / "hub", tmp_path / "saved"):
         with pytest.raises((DataError, ConfigError)) as caught:
             load("geometry3k", place, **options)

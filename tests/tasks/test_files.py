@@ -50,13 +50,7 @@ def refused(folder, row, *words, **options):
 
 
 def test_fields_of_an_example(folder):
-    row = {
-        "id": 17,
-        "problem": "How long is x?",
-        "answer": " 4 ",
-        "images": ["images/red.png"],
-        "level": 3,
-    }
+    row = {"id": 17, "problem": "How long is x?", "answer": " 4 ", "images": ["images/red.png"], "level": 3}
     example = one(folder, row, meta=("level", "source"), grading={"kind": "math"})
     assert example.id == "17"
     assert example.question == "How long is x?"
@@ -72,9 +66,7 @@ def test_rows_without_an_id_are_named_by_file_and_line(folder):
     assert [example.id for example in task] == ["train-1", "train-3"]
 
 
-@pytest.mark.parametrize(
-    ("answer", "want"), [(3, "3"), (27.0, "27"), (0.5, "0.5"), (-2, "-2"), ("007", "007")]
-)
+@pytest.mark.parametrize(("answer", "want"), [(3, "3"), (27.0, "27"), (0.5, "0.5"), (-2, "-2"), ("007", "007")])
 def test_answers_become_text(folder, answer, want):
     assert one(folder, {"question": "?", "answer": answer}).answer == want
 
@@ -122,18 +114,12 @@ def test_names_are_found_in_any_case(folder):
         (GOOD | {"images": "../outside.png"}, ("outside.png", "lies outside")),
         (GOOD | {"images": "/etc/passwd"}, ("/etc/passwd", "lies outside")),
         (GOOD | {"images": "link.png"}, ("link.png", "lies outside")),
-        (
-            GOOD | {"images": "https://example.org/x.png"},
-            ("https://example.org/x.png: URLs are not fetched", "curl"),
-        ),
+        (GOOD | {"images": "https://example.org/x.png"}, ("https://example.org/x.png: URLs are not fetched", "curl")),
         (GOOD | {"images": "a\0b"}, ("not a usable path",)),
         (GOOD | {"images": "x" * 9000}, ("image x",)),
         (GOOD | {"problem": "<image> ?"}, ("1 <image> markers for 0 images",)),
         (GOOD | {"problem": "<image1> ?"}, ("0 images",)),
-        (
-            GOOD | {"problem": "<image><image>", "images": "images/red.png"},
-            ("2 <image> markers for 1 images",),
-        ),
+        (GOOD | {"problem": "<image><image>", "images": "images/red.png"}, ("2 <image> markers for 1 images",)),
         (GOOD | {"choices": "abc"}, ("choices: expected a list",)),
         (GOOD | {"choices": [["1"], ["2"]]}, ("choices: expected a list",)),
         (GOOD | {"choices": ["2"]}, ("choices: 1 of them",)),
@@ -168,9 +154,7 @@ def test_image_root_is_another_folder_and_still_a_limit(folder, tmp_path_factory
 
 def test_all_rows_bad_is_an_error_even_when_skipping(folder):
     path = write(folder / "data.jsonl", [b"x", b"y"])
-    with pytest.raises(
-        DataError, match=r"no usable row; all 2 are bad, the first: .*line 1: not JSON"
-    ):
+    with pytest.raises(DataError, match=r"no usable row; all 2 are bad, the first: .*line 1: not JSON"):
         FileTask(path, on_bad_row="skip")
 
 
@@ -184,11 +168,7 @@ def test_arbitrary_bytes_raise_nothing_but_our_errors(tmp_path_factory, data):
 
 
 VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(string.printable + "é∠\ud800"),
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(string.printable + "é∠\ud800"),
     lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(), values, max_size=3),
     max_leaves=6,
 )
@@ -222,19 +202,9 @@ RED_LIME = ["images/red.png", "images/lime.png"]
         ("<image> or <image>?", RED_LIME, "<image> or <image>?", RED_LIME),
         ("<image1> or <image2>?", RED_LIME, "<image> or <image>?", RED_LIME),
         ("<image 2> or <image 1>?", RED_LIME, "<image> or <image>?", RED_LIME[::-1]),
-        (
-            "<image2>, <image1>, <image2>?",
-            RED_LIME,
-            "<image>, <image>, (image 2)?",
-            RED_LIME[::-1],
-        ),
+        ("<image2>, <image1>, <image2>?", RED_LIME, "<image>, <image>, (image 2)?", RED_LIME[::-1]),
         ("<image1> and again <image1>", RED_LIME[:1], "<image> and again (image 1)", RED_LIME[:1]),
-        (
-            "like\n<image1>\nor\n<image2>",
-            RED_LIME[:1],
-            "like\n<image>\nor\n(image 2)",
-            RED_LIME[:1],
-        ),
+        ("like\n<image1>\nor\n<image2>", RED_LIME[:1], "like\n<image>\nor\n(image 2)", RED_LIME[:1]),
         ("", RED_LIME[:1], "", RED_LIME[:1]),
     ],
 )
@@ -244,9 +214,7 @@ def test_markers_stand_for_images_in_order(folder, question, images, want_text, 
     assert example.images == tuple(str(folder / name) for name in want_images)
 
 
-@pytest.mark.parametrize(
-    "question", ["<image1>", "<image1><image3>", "<image0><image1>", "<image>"]
-)
+@pytest.mark.parametrize("question", ["<image1>", "<image1><image3>", "<image0><image1>", "<image>"])
 def test_markers_that_do_not_fit_the_images(folder, question):
     refused(folder, {"problem": question, "answer": "1", "images": RED_LIME}, "2 images")
 
@@ -263,19 +231,13 @@ def test_text_and_several_images_in_one_source(folder):
     text = DataSource(task="files", path=write(folder / "text.jsonl", [GOOD, GOOD]), limit=1)
     task = tasks.load_all([text, mixed, text])
     assert [len(example.images) for example in task] == [0, 0, 2, 0, 3, 0, 0]
-    assert [open_image(image).getpixel((0, 0)) for image in task[4].images] == [
-        (255, 0, 0),
-        (0, 255, 0),
-        (0, 0, 255),
-    ]
+    assert [open_image(image).getpixel((0, 0)) for image in task[4].images] == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     import pyarrow
     import pyarrow.parquet
 
     bytes_of = {name: (folder / name).read_bytes() for name in [*RED_LIME, "images/blue.png"]}
     stored = [
-        row
-        | {"images": [{"bytes": bytes_of[name], "path": name} for name in row.get("images") or []]}
-        for row in rows
+        row | {"images": [{"bytes": bytes_of[name], "path": name} for name in row.get("images") or []]} for row in rows
     ]
     path = folder / "mixed.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(stored), path)
@@ -302,8 +264,7 @@ def test_choices_are_shown_and_graded(folder):
 
 
 @pytest.mark.parametrize(
-    ("answer", "want"),
-    [("B", "B"), ("(B)", "B"), ("B.", "B"), ("15", "B"), ("A\nC", "A, C"), ("A and C", "A, C")],
+    ("answer", "want"), [("B", "B"), ("(B)", "B"), ("B.", "B"), ("15", "B"), ("A\nC", "A, C"), ("A and C", "A, C")]
 )
 def test_gold_choice_becomes_a_letter(folder, answer, want):
     assert one(folder, choice_row(answer)).answer == want
@@ -363,10 +324,7 @@ def test_text_and_image_rows_may_be_mixed(folder):
     ("columns", "words"),
     [
         ({"answer": "anwser"}, "no column 'anwser'; the columns are problem, answer"),
-        (
-            {"images": "pics"},
-            "columns.images: .* no column 'pics'; the columns are problem, answer",
-        ),
+        ({"images": "pics"}, "columns.images: .* no column 'pics'; the columns are problem, answer"),
         ({"choices": ["a", "b"]}, "columns.choices: .* no column 'a'"),
         ({"anser": "answer"}, "columns: no field 'anser'; did you mean 'answer'"),
         ({"answer": None}, "columns.answer: cannot be turned off"),

@@ -42,9 +42,7 @@ def test_questions_in_turn():
 
 
 def test_other_seeds_give_other_questions():
-    questions = [
-        {e.question for e in load(names="chain_sum", size=50, seed=seed)} for seed in (0, 1, 2)
-    ]
+    questions = [{e.question for e in load(names="chain_sum", size=50, seed=seed)} for seed in (0, 1, 2)]
     assert all(len(found) > 45 for found in questions)
     assert len(questions[0] | questions[1] | questions[2]) == sum(map(len, questions))
     again = {e.question for e in load(names="chain_sum", size=50, seed=1)}
@@ -52,9 +50,7 @@ def test_other_seeds_give_other_questions():
 
 
 def test_settings_reach_the_data_set():
-    short = load(
-        names="chain_sum", size=5, settings={"chain_sum": {"min_terms": 2, "max_terms": 2}}
-    )
+    short = load(names="chain_sum", size=5, settings={"chain_sum": {"min_terms": 2, "max_terms": 2}})
     long = load(names="chain_sum", size=5, settings={"chain_sum": {"min_terms": 9, "max_terms": 9}})
     assert max(e.question.count("+") + e.question.count(" - ") for e in short) == 1
     assert max(e.question.count("+") + e.question.count(" - ") for e in long) == 8

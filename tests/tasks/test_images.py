@@ -177,9 +177,7 @@ def test_corrupt_middle_of_a_png(tmp_path):
     refused(str(path), "corrupt.png", "damaged")
 
 
-@pytest.mark.parametrize(
-    "data", [b"", b"\x89PNG\r\n\x1a\n", b"<html>404</html>", b"%!PS-Adobe-3.0"]
-)
+@pytest.mark.parametrize("data", [b"", b"\x89PNG\r\n\x1a\n", b"<html>404</html>", b"%!PS-Adobe-3.0"])
 def test_not_an_image(tmp_path, data):
     path = tmp_path / "page.png"
     path.write_bytes(data)
@@ -245,13 +243,7 @@ def test_paths_may_not_leave_the_root(tmp_path, image_file):
     assert open_image("sub/in.png", root=root).size == (64, 48)
     assert open_image("sub/../sub/in.png", root=root).size == (64, 48)
     assert open_image(str(root / "sub" / "in.png"), root=root).size == (64, 48)
-    for path in (
-        "../image.png",
-        str(image_file),
-        "link.png",
-        "sub/../../image.png",
-        "/etc/passwd",
-    ):
+    for path in ("../image.png", str(image_file), "link.png", "sub/../../image.png", "/etc/passwd"):
         refused(path, "outside", root=root)
     refused("sub/loop.png", "loop.png", root=root)
     (tmp_path / "root2").symlink_to(root)
@@ -294,9 +286,7 @@ def test_damaged_bytes_raise_nothing_but_our_error(data):
     assert image.mode == "RGB"
 
 
-@pytest.mark.parametrize(
-    "url", ["http://example.org/x.png", "HTTPS://example.org/x.png", "ftp://example.org/x.png"]
-)
+@pytest.mark.parametrize("url", ["http://example.org/x.png", "HTTPS://example.org/x.png", "ftp://example.org/x.png"])
 def test_urls_are_not_fetched_and_the_message_says_what_to_do(tmp_path, url):
     words = ("x.png: URLs are not fetched; download the image first", f"in {tmp_path}, and put")
     refused(url, *words, root=tmp_path)

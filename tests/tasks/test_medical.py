@@ -58,9 +58,7 @@ def test_medical_pairs(tmp_path):
     again = load("medical_mri", tmp_path, split="train")
     assert [e.images for e in again] == [e.images for e in train]
     names = [f"images/medical_mri{number:06}.png" for number in range(1100) if number % 50]
-    in_order = sorted(
-        names, key=lambda name: hashlib.sha256(f"{name}\nWhat is seen?".encode()).hexdigest()
-    )
+    in_order = sorted(names, key=lambda name: hashlib.sha256(f"{name}\nWhat is seen?".encode()).hexdigest())
     assert str(test[0].images[0]).endswith(in_order[0])
 
 
@@ -103,17 +101,10 @@ def test_medical_from_the_hub_unpacks_its_images(offline, inside):
     shutil.rmtree(folder / "images")
     for _ in range(2):
         assert len(tasks.load(DataSource(task="medical_mri", split="test"))) == 300
-    assert sorted(file.name for file in folder.iterdir()) == [
-        "images",
-        "images.zip",
-        medical.BUNDLE,
-    ]
+    assert sorted(file.name for file in folder.iterdir()) == ["images", "images.zip", medical.BUNDLE]
 
 
 def test_medical_in_our_form(tmp_path):
     row = {"problem": "What is seen?", "choices": ["Lung", "Liver"], "answer": "B"}
     jsonl(tmp_path, "test.jsonl", [row | {"images": [png_of(1)]}])
-    assert contents(load("medical_xray", tmp_path))[0][:2] == (
-        "What is seen?\n(A) Lung\n(B) Liver",
-        "B",
-    )
+    assert contents(load("medical_xray", tmp_path))[0][:2] == ("What is seen?\n(A) Lung\n(B) Liver", "B")

@@ -89,9 +89,7 @@ def test_the_same_files_without_a_catalog_entry(file, rows, choices):
 def test_geometry3k_by_letter_and_by_value():
     path = str(REAL_DATA / "geometry3k" / "test.jsonl")
     letter = FileTask(path, limit=1)[0]
-    assert letter.question == (
-        "Find x. Round to the nearest tenth.\n(A) 18.8\n(B) 23.2\n(C) 25.9\n(D) 44.0"
-    )
+    assert letter.question == ("Find x. Round to the nearest tenth.\n(A) 18.8\n(B) 23.2\n(C) 25.9\n(D) 44.0")
     assert (letter.answer, letter.grading["kind"]) == ("A", "choice")
     value = FileTask(path, limit=1, columns={"answer": "answer_value", "choices": None})[0]
     assert value.question == "Find x. Round to the nearest tenth."
@@ -104,17 +102,12 @@ def test_vqa_rad_closed_and_open():
     counts = {kind: len(FileTask(path, where={"answer_type": kind})) for kind in ("closed", "open")}
     assert sum(counts.values()) == 361
     closed = FileTask(path, where={"answer_type": "closed", "modality": ["CT", "MRI"]})
-    assert Counter(example.answer.lower() for example in closed).most_common(1)[0][0] in (
-        "yes",
-        "no",
-    )
+    assert Counter(example.answer.lower() for example in closed).most_common(1)[0][0] in ("yes", "no")
 
 
 @needs_data
 def test_math500_from_the_folder_of_math():
-    assert [e.question for e in load("math500", "math")] == [
-        e.question for e in load("math", split="test")
-    ]
+    assert [e.question for e in load("math500", "math")] == [e.question for e in load("math", split="test")]
 
 
 @needs_data
@@ -143,16 +136,12 @@ def test_answers_are_graded_by_the_right_kind():
         assert all(re.fullmatch(r"-?\d+(\.\d+)?", e.answer) for e in load(name, split="test"))
     versions = {"problem_version": "Vision Only", "question_type": "free_form"}
     assert len(load("mathverse", where=versions)) == 42
-    with pytest.raises(
-        DataError, match=r"where\.version: no column 'version'; the columns are id, "
-    ):
+    with pytest.raises(DataError, match=r"where\.version: no column 'version'; the columns are id, "):
         load("mathverse", where={"version": "Vision Only"})
 
 
 def embedded(row, folder):
-    return [
-        {"bytes": (folder / path).read_bytes(), "path": Path(path).name} for path in row["images"]
-    ]
+    return [{"bytes": (folder / path).read_bytes(), "path": Path(path).name} for path in row["images"]]
 
 
 def choice_lines(row):

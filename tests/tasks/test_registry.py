@@ -71,8 +71,7 @@ def test_own_task_and_concatenation(tmp_path, monkeypatch):
     files = {
         "task": "files",
         "path": write(
-            tmp_path / "x.jsonl",
-            [b"bad", *({"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(5))],
+            tmp_path / "x.jsonl", [b"bad", *({"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(5))]
         ),
     }
     sources = [DataSource(**own, limit=2), DataSource(**files), DataSource(**own, limit=9)]

@@ -34,9 +34,7 @@ def test_bad_rows_of_json_and_csv(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps([GOOD, 5, GOOD | {"answer": ""}]))
     task = FileTask(str(tmp_path / "x.json"), on_bad_row="skip")
     assert [", row 1: expected" in task.skipped[0], ", row 2: answer" in task.skipped[1]] == [1, 1]
-    (tmp_path / "x.csv").write_bytes(
-        b'question,answer\n"two\nlines",1\nfewer\n1,2,more\n\xff,1\n?,\n?,fine\n'
-    )
+    (tmp_path / "x.csv").write_bytes(b'question,answer\n"two\nlines",1\nfewer\n1,2,more\n\xff,1\n?,\n?,fine\n')
     task = FileTask(str(tmp_path / "x.csv"), on_bad_row="skip")
     assert [example.question for example in task] == ["two\nlines", "?"]
     reasons = [reason.split("x.csv, ")[1][:14] for reason in task.skipped]
@@ -62,11 +60,7 @@ def test_parquet_with_embedded_images(tmp_path):
 
 @pytest.mark.parametrize("value", [{"bytes": None, "path": None}, {"bytes": b"", "path": "no.png"}])
 def test_parquet_row_without_its_image(tmp_path, value):
-    columns = {
-        "image": [{"bytes": png(), "path": ""}, value],
-        "problem": ["?"] * 2,
-        "answer": [1] * 2,
-    }
+    columns = {"image": [{"bytes": png(), "path": ""}, value], "problem": ["?"] * 2, "answer": [1] * 2}
     path = parquet(tmp_path / "train.parquet", columns)
     with pytest.raises(DataError, match=r"train\.parquet, row 1: image"):
         FileTask(path)
@@ -76,9 +70,7 @@ def test_parquet_text_that_is_not_utf8(tmp_path):
     import pyarrow
 
     text = pyarrow.array([b"fine?", b"\xff\xfe?"]).view(pyarrow.utf8())
-    task = FileTask(
-        parquet(tmp_path / "x.parquet", {"question": text, "answer": [1, 2]}), on_bad_row="skip"
-    )
+    task = FileTask(parquet(tmp_path / "x.parquet", {"question": text, "answer": [1, 2]}), on_bad_row="skip")
     assert len(task) == 1
     assert "x.parquet, row 1: cannot be read" in task.skipped[0]
 
@@ -89,11 +81,7 @@ def test_saved_data_sets(tmp_path, dictionary):
 
     (tmp_path / "blue.png").write_bytes(png("blue"))
     data = datasets.Dataset.from_dict(
-        {
-            "images": [[str(tmp_path / "blue.png")]] * 3,
-            "question": ["?"] * 3,
-            "answer": ["a", "b", ""],
-        }
+        {"images": [[str(tmp_path / "blue.png")]] * 3, "question": ["?"] * 3, "answer": ["a", "b", ""]}
     ).cast_column("images", datasets.Sequence(datasets.Image()))
     if dictionary:
         data = datasets.DatasetDict({"train": data, "test": data.select([2, 0])})
@@ -102,9 +90,7 @@ def test_saved_data_sets(tmp_path, dictionary):
     task = FileTask(str(tmp_path / "saved"), split=split, on_bad_row="skip")
     assert [example.answer for example in task] == (["a"] if dictionary else ["a", "b"])
     assert open_image(task[0].images[0]).getpixel((0, 0)) == (0, 0, 255)
-    assert (
-        f"saved{' [test]' if dictionary else ''}, row {0 if dictionary else 2}" in task.skipped[0]
-    )
+    assert f"saved{' [test]' if dictionary else ''}, row {0 if dictionary else 2}" in task.skipped[0]
     if dictionary:
         with pytest.raises(DataError, match="set split to one of train, test"):
             FileTask(str(tmp_path / "saved"))
@@ -133,9 +119,7 @@ def test_data_that_is_not_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data").mkdir()
     for path in ("data/gone.jsonl", "data/geometry3k", "gone.jsonl", "a/b/c/train.jsonl"):
-        with pytest.raises(
-            DataError, match=rf"{path}: no such file or folder .*data\.train\.0\.path"
-        ):
+        with pytest.raises(DataError, match=rf"{path}: no such file or folder .*data\.train\.0\.path"):
             FileTask(path)
 
 

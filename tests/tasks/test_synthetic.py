@@ -193,8 +193,7 @@ def test_shapes_are_as_many_in_the_image_as_in_the_facts() -> None:
             filled = len(rows) / (height * width)
             # A square fills its frame, a disc pi/4 of it, a triangle a half.
             nearest = min(
-                (abs(filled - share), kind)
-                for kind, share in (("square", 1), ("circle", 0.785), ("triangle", 0.5))
+                (abs(filled - share), kind) for kind, share in (("square", 1), ("circle", 0.785), ("triangle", 0.5))
             )
             assert nearest[1] == shape["kind"]
 
@@ -276,9 +275,7 @@ def test_text_and_image_pose_the_same_problems() -> None:
         assert drawn.images[0].mode == "RGB"
         assert drawn.images[0].size == (112, 112)
         if drawn.meta["family"] != "counting":
-            missing = Counter(told.meta["numbers"]) - Counter(
-                map(int, re.findall(r"\d+", told.question))
-            )
+            missing = Counter(told.meta["numbers"]) - Counter(map(int, re.findall(r"\d+", told.question)))
             assert not missing
 
 

@@ -43,13 +43,7 @@ def _label(corners: Mapping[str, tuple[str, str, str]], **texts: Any) -> list[An
 
 
 def triangle(
-    a: float,
-    b: float,
-    *,
-    extended: bool = False,
-    right: str = "",
-    equal: bool = False,
-    **labels: Any,
+    a: float, b: float, *, extended: bool = False, right: str = "", equal: bool = False, **labels: Any
 ) -> Diagram:
     """Angles a at A and b at B. `labels`: an angle's name -> its text, in the order of placing.
 
@@ -188,10 +182,7 @@ def rectangle(a: int, b: int, shown: str) -> Diagram:
     width, height = float(a), float(b)
     points = {"A": (0.0, 0.0), "B": (width, 0.0), "C": (width, height), "D": (0.0, height)}
     return Diagram(
-        points,
-        _QUADRILATERAL,
-        sides=[("A", "B", f"{a}"), ("B", "C", shown)],
-        right=[("A", "B", "D"), ("C", "D", "B")],
+        points, _QUADRILATERAL, sides=[("A", "B", f"{a}"), ("B", "C", shown)], right=[("A", "B", "D"), ("C", "D", "B")]
     )
 
 

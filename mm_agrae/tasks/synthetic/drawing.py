@@ -84,9 +84,7 @@ def draw_diagram(
     return image.reduce(_ZOOM), {**vars(turned), "labels": labels, "crowded": crowded}
 
 
-def draw_shapes(
-    kinds: list[tuple[str, str]], rng: random.Random, px: int
-) -> tuple[Image.Image, dict[str, Any]]:
+def draw_shapes(kinds: list[tuple[str, str]], rng: random.Random, px: int) -> tuple[Image.Image, dict[str, Any]]:
     """Scatter shapes, given as (kind, colour), over the cells of a 4 x 4 grid, one to a cell."""
     image, pen = _canvas(px)
     cell = px / 4
@@ -157,9 +155,7 @@ def _extent(text: str, size: int) -> Box:
     return box[0] / _ZOOM, box[1] / _ZOOM, box[2] / _ZOOM, box[3] / _ZOOM
 
 
-def _write(
-    pen: ImageDraw.ImageDraw, text: str, box: Box, ink: tuple[int, int, int], size: int = _LABEL_PX
-) -> None:
+def _write(pen: ImageDraw.ImageDraw, text: str, box: Box, ink: tuple[int, int, int], size: int = _LABEL_PX) -> None:
     """Write `text` centred in `box`."""
     x0, y0, x1, y1 = _extent(text, size)
     x, y = _zoom(((box[0] + box[2] - x0 - x1) / 2, (box[1] + box[3] - y0 - y1) / 2))
@@ -185,8 +181,7 @@ def _turned(diagram: Diagram, rng: random.Random, px: int, most_turn: float) -> 
     free_x, free_y = px - 2 * margin - width * scale, px - 2 * margin - height * scale
     shift_x, shift_y = margin + rng.random() * free_x, margin + rng.random() * free_y
     placed = {
-        name: ((x - min(xs)) * scale + shift_x, (y - min(ys)) * scale + shift_y)
-        for name, (x, y) in points.items()
+        name: ((x - min(xs)) * scale + shift_x, (y - min(ys)) * scale + shift_y) for name, (x, y) in points.items()
     }
     angles = [(v, q, p, t) if mirror else (v, p, q, t) for v, p, q, t in diagram.angles]
     return replace(diagram, points=placed, angles=angles)
@@ -312,9 +307,7 @@ def _along(p: XY, q: XY) -> XY:
 
 def _square_corner(pen: ImageDraw.ImageDraw, v: XY, p: XY, q: XY) -> None:
     (ax, ay), (bx, by) = _along(v, p), _along(v, q)
-    corners = [
-        (8 * dx + v[0], 8 * dy + v[1]) for dx, dy in ((ax, ay), (ax + bx, ay + by), (bx, by))
-    ]
+    corners = [(8 * dx + v[0], 8 * dy + v[1]) for dx, dy in ((ax, ay), (ax + bx, ay + by), (bx, by))]
     pen.line(_zoom(*corners), fill=RIGHT, width=4)
 
 

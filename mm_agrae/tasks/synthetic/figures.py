@@ -17,11 +17,10 @@ Numbers = tuple[int, ...]
 class Figure:
     """A kind of geometry problem.
 
-    `ways` are derivations such as "Triangle: s=a+b, 180-s", where a, b, c stand for the given
-    numbers; all of them lead to the same answer. `numbers(step)` yields every choice of given
-    numbers that can be drawn, in multiples of `step`. `build(rng, *numbers)` makes the diagram.
-    `asks` is "x" for an angle, "perimeter", or "side" (the first number is then the perimeter,
-    which only the question states).
+    `ways` are derivations such as "Triangle: s=a+b, 180-s", where a, b, c stand for the given numbers; all of them
+    lead to the same answer. `numbers(step)` yields every choice of given numbers that can be drawn, in multiples of
+    `step`. `build(rng, *numbers)` makes the diagram. `asks` is "x" for an angle, "perimeter", or "side" (the first
+    number is then the perimeter, which only the question states).
     """
 
     name: str
@@ -69,18 +68,14 @@ def derive(way: str, given: Sequence[int]) -> tuple[str, int] | None:
     return " ".join(clauses), value
 
 
-def _fitting(
-    values: Iterable[int], arity: int, fits: Callable[..., bool], ordered: bool
-) -> Iterator[Numbers]:
+def _fitting(values: Iterable[int], arity: int, fits: Callable[..., bool], ordered: bool) -> Iterator[Numbers]:
     """In falling order alone if swapping the numbers gives the same figure."""
     combine = itertools.combinations_with_replacement
     found = combine(values, arity) if ordered else itertools.product(values, repeat=arity)
     return (numbers for numbers in found if fits(*numbers))
 
 
-def _multiples(
-    arity: int, fits: Callable[..., bool], ordered: bool = True
-) -> Callable[[int], Iterator[Numbers]]:
+def _multiples(arity: int, fits: Callable[..., bool], ordered: bool = True) -> Callable[[int], Iterator[Numbers]]:
     """Angles from 25 to 150 degrees."""
     return lambda step: _fitting(range(150, 24, -step), arity, fits, ordered)
 

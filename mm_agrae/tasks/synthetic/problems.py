@@ -111,11 +111,7 @@ def _counting(level: int, split: str, rng: random.Random) -> Problem:
     palette = list(drawing.COLOURS)
     colour = rng.choice(palette)
     n = dict(zip(KINDS, counts, strict=True))
-    shapes = [
-        (kind, rng.choice(palette[:2]) if level == 4 else colour)
-        for kind in KINDS
-        for _ in range(n[kind])
-    ]
+    shapes = [(kind, rng.choice(palette[:2]) if level == 4 else colour) for kind in KINDS for _ in range(n[kind])]
     kinds = rng.sample(KINDS, 3)
     asks = {1: ["how_many"], 2: ["more", "together", "compare"], 3: ["not"], 4: ["red"]}
     ask = rng.choice(asks[level])
@@ -126,8 +122,7 @@ def _counting(level: int, split: str, rng: random.Random) -> Problem:
     question, answer, ways = _counting_question(ask, kinds, n, red)
     listed = Counter((kind, f"{shade} " if level == 4 else "") for kind, shade in shapes)
     described = ", ".join(
-        f"{many} {shade}{kind}{'s' if many > 1 else ''}"
-        for (kind, shade), many in sorted(listed.items())
+        f"{many} {shade}{kind}{'s' if many > 1 else ''}" for (kind, shade), many in sorted(listed.items())
     )
     return Problem(
         "counting",
@@ -144,9 +139,7 @@ def _counting(level: int, split: str, rng: random.Random) -> Problem:
     )
 
 
-def _counting_question(
-    ask: str, kinds: Sequence[str], n: Mapping[str, int], red: int
-) -> tuple[str, str, list[str]]:
+def _counting_question(ask: str, kinds: Sequence[str], n: Mapping[str, int], red: int) -> tuple[str, str, list[str]]:
     """Question, answer and derivations. `n` counts each kind; `red` are red of the first."""
     first, second, third = kinds
     one, two, three = (f"{kind}s" for kind in kinds)

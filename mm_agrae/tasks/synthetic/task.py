@@ -14,9 +14,8 @@ Three families, four levels, two modalities:
     image      the problem is drawn and the question is short
     text       the same problem, described in words
 
-A problem is (family, figure, numbers). Its split follows from a hash of its numbers, so no problem
-is in two splits, whether drawn or described, at any level. Item i of a split is the same problem
-in both modalities.
+A problem is (family, figure, numbers). Its split follows from a hash of its numbers, so no problem is in two splits,
+whether drawn or described, at any level. Item i of a split is the same problem in both modalities.
 """
 
 from __future__ import annotations
@@ -41,9 +40,8 @@ _SIZES = {"train": 8192, "validation": 256, "test": 512}
 class SyntheticTask(Sequence[Example]):
     """Examples of one split, made when asked for; item i depends on (seed, split, i) alone.
 
-    `families` and `levels` select some (all if None), `size` is the number of examples,
-    `picture_px` the side of the square image (at least 112). Raises ConfigError naming the
-    nearest valid value.
+    `families` and `levels` select some (all if None), `size` is the number of examples, `picture_px` the side of the
+    square image (at least 112). Raises ConfigError naming the nearest valid value.
     """
 
     def __init__(
@@ -85,9 +83,7 @@ class SyntheticTask(Sequence[Example]):
             raise IndexError(f"example {index} of {self.size}")
         index %= self.size
         problem, rng = self.problem(index)
-        image, drawn = (
-            problem.draw(rng, self.picture_px) if self.modality == "image" else (None, {})
-        )
+        image, drawn = problem.draw(rng, self.picture_px) if self.modality == "image" else (None, {})
         choices = list(problem.choices)
         return Example(
             id=f"synthetic-{self.split}-{self.seed}-{index}",

@@ -294,7 +294,7 @@ def bad_prompts(setup):
     text = next(prompt for prompt in setup.prompts if not prompt.images)
     return [
         ("image 0 has", replace(good, token_ids=ids[ids != pad])),
-        ("placeholders, but no image", replace(good, **none)),
+        ("image placeholders for 0 features", replace(good, **none)),
         ("image 1 has", replace(good, **twice)),
         ("2 images, but features of 1", replace(good, images=good.images * 2)),
         ("0 images, but features of 1", replace(good, images=())),

@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from mm_agrae.view.components import CardPage
+from mm_agrae.view.demo_pages import CardPage
 from mm_agrae.view.page import SCOPE, Html, el, stylesheet
 
 NOTHING = Html("")

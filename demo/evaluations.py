@@ -16,7 +16,7 @@ from mm_agrae.evaluation.paired import (
     StoredEvaluation,
     find_evaluations,
 )
-from mm_agrae.view import evaluations as view
+from mm_agrae.view import demo_pages as view
 from mm_agrae.view.demo_settings import DemoSettings
 from mm_agrae.view.page import Html, empty
 from mm_agrae.view.runs import RunLibrary

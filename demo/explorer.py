@@ -10,8 +10,8 @@ from typing import Any
 import gradio as gr
 
 from mm_agrae.errors import UserError
+from mm_agrae.view.demo_pages import curve_panels, group_page
 from mm_agrae.view.demo_settings import DemoSettings
-from mm_agrae.view.explorer import curve_panels, group_page
 from mm_agrae.view.page import empty, note
 from mm_agrae.view.runs import FILTERS, ORDERS, RunLibrary, RunReader
 

@@ -18,12 +18,13 @@ from mm_agrae.view.playground import (
     MAX_NEW_TOKENS,
     MAX_QUESTION,
     MAX_SAMPLES,
+    CheckpointTraces,
     Problem,
     SideBySide,
+    Trace,
     read_image,
 )
 from mm_agrae.view.playground_checkpoints import CheckpointCache
-from mm_agrae.view.playground_traces import CheckpointTraces, Trace, progress_line
 
 from .elements import area, error, html
 
@@ -236,7 +237,7 @@ class PlaygroundTab:
                 seed=int(seed or 0),
             )
             for shown in SideBySide(self.checkpoints, names, question, event).stream():
-                status = area(view.waiting(progress_line(shown)))
+                status = area(view.waiting(view.progress_line(shown)))
                 yield status, area(view.traces(shown, question)), same, same, same
         except UserError as trouble:
             none_chosen = gr.update(choices=[], value=None)

@@ -229,8 +229,7 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     """Write RUN/report.html; of several runs, one page that compares them."""
-    from mm_agrae.view.report import write_report
-    from mm_agrae.view.runs_report import write_runs_report
+    from mm_agrae.view.report import write_report, write_runs_report
 
     if len(arguments.runs) == 1:
         print(write_report(Path(arguments.runs[0])))

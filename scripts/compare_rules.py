@@ -21,7 +21,7 @@ from mm_agrae import config as configs
 from mm_agrae.progress import Reporter
 from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.records import EvaluationResult
-from mm_agrae.view.runs_report import write_runs_report
+from mm_agrae.view.report import write_runs_report
 
 
 def main() -> None:

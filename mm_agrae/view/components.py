@@ -4,26 +4,16 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
 
 from mm_agrae.run.files import clean_text
 from mm_agrae.run.folder import RunFolder
-from mm_agrae.run.records import EvaluationResult
-from mm_agrae.view.page import (
-    Html,
-    el,
-    empty,
-    note,
-    number,
-    percent,
-    shorten,
-    table,
-    with_interval,
-)
+from mm_agrae.run.records import EvaluationResult, Interval
+from mm_agrae.view.page import Html, el, empty, note, number, percent, shorten, table, with_interval
 from mm_agrae.view.plots import Line, Points, plot, thin
 from mm_agrae.view.runs import Record
 
@@ -75,16 +65,14 @@ CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
 ]
 # fmt: on
 _COLORS = {"none": 3, "some": 1, "all": 2}
-
-
 FIRST_CURVES = 8
 """How many of the curves, the most telling ones, the demo shows unfolded."""
 
 
 def curve_figures(
     metrics: Sequence[Record], *, reach: float | None = None, mark: int | None = None
-) -> tuple[list[Html], str]:
-    """A plot of each group of metrics that changes, and a sentence on those that do not.
+) -> tuple[list[Html], Html | None]:
+    """A plot of each group of metrics that changes, and a note on those that do not, if any.
 
     reach: steps on either side included in the moving average (None: by the length of the run).
     mark: a step to mark, with the values there.
@@ -115,7 +103,8 @@ def curve_figures(
             ]
             chosen = dict.fromkeys(options, True)
             figures.append(plot(title, lines, note=caption, reach=reach, mark=mark, **chosen))  # type: ignore[arg-type]
-    return figures, f"The same at every step: {'; '.join(constant)}." if constant else ""
+    same = f"The same at every step: {'; '.join(constant)}."
+    return figures, note(same) if constant else None
 
 
 def series(metrics: Sequence[Record], key: str) -> Points:
@@ -131,14 +120,20 @@ def series(metrics: Sequence[Record], key: str) -> Points:
 # -- pass@k
 
 
+def interval_line(
+    label: str, found: Sequence[tuple[float, Interval]], color: int, dashed: bool = False
+) -> Line:
+    """A curve of means, with their intervals as its band."""
+    band = [(x, interval.low, interval.high) for x, interval in found]
+    return Line(label, [(x, interval.mean) for x, interval in found], band, color, dashed)
+
+
 def pass_at_k_plot(results: Sequence[tuple[str, EvaluationResult, int]]) -> Html:
     """One curve for each (name, result, colour); evaluations before training are dashed."""
-    lines = []
-    for name, result, color in results:
-        found = sorted(result.pass_at_k.items())
-        means = [(k, interval.mean) for k, interval in found]
-        band = [(k, interval.low, interval.high) for k, interval in found]
-        lines.append(Line(name, means, band, color, dashed=result.name == "before"))
+    lines = [
+        interval_line(name, sorted(r.pass_at_k.items()), color, dashed=r.name == "before")
+        for name, r, color in results
+    ]
     caption = "the chance that at least one of k samples is correct"
     return plot("pass@k", lines, note=caption, x_name="k", shares=True, log2=True)
 
@@ -259,10 +254,8 @@ def verdict(success: bool) -> Html:
 def completion_text(text: object, limit: int) -> Html:
     """The reasoning, set off from the answer after it."""
     thought, mark, answer = shorten(text, limit).partition("</think>")
-    body = (
-        [el("span", thought + mark, class_="thought"), answer] if mark else [thought or "(empty)"]
-    )
-    return el("pre", *body, dir="auto", tabindex="0")
+    reasoning = el("span", thought + mark, class_="thought") if mark else thought or "(empty)"
+    return el("pre", reasoning, answer, dir="auto", tabindex="0")
 
 
 @dataclass
@@ -301,13 +294,3 @@ def _compact(path: Path) -> tuple[str, bytes]:
     buffer = io.BytesIO()
     flat.save(buffer, "JPEG", quality=75)
     return "jpeg", buffer.getvalue()
-
-
-@dataclass(frozen=True)
-class CardPage:
-    """One page of a list of cards. `counts`: how many items pass each filter."""
-
-    body: Html
-    counts: Mapping[str, int] = field(default_factory=dict)
-    number: int = 0
-    has_next: bool = False

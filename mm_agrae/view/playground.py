@@ -11,8 +11,6 @@ and entropy are the model's at temperature 1, whatever the sampling temperature.
 
 from __future__ import annotations
 
-import contextlib
-import queue
 import random
 import threading
 import time
@@ -34,7 +32,6 @@ from mm_agrae.tasks.images import open_image
 from mm_agrae.tasks.synthetic.task import SyntheticTask
 from mm_agrae.types import Example
 from mm_agrae.view.playground_checkpoints import CheckpointCache, LoadedCheckpoint
-from mm_agrae.view.playground_traces import CheckpointTraces, Token, Trace, split_thinking
 
 MAX_CHECKPOINTS = 3
 MAX_SAMPLES = 16
@@ -124,6 +121,56 @@ class Problem:
         )
 
 
+@dataclass(frozen=True)
+class Token:
+    """A token's text, its probability, the entropy (nats) there, and the most likely tokens."""
+
+    text: str
+    probability: float
+    entropy: float
+    alternatives: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One completion, as far as it has been generated.
+
+    `state` is "writing", "stop", "length" (the token limit) or "stopped" (by the user). `thought`
+    is the reasoning, `answer` what follows it, `final` the answer extracted from that, None if
+    there is none. `success` is None without a gold answer and while writing. `tokens` is empty
+    until the trace has ended.
+    """
+
+    text: str
+    count: int
+    state: str
+    thought: str
+    answer: str
+    final: str | None = None
+    success: bool | None = None
+    tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointTraces:
+    """The traces of one checkpoint. `asked` is the question it was given, in words if need be.
+
+    `state` is "waiting", "loading", "writing", "done", "stopped" or "failed"; `message` says why
+    it failed.
+    """
+
+    label: str
+    state: str = "waiting"
+    message: str = ""
+    asked: str = ""
+    traces: tuple[Trace, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return sum(trace.count for trace in self.traces)
+
+
 def read_image(path: str, max_pixels: int) -> Image.Image:
     """The uploaded image. Raises DataError with a message for the uploader, without the path."""
     return open_image(Path(path).read_bytes(), origin="The image", max_pixels=max_pixels)
@@ -134,7 +181,7 @@ class Stopped(Exception):
 
 
 class SideBySide:
-    """One question to one to three checkpoints. `cancel` may be called from any thread."""
+    """One question to one to three checkpoints."""
 
     def __init__(
         self,
@@ -143,7 +190,7 @@ class SideBySide:
         question: Question,
         stop: threading.Event | None = None,
     ) -> None:
-        """Setting `stop` ends the sampling, also before it has begun.
+        """Setting `stop`, from any thread, ends the sampling, also before it has begun.
 
         Raises DataError for an invalid question, ModelError for unknown checkpoints.
         """
@@ -157,13 +204,10 @@ class SideBySide:
         self._stop = stop or threading.Event()
         self._writers = [_Writer(checkpoints, name, question, self._stop) for name in names]
 
-    def cancel(self) -> None:
-        self._stop.set()
-
     def stream(self) -> Iterator[tuple[CheckpointTraces, ...]]:
         """Snapshots, the last one final. Closing the iterator stops the sampling.
 
-        Returns only once the sampling has ended, either by itself or by `cancel`.
+        Returns only once the sampling has ended, either by itself or by `stop`.
         """
         threads = [
             threading.Thread(target=writer.run, name=f"playground {writer.name}", daemon=True)
@@ -173,32 +217,26 @@ class SideBySide:
             thread.start()
         last: tuple[CheckpointTraces, ...] = ()
         try:
-            while any(thread.is_alive() for thread in threads):
-                self._wait()
+            writing = True
+            while writing:
+                end = time.monotonic() + TICK_S
+                for thread in threads:
+                    thread.join(timeout=max(0.0, end - time.monotonic()))
+                writing = any(thread.is_alive() for thread in threads)
+                for writer in self._writers:
+                    if writer.error is not None and not writing:
+                        raise writer.error
                 snapshot = tuple(writer.snapshot() for writer in self._writers)
                 if snapshot != last:
                     last = snapshot
                     yield snapshot
-            for writer in self._writers:
-                if writer.error is not None:
-                    raise writer.error
-            snapshot = tuple(writer.snapshot() for writer in self._writers)
-            if snapshot != last:
-                yield snapshot
         finally:
             self._stop.set()
             for thread in threads:
                 thread.join()
 
-    def _wait(self) -> None:
-        """Sleep for a tick, or until all writers have ended."""
-        end = time.monotonic() + TICK_S
-        for writer in self._writers:
-            with contextlib.suppress(queue.Empty):
-                writer.ended.get(timeout=max(0.0, end - time.monotonic()))
-                writer.ended.put(None)
 
-
+@dataclass
 class _LiveCompletion:
     """One completion while it is being generated.
 
@@ -206,11 +244,10 @@ class _LiveCompletion:
     of the most likely tokens.
     """
 
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.numbers: list[tuple[float, float, list[int], list[float]]] = []
-        self.state = "writing"
-        self.trace: Trace | None = None
+    ids: list[int] = field(default_factory=list)
+    numbers: list[tuple[float, float, list[int], list[float]]] = field(default_factory=list)
+    state: str = "writing"
+    trace: Trace | None = None
 
 
 class _Writer:
@@ -220,7 +257,6 @@ class _Writer:
         self, checkpoints: CheckpointCache, name: str, question: Question, stop: threading.Event
     ) -> None:
         self.name = name
-        self.ended: queue.Queue[None] = queue.Queue()
         self.error: Exception | None = None
         self._checkpoints, self._question, self._stop = checkpoints, question, stop
         self._loaded: LoadedCheckpoint | None = None
@@ -246,13 +282,12 @@ class _Writer:
             for live in self._live:
                 if live.state == "writing":
                     live.state = "stopped"
-            self.ended.put(None)
 
     def snapshot(self) -> CheckpointTraces:
-        state, live = self._state, self._live
+        state = self._state  # read first: an ended one has nothing more to show
         if self._started and state == "writing":
             self._seconds = time.monotonic() - self._started
-        traces = tuple(self._trace(completion) for completion in live)
+        traces = tuple(self._trace(completion) for completion in self._live)
         seconds = round(self._seconds, 1)
         return CheckpointTraces(self.name, state, self._message, self._asked, traces, seconds)
 
@@ -353,3 +388,17 @@ class _Writer:
                 live.ids, live.numbers, strict=False
             )
         )
+
+
+def split_thinking(text: str, opened: bool = False) -> tuple[str, str]:
+    """(reasoning, what follows it). `opened`: the prompt ended inside the reasoning.
+
+    Unclosed reasoning extends to the end; text without any tag is all answer.
+    """
+    before, mark, after = text.rpartition("</think>")
+    if not mark:
+        head, opening, rest = text.partition("<think>")
+        if opening:
+            return f"{head}{rest}".strip(), ""
+        return (text.strip(), "") if opened else ("", text.strip())
+    return before.replace("<think>", "", 1).strip(), after.strip()

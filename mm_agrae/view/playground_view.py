@@ -1,4 +1,4 @@
-"""Markup of the playground: completions, agreement and tokens."""
+"""Markup of the playground: completions, agreement, progress and tokens."""
 
 from __future__ import annotations
 
@@ -6,22 +6,13 @@ from bisect import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mm_agrae.grading.accuracy import verify
 from mm_agrae.view.components import verdict
 from mm_agrae.view.page import Html, el, empty, join, number, percent, table
-from mm_agrae.view.playground import Question
-from mm_agrae.view.playground_traces import (
-    CheckpointTraces,
-    Token,
-    Trace,
-    agreement,
-    share_correct,
-)
+from mm_agrae.view.playground import CheckpointTraces, Question, Token, Trace
 
 PROBABILITY, ENTROPY = "probability", "entropy"
-BOUNDS = {
-    PROBABILITY: (0.99, 0.9, 0.7, 0.4, 0.1),
-    ENTROPY: (0.05, 0.3, 0.7, 1.2, 2.0),
-}
+BOUNDS = {PROBABILITY: (0.99, 0.9, 0.7, 0.4, 0.1), ENTROPY: (0.05, 0.3, 0.7, 1.2, 2.0)}
 """Bounds between colours, from certain to uncertain; entropy in nats."""
 LEAST_CERTAIN = 8
 NO_ANSWER = "no answer"
@@ -55,17 +46,24 @@ def _summary(traces: Sequence[Trace], grading: Mapping[str, Any]) -> Html | None
     if any(trace.state == "writing" for trace in traces):
         done = sum(trace.state != "writing" for trace in traces)
         return el("progress", value=done, max=len(traces), aria_label="samples written")
-    correct = share_correct(traces)
+    graded = [trace.success for trace in traces if trace.success is not None]
+    correct = None
+    if graded:
+        share = percent(sum(graded) / len(graded))
+        correct = el("p", el("b", f"{sum(graded)} of {len(graded)} correct ({share})"))
     lines = []
-    for share in agreement(traces, grading):
-        mark = {True: "✓ ", False: "✗ ", None: ""}[share.success]
-        kind = {True: "correct", False: "incorrect", None: None}[share.success]
-        name = el("span", mark + (NO_ANSWER if share.answer is None else share.answer), class_=kind)
-        bar = el("progress", value=f"{share.share:.3f}", max=1, aria_label="share of the samples")
-        lines += [name, bar, el("span", f"{share.count} · {percent(share.share)}")]
+    groups = agreement(traces, grading)
+    for group in groups:
+        answer, success = group[0].final, group[0].success
+        mark = {True: "✓ ", False: "✗ ", None: ""}[success]
+        kind = {True: "correct", False: "incorrect", None: None}[success]
+        name = el("span", mark + (NO_ANSWER if answer is None else answer), class_=kind)
+        part = len(group) / sum(map(len, groups))
+        bar = el("progress", value=f"{part:.3f}", max=1, aria_label="share of the samples")
+        lines += [name, bar, el("span", f"{len(group)} · {percent(part)}")]
     return el(
         "div",
-        el("p", el("b", correct)) if correct else None,
+        correct,
         el("div", "Agreement among the samples", class_="caption"),
         el("div", *lines, class_="agreement"),
     )
@@ -75,24 +73,53 @@ def _trace(trace: Trace, index: int, numbered: bool) -> Html:
     title = f"sample {index} · {trace.count} tokens" if numbered else f"{trace.count} tokens"
     if ENDINGS[trace.state]:
         title += f" · {ENDINGS[trace.state]}"
-    thought: list[Html] = []
-    if trace.thought:
-        thought.append(el("div", "Reasoning", class_="caption"))
-        thought.append(
-            el("pre", el("span", trace.thought), class_="thought", tabindex="0", dir="auto")
-        )
-    final: list[Html] = []
-    if trace.answer or trace.state != "writing":
-        final.append(el("div", "Answer", class_="caption"))
-        final.append(el("div", trace.answer or f"({NO_ANSWER})", class_="final", dir="auto"))
     mark = None if trace.success is None else verdict(trace.success)
-    return el(
-        "article",
-        el("div", el("span", title), mark, class_="head"),
-        *thought,
-        *final,
-        class_=f"trace {trace.state}",
-    )
+    parts = [el("div", el("span", title), mark, class_="head")]
+    if trace.thought:
+        text = el("span", trace.thought)
+        parts.append(el("div", "Reasoning", class_="caption"))
+        parts.append(el("pre", text, class_="thought", tabindex="0", dir="auto"))
+    if trace.answer or trace.state != "writing":
+        parts.append(el("div", "Answer", class_="caption"))
+        parts.append(el("div", trace.answer or f"({NO_ANSWER})", class_="final", dir="auto"))
+    return el("article", *parts, class_=f"trace {trace.state}")
+
+
+def agreement(traces: Sequence[Trace], grading: Mapping[str, Any]) -> list[list[Trace]]:
+    """Finished traces grouped by their final answer, the most frequent first.
+
+    Answers count as the same if the verifier accepts one for the other.
+    """
+    groups: list[list[Trace]] = []
+    for trace in traces:
+        if trace.state in ("stop", "length"):
+            alike = (group for group in groups if _agree(group[0].final, trace.final, grading))
+            group = next(alike, None)
+            if group is None:
+                groups.append([trace])
+            else:
+                group.append(trace)
+    return sorted(groups, key=len, reverse=True)
+
+
+def _agree(one: str | None, other: str | None, grading: Mapping[str, Any]) -> bool:
+    if one is None or other is None or one == other:
+        return one == other
+    return verify(one, f"\\boxed{{{other}}}", **grading)
+
+
+def progress_line(checkpoints: Sequence[CheckpointTraces]) -> str:
+    """One line on how far each checkpoint is."""
+    parts = []
+    for shown in checkpoints:
+        done = sum(trace.state != "writing" for trace in shown.traces)
+        text = shown.state
+        if shown.traces and shown.state not in ("stopped", "failed"):
+            text = f"{done} of {len(shown.traces)} written, {shown.tokens:,} tokens"
+            if shown.seconds > 0 and shown.tokens:
+                text += f", {shown.tokens / shown.seconds:.0f} tokens/s"
+        parts.append(f"{shown.label}: {text}")
+    return " · ".join(parts)
 
 
 # -- tokens
@@ -141,33 +168,29 @@ def _legend(by: str) -> Html:
 
 
 def _tip(token: Token) -> str:
-    likely = ", ".join(f"{_quoted(text)} {percent(p)}" for text, p in token.alternatives)
     return (
         f"{_quoted(token.text)}: probability {percent(token.probability)}, "
-        f"entropy {number(token.entropy)} nats. Most likely: {likely}"
+        f"entropy {number(token.entropy)} nats. Most likely: {_most_likely(token)}"
     )
+
+
+def _most_likely(token: Token) -> str:
+    return ", ".join(f"{_quoted(text)} {percent(p)}" for text, p in token.alternatives)
 
 
 def _least_certain(shown: Sequence[Token], by: str) -> Html:
     """The same numbers as a table, for keyboards, phones and screen readers, which cannot hover."""
     order = sorted(
-        range(len(shown)),
-        key=lambda i: shown[i].probability if by == PROBABILITY else -shown[i].entropy,
-    )[:LEAST_CERTAIN]
+        enumerate(shown, 1), key=lambda t: t[1].probability if by == PROBABILITY else -t[1].entropy
+    )
     rows = [
-        (
-            _quoted(shown[i].text),
-            i + 1,
-            percent(shown[i].probability),
-            number(shown[i].entropy),
-            ", ".join(f"{_quoted(text)} {percent(p)}" for text, p in shown[i].alternatives),
-        )
-        for i in order
+        (_quoted(t.text), i, percent(t.probability), number(t.entropy), _most_likely(t))
+        for i, t in order[:LEAST_CERTAIN]
     ]
     return table(("token", "position", "probability", "entropy (nats)", "most likely"), rows)
 
 
-def _visible(text: str) -> Html | str:
+def _visible(text: str) -> str:
     """A line break still breaks the line, but is shown as well."""
     return text.replace("\n", "↵\n") if text else "∅"
 

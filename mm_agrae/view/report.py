@@ -1,4 +1,4 @@
-"""One self-contained HTML page for a run: results, curves, and what the model wrote."""
+"""Self-contained HTML pages: one run with what the model wrote, and several runs side by side."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.records import EvaluationResult
 from mm_agrae.view.components import (
     ADVANTAGES,
+    CURVES,
     EmbeddedImages,
     curve_figures,
     group_card,
+    interval_line,
     pass_at_k_plot,
     pass_at_k_table,
     series,
@@ -39,7 +41,14 @@ from mm_agrae.view.page import (
     with_interval,
 )
 from mm_agrae.view.plots import Line, plot, thin
-from mm_agrae.view.runs import Record, RunReader, select, step_of, training_ends
+from mm_agrae.view.runs import (
+    Record,
+    RunReader,
+    distinct_names,
+    select,
+    step_of,
+    training_ends,
+)
 
 GROUPS_SHOWN = 6
 EARLIER_GROUPS_SHOWN = 2
@@ -185,9 +194,7 @@ def _progress_plot(results: Sequence[EvaluationResult], last_step: int) -> Html:
     lines = []
     for color, k in enumerate(_first_and_last_k(results[-1])):
         found = [(s, tables[k]) for s, tables in dated if s is not None and k in tables]
-        means = [(step, interval.mean) for step, interval in found]
-        band = [(step, interval.low, interval.high) for step, interval in found]
-        lines.append(Line(f"pass@{k}", means, band, color))
+        lines.append(interval_line(f"pass@{k}", found, color))
     return plot("pass@k during training", lines, shares=True)
 
 
@@ -210,19 +217,14 @@ def _group_tables(ends: Sequence[EvaluationResult]) -> list[Html]:
 
 # -- the course of training
 
-_STAGES = (
-    *("rollout", "reward", "advantage", "update", "log", "prompts"),
-    *("evaluate", "checkpoint"),
-)
+_STAGES = ("rollout", "reward", "advantage", "update", "log", "prompts", "evaluate", "checkpoint")
 
 
 def _curves(metrics: Sequence[Record]) -> Html:
     if not metrics:
         return empty("No step has been logged yet.")
-    figures, same = curve_figures(metrics)
-    return join(
-        [el("div", *figures, *_speed(metrics), class_="plots"), note(same) if same else None]
-    )
+    figures, constant = curve_figures(metrics)
+    return join([el("div", *figures, *_speed(metrics), class_="plots"), constant])
 
 
 def _speed(metrics: Sequence[Record]) -> list[Html]:
@@ -236,12 +238,12 @@ def _speed(metrics: Sequence[Record]) -> list[Html]:
         caption = "without evaluation and checkpoints"
         figures.append(plot("Seconds per step", stages, note=caption, stacked=True))
     rates: list[Line] = []
-    for stage, label in (("rollout", "while sampling"), ("total", "whole step")):
-        rows = []
-        for row in metrics:
-            tokens, seconds = row.get("tokens/completion"), row.get(f"seconds/{stage}")
-            if tokens and seconds:
-                rows.append({"step": row.get("step"), "rate": tokens / seconds})
+    for key, label in (("seconds/rollout", "while sampling"), ("seconds/total", "whole step")):
+        rows = [
+            {"step": row.get("step"), "rate": row["tokens/completion"] / row[key]}
+            for row in metrics
+            if row.get("tokens/completion") and row.get(key)
+        ]
         rates.append(Line(label, thin(series(rows, "rate")), color=len(rates)))
     if any(line.points for line in rates):
         caption = "completion tokens"
@@ -343,3 +345,97 @@ def _section(config: Record, name: str) -> dict[str, Any]:
 
 def _last(metrics: Sequence[Record], key: str) -> float | None:
     return next((row[key] for row in reversed(metrics) if row.get(key) is not None), None)
+
+
+# -- several runs
+
+
+def write_runs_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
+    """Write one page on several runs and return its path.
+
+    Raises RunFolderError if one of them is not a run, or `out` cannot be written.
+    """
+    runs = [RunReader(path) for path in run_dirs]
+    configs = [_flatten(run.config()) for run in runs]
+    paths = [run.folder.path for run in runs]
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise RunFolderError("the same run folder is given twice; name each run once")
+    names = distinct_names(paths)
+    for run in runs:
+        run.refresh()
+    evaluations = [run.folder.read_evaluations() for run in runs]
+    sections = [
+        ("Results", _compared_results(names, evaluations)),
+        ("Curves", _compared_curves(names, [run.metrics for run in runs])),
+        ("What differs in the configs", _config_differences(names, configs)),
+    ]
+    title = f"{len(runs)} runs compared"
+    header = el("header", el("h1", title), note(", ".join(names)))
+    write_atomic(Path(out), page(title, header, sections))
+    return Path(out)
+
+
+def _compared_results(
+    names: Sequence[str], evaluations: Sequence[Sequence[EvaluationResult]]
+) -> Html:
+    labels = list(dict.fromkeys(result.label for found in evaluations for result in found))
+    if not labels:
+        return empty("None of these runs has been evaluated.")
+    parts = []
+    for label in labels:
+        rows: list[tuple[str, EvaluationResult, int]] = []
+        starts: list[Any] = []
+        for color, (name, found) in enumerate(zip(names, evaluations, strict=True)):
+            results = [result for result in found if result.label == label]
+            for result in training_ends(results) or results:
+                if result.name == "after":
+                    rows.append((name, result, color % 7))
+                elif result.name != "before":
+                    rows.append((f"{name}, {result.name}", result, color % 7))
+                elif result.pass_at_k not in starts:  # runs from one checkpoint share their start
+                    starts.append(result.pass_at_k)
+                    rows.append((f"{name}, before", result, 7 if len(starts) == 1 else color % 7))
+        if len(starts) == 1 and len(names) > 1:
+            rows = [("before" if r.name == "before" else name, r, c) for name, r, c in rows]
+        table_of = pass_at_k_table([(name, result) for name, result, _ in rows])
+        parts += [el("h3", label), el("div", pass_at_k_plot(rows), class_="plots wide"), table_of]
+    return join(parts)
+
+
+def _compared_curves(names: Sequence[str], metrics: Sequence[Sequence[Record]]) -> Html:
+    titles = {
+        "reward/mean": "Reward",
+        "groups/all_incorrect": "Groups without a correct completion",
+        "groups/all_correct": "Groups with only correct completions",
+    }
+    notes = {}
+    for title, caption, keys, options in CURVES:
+        key = next(iter(keys))
+        if "stacked" not in options and (len(keys) == 1 or title == "Length"):
+            titles[key], notes[key] = title, caption
+    figures = []
+    for key, title in titles.items():
+        found = [thin(series(rows, key)) for rows in metrics]
+        lines = [Line(name, found[i], color=i % 7) for i, name in enumerate(names)]
+        if len({y for points in found for _, y in points}) > 1:
+            figures.append(plot(title, lines, note=notes.get(key, ""), smooth=True))
+    if not figures:
+        return empty("None of these runs has logged a step.")
+    return el("div", *figures, class_="plots")
+
+
+def _config_differences(names: Sequence[str], configs: Sequence[Record]) -> Html:
+    rows = []
+    for key in dict.fromkeys(key for config in configs for key in config if key != "run_dir"):
+        values = [shorten(config.get(key, "–"), 200) for config in configs]
+        if len(set(values)) > 1:
+            rows.append([key, *values])
+    return table(["setting", *names], rows) if rows else empty("Nothing but the folder.")
+
+
+def _flatten(values: Record, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flatten(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return flat

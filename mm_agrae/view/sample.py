@@ -109,18 +109,9 @@ def _solve(
 
     processing, _, engine = build_engine(config, config.model.path)
     section = config.evaluate.model_copy(update={"samples": completions, "greedy": False})
-    with (
-        contextlib.closing(engine),
-        Rewarder(config.reward, section.max_new_tokens) as rewarder,
-    ):
+    with contextlib.closing(engine), Rewarder(config.reward, section.max_new_tokens) as rewarder:
         return run(
-            engine,
-            processing,
-            rewarder,
-            task,
-            indices,
-            section,
-            on_bad_row=config.data.on_bad_row,
+            engine, processing, rewarder, task, indices, section, on_bad_row=config.data.on_bad_row
         )
 
 

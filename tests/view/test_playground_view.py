@@ -3,16 +3,8 @@
 import pytest
 
 from mm_agrae.view import playground_view as view
-from mm_agrae.view.playground import Question
-from mm_agrae.view.playground_traces import (
-    CheckpointTraces,
-    Token,
-    Trace,
-    agreement,
-    progress_line,
-    share_correct,
-    split_thinking,
-)
+from mm_agrae.view.playground import CheckpointTraces, Question, Token, Trace, split_thinking
+from mm_agrae.view.playground_view import agreement, progress_line
 
 
 @pytest.mark.parametrize(
@@ -40,16 +32,17 @@ def trace(final, success=None, state="stop", text="t") -> Trace:
 def test_agreement_counts_equal_values_as_one_answer():
     traces = [trace(a, a == "1/2") for a in ("7", "1/2", "0.5", "7", r"\frac{1}{2}", "7.0")]
     traces += [trace(None, False), trace(None, False), trace("9", None, "stopped")]
-    shares = agreement(traces, {"kind": "number"})
-    assert [(s.answer, s.count) for s in shares] == [("7", 3), ("1/2", 3), (None, 2)]
-    assert sum(share.share for share in shares) == pytest.approx(1)
+    groups = agreement(traces, {"kind": "number"})
+    assert [(g[0].final, len(g)) for g in groups] == [("7", 3), ("1/2", 3), (None, 2)]
+    markup = view.traces((CheckpointTraces("a", "done", traces=tuple(traces)),), Question("?"))
+    assert [markup.count(f"{n} · {100 * n / 8:.1f}\N{NO-BREAK SPACE}%") for n in (3, 2)] == [2, 1]
     assert agreement([], {}) == []
 
 
 def test_agreement_of_choices_knows_letter_and_text():
     grading = {"kind": "choice", "choices": ["12", "15"]}
-    shares = agreement([trace("B"), trace("15"), trace("A")], grading)
-    assert [(share.answer, share.count) for share in shares] == [("B", 2), ("A", 1)]
+    groups = agreement([trace("B"), trace("15"), trace("A")], grading)
+    assert [(group[0].final, len(group)) for group in groups] == [("B", 2), ("A", 1)]
 
 
 def test_progress_in_words():
@@ -63,10 +56,12 @@ def test_progress_in_words():
     assert progress_line(shown) == (
         "base: 1 of 2 written, 2 tokens, 4 tokens/s · GRPO: loading · A: failed"
     )
-    assert (
-        share_correct([trace("1", True), trace("2", False)])
-        == "1 of 2 correct (50.0\N{NO-BREAK SPACE}%)"
-    )
+
+
+def test_correct_samples_are_counted():
+    shown = CheckpointTraces("a", "done", traces=(trace("1", True), trace("2", False)))
+    markup = view.traces((shown,), Question("?"))
+    assert "<b>1 of 2 correct (50.0\N{NO-BREAK SPACE}%)</b>" in markup
 
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror="alert(2)">\x1b[31m\ud800'

@@ -10,8 +10,7 @@ from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.records import RolloutRecord
 from mm_agrae.view.page import Html, el, page
 from mm_agrae.view.plots import Line, plot
-from mm_agrae.view.report import write_report
-from mm_agrae.view.runs_report import write_runs_report
+from mm_agrae.view.report import write_report, write_runs_report
 
 HOSTILE = (
     "<script>alert(1)</script><img src=x onerror=alert(2)></pre></details></body>"

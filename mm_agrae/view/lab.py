@@ -17,7 +17,7 @@ import torch
 
 from mm_agrae.advantage import RULES, accepted_settings, levels
 from mm_agrae.view.page import Html, el, join, number, percent, table
-from mm_agrae.view.plots import Line, plot
+from mm_agrae.view.plots import Line, Points, plot
 
 MIN_OMEGA, MAX_OMEGA = 0.02, 0.98
 """At 0 or 1 no group of the step could hold both correct and incorrect completions."""
@@ -42,9 +42,8 @@ class Setting:
         if self.rule not in RULES:
             raise ValueError(f"unknown rule {self.rule!r}; there are {', '.join(RULES)}")
         if not 2 <= self.completions <= 256 or not 0 <= self.correct <= self.completions:
-            raise ValueError(
-                f"{self.correct} correct of {self.completions} completions: not a group"
-            )
+            sizes = f"{self.correct} correct of {self.completions} completions"
+            raise ValueError(f"{sizes}: not a group")
         if not MIN_OMEGA <= self.omega <= MAX_OMEGA:
             raise ValueError(f"ω is {self.omega:g}; {MIN_OMEGA} to {MAX_OMEGA} can be shown")
 
@@ -55,20 +54,6 @@ class Setting:
     @property
     def options(self) -> dict[str, Any]:
         return {"alpha": self.alpha} if "alpha" in accepted_settings(self.rule) else {}
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Sums over a group against its success rate p, for groups of 0 to G correct completions.
-
-    `weight` is Σ|A|, `balance` ΣA, each before any level, after the sample level and after the
-    group level. `omega` is ω as the rule used it.
-    """
-
-    rate: list[float]
-    weight: dict[str, list[float]]
-    balance: dict[str, list[float]]
-    omega: float
 
 
 STAGES = {"base_PG": "before", "sample_PG": "sample level", "advantage_PG": "group level"}
@@ -99,15 +84,11 @@ def _advantages(setting: Setting) -> tuple[dict[str, torch.Tensor], float]:
     return {label: getattr(result, name)[:rows] for name, label in STAGES.items()}, result.omega
 
 
-def curves(setting: Setting) -> Curves:
-    stages, omega = advantages(setting)
-    size = setting.completions
-    return Curves(
-        rate=[correct / size for correct in range(size + 1)],
-        weight={label: value.abs().sum(1).tolist() for label, value in stages.items()},
-        balance={label: value.sum(1).tolist() for label, value in stages.items()},
-        omega=omega,
-    )
+def curves(setting: Setting) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Stage -> Σ|A|, and stage -> ΣA, of groups with 0, 1 … G correct completions."""
+    stages, _ = advantages(setting)
+    weight = {label: value.abs().sum(1).tolist() for label, value in stages.items()}
+    return weight, {label: value.sum(1).tolist() for label, value in stages.items()}
 
 
 @dataclass(frozen=True)
@@ -139,15 +120,12 @@ def world(setting: Setting, step_size: float = 1.0) -> list[Outcome]:
     sampled = [setting.correct, setting.completions - setting.correct, 0, 0]
     labels = ["correct A", "incorrect B", "correct C", "incorrect D"]
     unsampled = sampled.count(0)
-    probability = torch.tensor(
-        [
-            (1 - UNSAMPLED_MASS) * count / setting.completions
-            if count
-            else UNSAMPLED_MASS / unsampled
-            for count in sampled
-        ],
-        dtype=torch.float64,
-    )
+    sampled_mass = 1 - UNSAMPLED_MASS
+    probabilities = [
+        sampled_mass * count / setting.completions if count else UNSAMPLED_MASS / unsampled
+        for count in sampled
+    ]
+    probability = torch.tensor(probabilities, dtype=torch.float64)
     outcome_G = torch.repeat_interleave(torch.arange(4), torch.tensor(sampled))
     logits = probability.log().requires_grad_()
     objective = (advantage_G * logits.log_softmax(-1)[outcome_G]).sum()
@@ -179,61 +157,39 @@ def moves(setting: Setting) -> dict[str, list[tuple[float, float]]]:
 
 def plots(setting: Setting) -> Html:
     """Σ|A| and ΣA against p, and the logit changes of sampled and unsampled outcomes."""
-    now, grpo = curves(setting), curves(replace(setting, rule="grpo"))
-    return el(
-        "div",
-        _plot(setting, "Σ|A|: how much a group weighs", now.weight, grpo.weight),
-        _plot(setting, "ΣA: for or against what was sampled", now.balance, grpo.balance),
-        *_moves_plots(setting),
-        class_="plots",
-    )
+    grpo_setting = replace(setting, rule="grpo")
+    titles = ("Σ|A|: how much a group weighs", "ΣA: for or against what was sampled")
+    sums = zip(titles, curves(setting), curves(grpo_setting), strict=True)
+    figures = [_plot(setting, title, now, grpo["group level"]) for title, now, grpo in sums]
+    now, grpo = moves(setting), moves(grpo_setting)
+    kinds = ((2, "correct, sampled"), (3, "incorrect, sampled"))
+    sampled = [Line(kind, now[kind], color=color) for color, kind in kinds]
+    unsampled = _beside_grpo(setting, now["not sampled"], grpo["not sampled"])
+    figures.append(plot("Logit change of a sampled outcome", sampled, x_name="p"))
+    figures.append(plot("Logit change of an unsampled outcome", unsampled, x_name="p"))
+    return el("div", *figures, class_="plots")
 
 
-def _plot(
-    setting: Setting, title: str, now: dict[str, list[float]], grpo: dict[str, list[float]]
-) -> Html:
+def _plot(setting: Setting, title: str, now: dict[str, list[float]], grpo: list[float]) -> Html:
+    """A sum over a group, by the rule and by GRPO; the sample level alone only if it differs."""
     rate = [correct / setting.completions for correct in range(setting.completions + 1)]
-    stages = [
-        label for label in STAGES.values() if label == "group level" or _has_level(now, label)
-    ]
-    lines = [
-        Line(
-            setting.rule if label == "group level" else f"{setting.rule}, {label} alone",
-            list(zip(rate, now[label], strict=True)),
-            color=0 if label == "group level" else 2,
-        )
-        for label in stages
-    ]
-    if setting.rule != "grpo":
-        points = list(zip(rate, grpo["group level"], strict=True))
-        lines.append(Line("grpo", points, color=1, dashed=True))
-    value = now["group level"][setting.correct]
-    note = f"at p = {setting.rate:.3g}: {_signed(value).lstrip('+')}"
+    points, before, sample = (
+        list(zip(rate, now[label], strict=True))
+        for label in ("group level", "before", "sample level")
+    )
+    lines = _beside_grpo(setting, points, list(zip(rate, grpo, strict=True)))
+    if all(
+        max(abs(a - b) for (_, a), (_, b) in zip(sample, other, strict=True)) > 1e-9
+        for other in (before, points)
+    ):
+        lines.insert(0, Line(f"{setting.rule}, sample level alone", sample, color=2))
+    note = f"at p = {setting.rate:.3g}: {_signed(points[setting.correct][1]).lstrip('+')}"
     return plot(title, lines, note=note, x_name="p")
 
 
-def _has_level(now: dict[str, list[float]], label: str) -> bool:
-    """Whether this is the sample level and differs from both the stage before and after it."""
-    return label == "sample level" and all(
-        max(abs(a - b) for a, b in zip(now[label], now[other], strict=True)) > 1e-9
-        for other in ("before", "group level")
-    )
-
-
-def _moves_plots(setting: Setting) -> tuple[Html, Html]:
-    """One of what was sampled and, on its own scale, one of what was not."""
-    now, grpo = moves(setting), moves(replace(setting, rule="grpo"))
-    kinds = [kind for kind in now if kind != "not sampled"]
-    sampled = [
-        Line(kind, now[kind], color=color) for color, kind in zip((2, 3), kinds, strict=True)
-    ]
-    unsampled = [Line(setting.rule, now["not sampled"], color=0)]
-    if setting.rule != "grpo":
-        unsampled.append(Line("grpo", grpo["not sampled"], color=1, dashed=True))
-    return (
-        plot("Logit change of a sampled outcome", sampled, x_name="p"),
-        plot("Logit change of an unsampled outcome", unsampled, x_name="p"),
-    )
+def _beside_grpo(setting: Setting, points: Points, grpo: Points) -> list[Line]:
+    lines = [Line(setting.rule, points, color=0)]
+    return lines if setting.rule == "grpo" else [*lines, Line("grpo", grpo, color=1, dashed=True)]
 
 
 def world_table(setting: Setting) -> Html:
@@ -243,17 +199,14 @@ def world_table(setting: Setting) -> Html:
             outcome.sampled,
             percent(outcome.probability),
             _signed(outcome.advantage),
-            el("b", _signed(outcome.change), class_=_direction(outcome.change)),
+            el("b", change, class_={"+": "up", "−": "down"}.get(change[0])),
             percent(outcome.after),
         )
         for outcome in world(setting)
+        for change in [_signed(outcome.change)]
     ]
     header = ("outcome", "sampled", "π before", "ΣA of its samples", "logit change", "π after")
     return table(header, rows)
-
-
-def _direction(change: float) -> str | None:
-    return None if abs(change) < 5e-7 else ("up" if change > 0 else "down")
 
 
 def _signed(value: float) -> str:
@@ -265,8 +218,8 @@ def _signed(value: float) -> str:
 
 def explanation(setting: Setting) -> Html:
     """What the figures show, in words, with the numbers of the setting."""
-    now = curves(setting)
-    weight, balance = now.weight["group level"], now.balance["group level"][setting.correct]
+    weight, balance = (sums["group level"] for sums in curves(setting))
+    _, omega = advantages(setting)
     heaviest = max(range(len(weight)), key=weight.__getitem__) / setting.completions
     spread = max(weight) - min(weight) > 1e-9
     said = [
@@ -274,7 +227,7 @@ def explanation(setting: Setting) -> Html:
             "p",
             "A group of ",
             el("b", f"{setting.completions} completions, {setting.correct} correct"),
-            f": p = {setting.rate:.3g}. The step's mean reward is ω = {now.omega:.3g}.",
+            f": p = {setting.rate:.3g}. The step's mean reward is ω = {omega:.3g}.",
             f" α = {setting.alpha:g}." if setting.options else " This rule has no α.",
         ),
         el(
@@ -287,7 +240,7 @@ def explanation(setting: Setting) -> Html:
             "hard and easy ones count the same. A-GRAE moves the weight from easy groups (ω "
             "small) to hard ones (ω large).",
         ),
-        el("p", el("b", "Balance. "), _balance(balance)),
+        el("p", el("b", "Balance. "), _balance(balance[setting.correct])),
     ]
     if setting.correct in (0, setting.completions):
         said.append(

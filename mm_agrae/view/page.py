@@ -107,13 +107,8 @@ def fold(title: str, *body: object) -> Html:
 
 def tile(title: str, value: object, *notes: object) -> Html:
     lines = (el("div", line, class_="muted small") for line in notes if line)
-    return el(
-        "div",
-        el("div", title, class_="muted"),
-        el("div", value, class_="big"),
-        *lines,
-        class_="tile",
-    )
+    heading = el("div", title, class_="muted")
+    return el("div", heading, el("div", value, class_="big"), *lines, class_="tile")
 
 
 # -- numbers

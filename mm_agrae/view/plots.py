@@ -69,11 +69,8 @@ class _Axes:
             marks.append(_path([(px, py), (WIDTH - RIGHT, py)], "grid"))
             text = f"{100 * y:.3g}\N{NO-BREAK SPACE}%" if self.shares else number(y)
             marks.append(_text(text, LEFT - 6, py + 4, "end"))
-        if self.log2:
-            x_ticks = [2.0**power for power in range(40)]
-        else:
-            x_ticks = _ticks(self.left, self.right, 6)
-        for x in x_ticks:
+        powers = [2.0**power for power in range(40)]
+        for x in powers if self.log2 else _ticks(self.left, self.right, 6):
             if self.left <= x <= self.right and (self.x_name != "step" or x == int(x)):
                 px = self.at(x, self.low)[0]
                 anchor = "end" if px > WIDTH - 20 else "middle"
@@ -167,15 +164,10 @@ def _curve(axes: _Axes, line: Line, reach: float | None, faint: bool) -> list[Ht
 def _legend(lines: Sequence[Line]) -> Html | None:
     if len(lines) == 1 and not lines[0].value:
         return None
-    names = [
-        el(
-            "span",
-            el("i", class_=line.css),
-            line.label,
-            el("b", line.value) if line.value else None,
-        )
-        for line in lines
-    ]
+    names = []
+    for line in lines:
+        value = el("b", line.value) if line.value else None
+        names.append(el("span", el("i", class_=line.css), line.label, value))
     return el("div", *names, class_="legend")
 
 
@@ -215,9 +207,7 @@ def moving_average(points: Points, reach: float) -> Points:
     """Each y as the mean over the points within `reach` of its x. Points in order of x."""
     xs = [x for x, _ in points]
     windows = (points[bisect_left(xs, x - reach) : bisect_right(xs, x + reach)] for x in xs)
-    return [
-        (x, sum(y for _, y in window) / len(window)) for x, window in zip(xs, windows, strict=True)
-    ]
+    return [(x, sum(y for _, y in w) / len(w)) for x, w in zip(xs, windows, strict=True)]
 
 
 def _stack(lines: Sequence[Line]) -> list[Line]:

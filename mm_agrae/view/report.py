@@ -101,12 +101,8 @@ def _header(folder: RunFolder, config: Record, progress: str) -> Html:
         for key, value in facts.items()
         if value
     ]
-    return el(
-        "header",
-        el("h1", folder.path.resolve().name),
-        el("p", *chips, class_="chips"),
-        el("p", progress),
-    )
+    title = el("h1", folder.path.resolve().name)
+    return el("header", title, el("p", *chips, class_="chips"), el("p", progress))
 
 
 def _results(folder: RunFolder, evaluations: Sequence[EvaluationResult], last_step: int) -> Html:
@@ -331,11 +327,10 @@ def _groups_of(run: RunReader, step: int, count: int, images: EmbeddedImages) ->
 
 
 def _setup(folder: RunFolder) -> Html:
-    versions = [[name, shorten(value, 300)] for name, value in folder.read_versions().items()]
+    rows = [[name, shorten(value, 300)] for name, value in folder.read_versions().items()]
     config = el("pre", shorten(folder.read_config(), 40_000), tabindex="0")
-    return join(
-        [fold("Config, as resolved", config), fold("Versions", table(["", "version"], versions))]
-    )
+    versions = fold("Versions", table(["", "version"], rows))
+    return join([fold("Config, as resolved", config), versions])
 
 
 def _section(config: Record, name: str) -> dict[str, Any]:

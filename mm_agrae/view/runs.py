@@ -7,6 +7,7 @@ going on is followed without reading anything twice.
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from bisect import bisect_left
@@ -29,8 +30,8 @@ STEPS_HELD = 4
 """How many steps to keep overviews of, least recently used out first."""
 
 _LIGHT = (
-    *("resample_round", "prompt_index", "example_id", "success", "finish_reason", "error"),
-    *("reward", "advantage"),
+    *("resample_round", "prompt_index", "success", "finish_reason"),
+    *("error", "reward", "advantage"),
 )
 _SEARCHED = ("completion", "question", "answer", "example_id")
 
@@ -165,19 +166,17 @@ class RunReader:
     def search(self, step: int, text: str) -> set[int]:
         """Rows whose completion, question, answer or id contains `text`, ignoring case."""
         wanted = text.casefold()
-        found: set[int] = set()
-        start = 0
-        for chunk in self.folder.iter_rollouts(step, _SEARCHED):
-            for row, record in enumerate(chunk, start):
-                if any(wanted in str(record[name] or "").casefold() for name in _SEARCHED):
-                    found.add(row)
-            start += len(chunk)
-        return found
+        records = itertools.chain.from_iterable(self.folder.iter_rollouts(step, _SEARCHED))
+        return {
+            row
+            for row, record in enumerate(records)
+            if any(wanted in str(record[name] or "").casefold() for name in _SEARCHED)
+        }
 
 
 def _overviews(chunks: Iterable[Sequence[Record]]) -> list[GroupOverview]:
     members: dict[tuple[int, int], list[tuple[int, Record]]] = {}
-    for row, record in enumerate(record for chunk in chunks for record in chunk):
+    for row, record in enumerate(itertools.chain.from_iterable(chunks)):
         key = record["resample_round"], record["prompt_index"]
         members.setdefault(key, []).append((row, record))
     groups = []

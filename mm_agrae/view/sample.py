@@ -116,9 +116,10 @@ def _solve(
 
 
 def _card(example: Example, records: Sequence[SampleRecord]) -> Html:
+    sources = (base64.b64encode(encode_png(image)).decode() for image in _images(example))
     images = [
-        el("img", src=f"data:image/png;base64,{_base64(image)}", alt=f"image {number}")
-        for number, image in enumerate(_images(example), 1)
+        el("img", src=f"data:image/png;base64,{source}", alt=f"image {number}")
+        for number, source in enumerate(sources, 1)
     ]
     problem = el(
         "div",
@@ -130,21 +131,11 @@ def _card(example: Example, records: Sequence[SampleRecord]) -> Html:
     )
     if not records:
         return el("article", problem, class_="card")
-    graded = [
-        el(
-            "details",
-            el("summary", verdict(record.success)),
-            el("pre", record.completion or "(empty)"),
-            class_="completion",
-            open="",
-        )
-        for record in records
-    ]
+    graded = []
+    for record in records:
+        mark, text = el("summary", verdict(record.success)), record.completion or "(empty)"
+        graded.append(el("details", mark, el("pre", text), class_="completion", open=""))
     return el("article", problem, el("div", *graded), class_="card group")
-
-
-def _base64(image: Image.Image) -> str:
-    return base64.b64encode(encode_png(image)).decode()
 
 
 def _images(example: Example) -> list[Image.Image]:

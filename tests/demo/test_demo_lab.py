@@ -51,8 +51,7 @@ def number(text):
 
 def wait_for_numbers_of(page, setting):
     """Until the screen shows this setting's numbers."""
-    now = curves(setting)
-    sums = [values["group level"][setting.correct] for values in (now.weight, now.balance)]
+    sums = [values["group level"][setting.correct] for values in curves(setting)]
     changes = [outcome.change for outcome in world(setting)]
     expected = tuple(pytest.approx(values, rel=0.01, abs=1e-6) for values in (sums, changes))
     wait_until(page, lambda: seen(page) == expected, f"this is not {setting}")

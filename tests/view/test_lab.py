@@ -28,29 +28,30 @@ OMEGAS = pytest.mark.parametrize("omega", [MIN_OMEGA, 0.3, 0.5, 0.74, MAX_OMEGA]
 @SIZES
 @OMEGAS
 def test_grpo_weighs_groups_by_equation_10(size, omega):
-    found = curves(Setting("grpo", size, 0, omega))
-    expected = [2 * size * math.sqrt(p * (1 - p)) for p in found.rate]
-    assert found.weight["group level"] == pytest.approx(expected, abs=1e-4)
-    assert found.balance["group level"] == pytest.approx([0.0] * (size + 1), abs=1e-9)
+    weight, balance = curves(Setting("grpo", size, 0, omega))
+    expected = [2 * size * math.sqrt(n / size * (1 - n / size)) for n in range(size + 1)]
+    assert weight["group level"] == pytest.approx(expected, abs=1e-4)
+    assert balance["group level"] == pytest.approx([0.0] * (size + 1), abs=1e-9)
 
 
 @SIZES
 @OMEGAS
 @pytest.mark.parametrize("alpha", [0.5, 1.0])
 def test_agrae_weighs_and_balances_groups_by_equations_12_and_13(size, omega, alpha):
-    found = curves(Setting("agrae", size, 0, omega, alpha))
-    assert found.omega == pytest.approx(omega, abs=1e-9)
+    setting = Setting("agrae", size, 0, omega, alpha)
+    weight, balance = curves(setting)
+    assert advantages(setting)[1] == pytest.approx(omega, abs=1e-9)
     inner = slice(1, size)
-    rate = found.rate[inner]
+    rate = [correct / size for correct in range(1, size)]
     half = [size * (omega * math.sqrt(1 - p) + (1 - omega) * math.sqrt(p)) / 2 for p in rate]
-    assert found.weight["sample level"][inner] == pytest.approx([2 * h for h in half], rel=1e-4)
+    assert weight["sample level"][inner] == pytest.approx([2 * h for h in half], rel=1e-4)
     held = min(1.0, omega / alpha)
     expected = [h * (1 + held) for h in half]
-    assert found.weight["group level"][inner] == pytest.approx(expected, rel=1e-4)
+    assert weight["group level"][inner] == pytest.approx(expected, rel=1e-4)
     expected = [h * (held - 1) for h in half]
-    assert found.balance["group level"][inner] == pytest.approx(expected, rel=1e-4, abs=1e-9)
+    assert balance["group level"][inner] == pytest.approx(expected, rel=1e-4, abs=1e-9)
     for end in (0, size):  # no spread, no signal
-        assert found.weight["group level"][end] == 0
+        assert weight["group level"][end] == 0
 
 
 @pytest.mark.parametrize("rule", [rule for rule in rules() if rule != "grpo_lead"])
@@ -79,7 +80,7 @@ def test_only_a_negative_balance_lifts_what_was_not_sampled():
 
 def test_agrae_shifts_the_weight_from_easy_to_hard():
     def heaviest(omega):
-        weight = curves(Setting("agrae", 8, 0, omega)).weight["group level"]
+        weight = curves(Setting("agrae", 8, 0, omega))[0]["group level"]
         return weight.index(max(weight))
 
     assert heaviest(0.1) == 7

@@ -17,12 +17,7 @@ from .explorer import ExplorerTab
 from .lab import LabTab
 from .playground import PlaygroundTab
 
-TABS = {
-    "Playground": PlaygroundTab,
-    "Runs": ExplorerTab,
-    "Compare": EvaluationsTab,
-    "Advantage lab": LabTab,
-}
+TABS = {"Playground": PlaygroundTab, "Runs": ExplorerTab, "Compare": EvaluationsTab, "Advantage lab": LabTab}
 SYSTEM_FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")
 """The reader's own fonts: the page loads nothing from other servers."""
 

@@ -43,9 +43,7 @@ class CardList:
     def __init__(self, prefix: str, filters: Mapping[str, str], label: str) -> None:
         """`filters`: name -> what the filter is called on the screen."""
         self.prefix, self.filters = prefix, filters
-        self.filter = gr.Radio(
-            self._choices({}), value=next(iter(filters)), label=label, elem_id=f"{prefix}-filter"
-        )
+        self.filter = gr.Radio(self._choices({}), value=next(iter(filters)), label=label, elem_id=f"{prefix}-filter")
         self.number = gr.State(0)
         self.first, self._previous, self._next = gr.State(0), gr.State(-1), gr.State(1)
 
@@ -53,17 +51,11 @@ class CardList:
         """Place the cards and the buttons below them."""
         self.body = html(f"{self.prefix}-cards")
         with gr.Row():
-            self.back = gr.Button(
-                f"← Previous {what}", interactive=False, elem_id=f"{self.prefix}-back"
-            )
-            self.onward = gr.Button(
-                f"Next {what} →", interactive=False, elem_id=f"{self.prefix}-next"
-            )
+            self.back = gr.Button(f"← Previous {what}", interactive=False, elem_id=f"{self.prefix}-back")
+            self.onward = gr.Button(f"Next {what} →", interactive=False, elem_id=f"{self.prefix}-next")
         self.outputs = [self.body, self.filter, self.number, self.back, self.onward]
 
-    def connect(
-        self, handler: Any, inputs: Sequence[Any], more: Sequence[Any] = (), **options: Any
-    ) -> None:
+    def connect(self, handler: Any, inputs: Sequence[Any], more: Sequence[Any] = (), **options: Any) -> None:
         """Call `handler(*inputs, number, turn)` for the buttons, then scroll to the first card.
 
         It returns values for `more` and `outputs`.
@@ -90,8 +82,7 @@ class CardList:
 
     def _choices(self, counts: Mapping[str, int]) -> list[tuple[str, str]]:
         return [
-            (f"{words} ({counts[name]:,})" if name in counts else words, name)
-            for name, words in self.filters.items()
+            (f"{words} ({counts[name]:,})" if name in counts else words, name) for name, words in self.filters.items()
         ]
 
 

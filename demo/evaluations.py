@@ -9,13 +9,7 @@ from typing import Any
 import gradio as gr
 
 from mm_agrae.errors import UserError
-from mm_agrae.evaluation.paired import (
-    OUTCOMES,
-    PairedEvaluations,
-    SampleCache,
-    StoredEvaluation,
-    find_evaluations,
-)
+from mm_agrae.evaluation.paired import OUTCOMES, PairedEvaluations, SampleCache, StoredEvaluation, find_evaluations
 from mm_agrae.view import demo_pages as view
 from mm_agrae.view.demo_settings import DemoSettings
 from mm_agrae.view.page import Html, empty
@@ -43,9 +37,7 @@ class EvaluationsTab:
         self.overview = html("compare-overview")
         gr.Markdown("### Problem by problem")
         with gr.Row():
-            self.first = gr.Dropdown(
-                label="First", choices=names, value=None, min_width=260, elem_id="compare-first"
-            )
+            self.first = gr.Dropdown(label="First", choices=names, value=None, min_width=260, elem_id="compare-first")
             self.second = gr.Dropdown(
                 label="Second", choices=names, value=None, min_width=260, elem_id="compare-second"
             )
@@ -57,16 +49,8 @@ class EvaluationsTab:
 
     def _connect(self) -> None:
         reading: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 4}
-        gr.on(
-            None,
-            self.open_all,
-            [],
-            [self.chosen, self.overview, self.first, self.second, *self.outputs],
-            **reading,
-        )
-        self.chosen.input(
-            self.draw_overview, self.chosen, self.overview, trigger_mode="always_last", **reading
-        )
+        gr.on(None, self.open_all, [], [self.chosen, self.overview, self.first, self.second, *self.outputs], **reading)
+        self.chosen.input(self.draw_overview, self.chosen, self.overview, trigger_mode="always_last", **reading)
         asked = [self.first, self.second, self.problems.filter]
         gr.on(
             [self.first.input, self.second.input, self.problems.filter.input],
@@ -112,9 +96,7 @@ class EvaluationsTab:
         found = self._find()[0]
         return self._compare(found, first, second, kind, turned(number, turn), progress)
 
-    def _overview(
-        self, found: dict[str, StoredEvaluation], names: Sequence[str], problems: Sequence[str]
-    ) -> Html:
+    def _overview(self, found: dict[str, StoredEvaluation], names: Sequence[str], problems: Sequence[str]) -> Html:
         return area(*map(error, problems), view.overview(found, names))
 
     def _compare(

@@ -48,19 +48,12 @@ class ExplorerTab:
             self.curves = html("explorer-curves")
             with gr.Accordion("More curves", open=False):
                 self.more = html("explorer-more")
-        self.step = gr.Slider(
-            0, 1, step=1, label="Step", elem_id="explorer-step", interactive=False
-        )
+        self.step = gr.Slider(0, 1, step=1, label="Step", elem_id="explorer-step", interactive=False)
         self.follow = gr.Checkbox(label="Follow new steps", elem_id="explorer-follow")
         self.groups = CardList("explorer", {name: name for name in FILTERS}, "Groups")
         with gr.Row():
             self.order = gr.Dropdown(
-                list(ORDERS),
-                value=AS_SAMPLED,
-                label="Order",
-                scale=1,
-                min_width=200,
-                elem_id="explorer-order",
+                list(ORDERS), value=AS_SAMPLED, label="Order", scale=1, min_width=200, elem_id="explorer-order"
             )
             self.text = gr.Textbox(
                 label="Search in completions, questions, answers",
@@ -92,10 +85,7 @@ class ExplorerTab:
             **reading,
         )
         # Following stops as soon as someone looks at something else.
-        elsewhere = [
-            *(self.step.input, self.text.submit),
-            *(self.groups.back.click, self.groups.onward.click),
-        ]
+        elsewhere = [*(self.step.input, self.text.submit), *(self.groups.back.click, self.groups.onward.click)]
         gr.on(elsewhere, lambda: False, None, self.follow, queue=False, **quiet)
         gr.on(
             [self.step.input, self.smoothing.input],
@@ -195,18 +185,11 @@ class ExplorerTab:
             shown = newest if follow else run.nearest(step)
             move = follow or not any(seen[1])
             groups = self._groups(run, shown, show, order, text, 0) if move else same_groups
-            return [
-                *_curves(run, shown, reach),
-                _slider(run, shown, move=move),
-                *groups,
-                (name, stamp),
-            ]
+            return [*_curves(run, shown, reach), _slider(run, shown, move=move), *groups, (name, stamp)]
         except UserError as problem:
             return [area(error(problem)), *untouched[1:]]
 
-    def _groups(
-        self, run: RunReader, step: int | None, show: str, order: str, text: str, number: int
-    ) -> list[Any]:
+    def _groups(self, run: RunReader, step: int | None, show: str, order: str, text: str, number: int) -> list[Any]:
         try:
             return self.groups.show(group_page(run, step, show, order, text, number), show)
         except UserError as problem:

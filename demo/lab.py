@@ -41,19 +41,12 @@ class LabTab:
         )
         self.size.input(_resize, [self.size, self.correct], self.correct, **quick)
         self.rule.change(
-            lambda rule: gr.update(interactive=bool(lab.Setting(rule).options)),
-            self.rule,
-            self.alpha,
-            **quick,
+            lambda rule: gr.update(interactive=bool(lab.Setting(rule).options)), self.rule, self.alpha, **quick
         )
 
     def _choose(self, start: lab.Setting) -> None:
-        self.rule = gr.Dropdown(
-            list(lab.rules()), value=start.rule, label="Rule", elem_id="lab-rule"
-        )
-        self.size = gr.Slider(
-            2, 32, start.completions, step=1, label="G: completions", elem_id="lab-size"
-        )
+        self.rule = gr.Dropdown(list(lab.rules()), value=start.rule, label="Rule", elem_id="lab-rule")
+        self.size = gr.Slider(2, 32, start.completions, step=1, label="G: completions", elem_id="lab-size")
         self.correct = gr.Slider(
             0,
             start.completions,

@@ -73,10 +73,7 @@ class PlaygroundTab:
         if self.settings.allow_model_paths:
             with gr.Row():
                 self.path = gr.Textbox(
-                    label="Further checkpoint",
-                    placeholder="folder or model id",
-                    scale=3,
-                    elem_id="pg-path",
+                    label="Further checkpoint", placeholder="folder or model id", scale=3, elem_id="pg-path"
                 )
                 self.add = gr.Button("Add", scale=1, min_width=80)
             self.added = html()
@@ -98,37 +95,21 @@ class PlaygroundTab:
             self.level = gr.Dropdown(LEVEL_NAMES, show_label=False, container=False, min_width=120)
             self.another = gr.Button("Another problem", min_width=140, elem_id="pg-another")
         self.text = gr.Textbox(
-            start.text,
-            label="Question",
-            lines=3,
-            max_lines=8,
-            max_length=MAX_QUESTION,
-            elem_id="pg-question",
+            start.text, label="Question", lines=3, max_lines=8, max_length=MAX_QUESTION, elem_id="pg-question"
         )
-        self.answer = gr.Textbox(
-            start.answer, label="Correct answer, if known", elem_id="pg-answer"
-        )
+        self.answer = gr.Textbox(start.answer, label="Correct answer, if known", elem_id="pg-answer")
 
     def _choose_sampling(self) -> None:
         self.samples = gr.Slider(1, MAX_SAMPLES, 4, step=1, label="Samples", elem_id="pg-samples")
         self.temperature = gr.Slider(
-            0,
-            2,
-            1,
-            step=0.1,
-            label="Temperature (0: greedy, one sample)",
-            elem_id="pg-temperature",
+            0, 2, 1, step=0.1, label="Temperature (0: greedy, one sample)", elem_id="pg-temperature"
         )
         with gr.Accordion("More", open=False):
-            self.length = gr.Slider(
-                16, MAX_NEW_TOKENS, 256, step=16, label="Token limit", elem_id="pg-length"
-            )
+            self.length = gr.Slider(16, MAX_NEW_TOKENS, 256, step=16, label="Token limit", elem_id="pg-length")
             self.seed = gr.Number(0, precision=0, label="Seed (the same one repeats the samples)")
         with gr.Row():
             self.go = gr.Button("Generate", variant="primary", min_width=120, elem_id="pg-go")
-            self.stop = gr.Button(
-                "Stop", variant="stop", interactive=False, min_width=120, elem_id="pg-stop"
-            )
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, min_width=120, elem_id="pg-stop")
 
     def _place_completions(self) -> None:
         self.status = html("pg-status")
@@ -137,10 +118,7 @@ class PlaygroundTab:
         with gr.Row():
             self.which = gr.Dropdown(label="Tokens of", choices=[], elem_id="pg-which")
             self.by = gr.Radio(
-                [view.PROBABILITY, view.ENTROPY],
-                value=view.PROBABILITY,
-                label="Coloured by",
-                elem_id="pg-by",
+                [view.PROBABILITY, view.ENTROPY], value=view.PROBABILITY, label="Coloured by", elem_id="pg-by"
             )
         self.tokens = html("pg-tokens", area(view.tokens(None, view.PROBABILITY)))
 
@@ -175,10 +153,7 @@ class PlaygroundTab:
             show_progress_on=[self.status],
             **PRIVATE,
         ).then(
-            lambda: (gr.update(interactive=True), gr.update(interactive=False)),
-            None,
-            [self.go, self.stop],
-            **QUICK,
+            lambda: (gr.update(interactive=True), gr.update(interactive=False)), None, [self.go, self.stop], **QUICK
         )
         self.stop.click(self.halt, None, self.status, **QUICK)
         gr.on(

@@ -120,9 +120,7 @@ def series(metrics: Sequence[Record], key: str) -> Points:
 # -- pass@k
 
 
-def interval_line(
-    label: str, found: Sequence[tuple[float, Interval]], color: int, dashed: bool = False
-) -> Line:
+def interval_line(label: str, found: Sequence[tuple[float, Interval]], color: int, dashed: bool = False) -> Line:
     """A curve of means, with their intervals as its band."""
     band = [(x, interval.low, interval.high) for x, interval in found]
     return Line(label, [(x, interval.mean) for x, interval in found], band, color, dashed)
@@ -140,10 +138,7 @@ def pass_at_k_plot(results: Sequence[tuple[str, EvaluationResult, int]]) -> Html
 
 def pass_at_k_table(results: Sequence[tuple[str, EvaluationResult]]) -> Html:
     ks = sorted({k for _, result in results for k in result.pass_at_k})
-    rows = [
-        [name, *(with_interval(r.pass_at_k.get(k)) for k in ks), with_interval(r.greedy)]
-        for name, r in results
-    ]
+    rows = [[name, *(with_interval(r.pass_at_k.get(k)) for k in ks), with_interval(r.greedy)] for name, r in results]
     return table(["%", *(f"pass@{k}" for k in ks), "greedy"], rows)
 
 
@@ -212,10 +207,7 @@ def _completion_row(row: Record, limit: int, is_open: bool) -> Html:
 
 
 def trace_card(
-    row: Record,
-    images: EmbeddedImages,
-    columns: Sequence[tuple[str, Record]],
-    limit: int = 2 * TEXT_LIMIT,
+    row: Record, images: EmbeddedImages, columns: Sequence[tuple[str, Record]], limit: int = 2 * TEXT_LIMIT
 ) -> Html:
     """One problem and, side by side, a completion of each model as (title, sample) pairs."""
     texts = [

@@ -72,9 +72,7 @@ def curve_panels(run: RunReader, step: int | None, reach: float) -> tuple[Html, 
     return el("div", *figures[:FIRST_CURVES], class_="plots"), join([more, constant])
 
 
-def group_page(
-    run: RunReader, step: int | None, show: str, order: str, text: str, number: int
-) -> CardPage:
+def group_page(run: RunReader, step: int | None, show: str, order: str, text: str, number: int) -> CardPage:
     """The groups of a step that pass a filter and contain `text`. Raises RunFolderError."""
     if step is None:
         if run.metrics:
@@ -92,8 +90,7 @@ def group_page(
     if shown:
         completions = sum(len(group.rows) for group in groups)
         heading = note(
-            f"Step {step:,}: {len(groups):,} groups, {completions:,} completions; "
-            f"showing {position}. {ADVANTAGES}"
+            f"Step {step:,}: {len(groups):,} groups, {completions:,} completions; showing {position}. {ADVANTAGES}"
         )
     else:
         heading = empty(f"None of the {len(groups):,} groups of step {step:,} matches.")
@@ -137,8 +134,7 @@ def overview(found: Mapping[str, StoredEvaluation], names: Sequence[str]) -> Htm
         problems = sorted({result.problems for _, result in shown})
         counts = " or ".join(f"{count:,}" for count in problems)
         about = (
-            f"{counts} problems. Bands and ranges are 95 % bootstrap intervals over problems; "
-            "dashed: before training."
+            f"{counts} problems. Bands and ranges are 95 % bootstrap intervals over problems; dashed: before training."
         )
         curves = el("div", pass_at_k_plot(colored), class_="plots wide")
         parts += [el("h3", label), curves, note(about), pass_at_k_table(shown)]

@@ -122,8 +122,7 @@ def world(setting: Setting, step_size: float = 1.0) -> list[Outcome]:
     unsampled = sampled.count(0)
     sampled_mass = 1 - UNSAMPLED_MASS
     probabilities = [
-        sampled_mass * count / setting.completions if count else UNSAMPLED_MASS / unsampled
-        for count in sampled
+        sampled_mass * count / setting.completions if count else UNSAMPLED_MASS / unsampled for count in sampled
     ]
     probability = torch.tensor(probabilities, dtype=torch.float64)
     outcome_G = torch.repeat_interleave(torch.arange(4), torch.tensor(sampled))
@@ -174,14 +173,10 @@ def _plot(setting: Setting, title: str, now: dict[str, list[float]], grpo: list[
     """A sum over a group, by the rule and by GRPO; the sample level alone only if it differs."""
     rate = [correct / setting.completions for correct in range(setting.completions + 1)]
     points, before, sample = (
-        list(zip(rate, now[label], strict=True))
-        for label in ("group level", "before", "sample level")
+        list(zip(rate, now[label], strict=True)) for label in ("group level", "before", "sample level")
     )
     lines = _beside_grpo(setting, points, list(zip(rate, grpo, strict=True)))
-    if all(
-        max(abs(a - b) for (_, a), (_, b) in zip(sample, other, strict=True)) > 1e-9
-        for other in (before, points)
-    ):
+    if all(max(abs(a - b) for (_, a), (_, b) in zip(sample, other, strict=True)) > 1e-9 for other in (before, points)):
         lines.insert(0, Line(f"{setting.rule}, sample level alone", sample, color=2))
     note = f"at p = {setting.rate:.3g}: {_signed(points[setting.correct][1]).lstrip('+')}"
     return plot(title, lines, note=note, x_name="p")
@@ -243,9 +238,7 @@ def explanation(setting: Setting) -> Html:
         el("p", el("b", "Balance. "), _balance(balance[setting.correct])),
     ]
     if setting.correct in (0, setting.completions):
-        said.append(
-            el("p", "All completions are equal here, so most rules learn nothing from the group.")
-        )
+        said.append(el("p", "All completions are equal here, so most rules learn nothing from the group."))
     return join(said)
 
 

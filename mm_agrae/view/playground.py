@@ -65,9 +65,7 @@ class Question:
         if not self.text.strip():
             raise DataError("Type a question first, or choose another problem.")
         if len(self.text) > MAX_QUESTION:
-            raise DataError(
-                f"The question has {len(self.text):,} characters; at most {MAX_QUESTION:,}."
-            )
+            raise DataError(f"The question has {len(self.text):,} characters; at most {MAX_QUESTION:,}.")
         for name, value, low, high in (
             ("The number of samples", self.samples, 1, MAX_SAMPLES),
             ("The temperature", self.temperature, 0, 2),
@@ -91,9 +89,7 @@ class Problem:
     def sample(cls, level: int | None, with_image: bool, index: int | None = None) -> Problem:
         """One of `level` (None: any), at random unless `index` is given."""
         levels = None if level is None else [level]
-        shown, told = (
-            SyntheticTask("test", modality, levels=levels) for modality in ("image", "text")
-        )
+        shown, told = (SyntheticTask("test", modality, levels=levels) for modality in ("image", "text"))
         index = random.randrange(len(shown)) if index is None else index
         example, described = shown[index], told[index].question
         image = example.images[0]
@@ -106,9 +102,7 @@ class Problem:
             dict(example.grading),
         )
 
-    def question(
-        self, text: str, answer: str, image: Image.Image | None, **sampling: Any
-    ) -> Question:
+    def question(self, text: str, answer: str, image: Image.Image | None, **sampling: Any) -> Question:
         """What the form asks now: an edited text or answer is no longer this problem's."""
         same = text == self.text
         return Question(
@@ -195,9 +189,7 @@ class SideBySide:
         Raises DataError for an invalid question, ModelError for unknown checkpoints.
         """
         if not 1 <= len(names) <= MAX_CHECKPOINTS:
-            raise DataError(
-                f"Choose one to {MAX_CHECKPOINTS} checkpoints; {len(names)} are chosen."
-            )
+            raise DataError(f"Choose one to {MAX_CHECKPOINTS} checkpoints; {len(names)} are chosen.")
         question.check()
         for name in names:
             checkpoints.path(name)
@@ -253,9 +245,7 @@ class _LiveCompletion:
 class _Writer:
     """Generates with one checkpoint in a thread; `snapshot` is called from another one."""
 
-    def __init__(
-        self, checkpoints: CheckpointCache, name: str, question: Question, stop: threading.Event
-    ) -> None:
+    def __init__(self, checkpoints: CheckpointCache, name: str, question: Question, stop: threading.Event) -> None:
         self.name = name
         self.error: Exception | None = None
         self._checkpoints, self._question, self._stop = checkpoints, question, stop
@@ -312,9 +302,7 @@ class _Writer:
             count = 1 if question.temperature == 0 else question.samples
             self._live = [_LiveCompletion() for _ in range(count)]
             self._started, self._state = time.monotonic(), "writing"
-            sampling = SamplingSection(
-                temperature=question.temperature, max_new_tokens=question.max_new_tokens
-            )
+            sampling = SamplingSection(temperature=question.temperature, max_new_tokens=question.max_new_tokens)
             seed = derive_seed("playground", question.seed)
             loaded.engine.generate([prompt], count, sampling, [seed], on_tokens=self._watch)
             for live in self._live:
@@ -384,9 +372,7 @@ class _Writer:
                 max(0.0, entropy),
                 tuple((decode(i), p) for i, p in zip(top_ids, top, strict=True)),
             )
-            for token, (probability, entropy, top_ids, top) in zip(
-                live.ids, live.numbers, strict=False
-            )
+            for token, (probability, entropy, top_ids, top) in zip(live.ids, live.numbers, strict=False)
         )
 
 

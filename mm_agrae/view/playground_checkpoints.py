@@ -44,12 +44,7 @@ class CheckpointCache:
     """
 
     def __init__(
-        self,
-        paths: Mapping[str, str],
-        *,
-        device: str = "auto",
-        allow_paths: bool = False,
-        keep: int = 4,
+        self, paths: Mapping[str, str], *, device: str = "auto", allow_paths: bool = False, keep: int = 4
     ) -> None:
         self.paths = dict(paths)
         self.allow_paths = allow_paths

@@ -129,12 +129,10 @@ def tokens(trace: Trace | None, by: str) -> Html:
     """Every token of a trace, coloured by its probability or by the entropy at its position."""
     if trace is None or not trace.tokens:
         return empty(
-            "Once a completion is written, its tokens are shown here, coloured by how sure the "
-            "model was of each."
+            "Once a completion is written, its tokens are shown here, coloured by how sure the model was of each."
         )
     marked = [
-        el("span", _visible(token.text), class_=f"h{_level(token, by)}", title=_tip(token))
-        for token in trace.tokens
+        el("span", _visible(token.text), class_=f"h{_level(token, by)}", title=_tip(token)) for token in trace.tokens
     ]
     return el(
         "div",
@@ -180,9 +178,7 @@ def _most_likely(token: Token) -> str:
 
 def _least_certain(shown: Sequence[Token], by: str) -> Html:
     """The same numbers as a table, for keyboards, phones and screen readers, which cannot hover."""
-    order = sorted(
-        enumerate(shown, 1), key=lambda t: t[1].probability if by == PROBABILITY else -t[1].entropy
-    )
+    order = sorted(enumerate(shown, 1), key=lambda t: t[1].probability if by == PROBABILITY else -t[1].entropy)
     rows = [
         (_quoted(t.text), i, percent(t.probability), number(t.entropy), _most_likely(t))
         for i, t in order[:LEAST_CERTAIN]

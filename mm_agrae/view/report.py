@@ -41,14 +41,7 @@ from mm_agrae.view.page import (
     with_interval,
 )
 from mm_agrae.view.plots import Line, plot, thin
-from mm_agrae.view.runs import (
-    Record,
-    RunReader,
-    distinct_names,
-    select,
-    step_of,
-    training_ends,
-)
+from mm_agrae.view.runs import Record, RunReader, distinct_names, select, step_of, training_ends
 
 GROUPS_SHOWN = 6
 EARLIER_GROUPS_SHOWN = 2
@@ -227,8 +220,7 @@ def _speed(metrics: Sequence[Record]) -> list[Html]:
     figures = []
     # Evaluations and checkpoints are rare and would dwarf the rest.
     stages = [
-        Line(stage, thin(series(metrics, f"seconds/{stage}")), color=color)
-        for color, stage in enumerate(_STAGES[:-2])
+        Line(stage, thin(series(metrics, f"seconds/{stage}")), color=color) for color, stage in enumerate(_STAGES[:-2])
     ]
     if any(line.points for line in stages):
         caption = "without evaluation and checkpoints"
@@ -270,9 +262,7 @@ def _time(metrics: Sequence[Record], summary: Record) -> Html | None:
 # -- completions
 
 
-def _traces(
-    folder: RunFolder, evaluations: Sequence[EvaluationResult], images: EmbeddedImages
-) -> Html | None:
+def _traces(folder: RunFolder, evaluations: Sequence[EvaluationResult], images: EmbeddedImages) -> Html | None:
     """Problems solved through training, one lost and one never solved, with completions."""
     ends = training_ends([r for r in evaluations if r.label == evaluations[-1].label])
     if len(ends) < 2:
@@ -317,9 +307,7 @@ def _groups_of(run: RunReader, step: int, count: int, images: EmbeddedImages) ->
     shown = (kinds["mixed"][: count - len(others)] + others + rest)[:count]
     counts = ", ".join(f"{len(found):,} {kind}" for kind, found in kinds.items())
     text = f"Step {step:,}: {len(groups):,} groups ({counts}), {len(shown)} shown. {ADVANTAGES}"
-    cards = [
-        group_card(rows, images, completions=COMPLETIONS_SHOWN) for rows in run.rows(step, shown)
-    ]
+    cards = [group_card(rows, images, completions=COMPLETIONS_SHOWN) for rows in run.rows(step, shown)]
     return join([note(text), *cards])
 
 
@@ -370,9 +358,7 @@ def write_runs_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     return Path(out)
 
 
-def _compared_results(
-    names: Sequence[str], evaluations: Sequence[Sequence[EvaluationResult]]
-) -> Html:
+def _compared_results(names: Sequence[str], evaluations: Sequence[Sequence[EvaluationResult]]) -> Html:
     labels = list(dict.fromkeys(result.label for found in evaluations for result in found))
     if not labels:
         return empty("None of these runs has been evaluated.")

@@ -29,10 +29,7 @@ Record = Mapping[str, Any]
 STEPS_HELD = 4
 """How many steps to keep overviews of, least recently used out first."""
 
-_LIGHT = (
-    *("resample_round", "prompt_index", "success", "finish_reason"),
-    *("error", "reward", "advantage"),
-)
+_LIGHT = (*("resample_round", "prompt_index", "success", "finish_reason"), *("error", "reward", "advantage"))
 _SEARCHED = ("completion", "question", "answer", "example_id")
 
 
@@ -76,9 +73,7 @@ ORDERS = {
 }
 
 
-def select(
-    groups: Sequence[GroupOverview], show: str = "all", order: str = "as sampled"
-) -> list[GroupOverview]:
+def select(groups: Sequence[GroupOverview], show: str = "all", order: str = "as sampled") -> list[GroupOverview]:
     """Groups that pass one of FILTERS, in one of ORDERS. Raises KeyError for other names."""
     return sorted(filter(FILTERS[show], groups), key=ORDERS[order])
 

@@ -57,9 +57,7 @@ def contact_sheet(examples: Sequence[Example], columns: int = 4) -> Image.Image:
     return sheet
 
 
-def sample_html(
-    examples: Sequence[Example], completions: Sequence[Sequence[SampleRecord]] = ()
-) -> str:
+def sample_html(examples: Sequence[Example], completions: Sequence[Sequence[SampleRecord]] = ()) -> str:
     """A self-contained page, with images embedded.
 
     `completions` are the graded samples of each example, in the order of `examples`. Raises
@@ -101,18 +99,14 @@ def write_samples(config: Config, *, split: str, count: int, completions: int, o
     return out
 
 
-def _solve(
-    config: Config, task: Task, indices: Sequence[int], completions: int
-) -> list[EvaluatedProblem]:
+def _solve(config: Config, task: Task, indices: Sequence[int], completions: int) -> list[EvaluatedProblem]:
     from mm_agrae.evaluation.evaluate import build_engine, run
     from mm_agrae.rewards import Rewarder
 
     processing, _, engine = build_engine(config, config.model.path)
     section = config.evaluate.model_copy(update={"samples": completions, "greedy": False})
     with contextlib.closing(engine), Rewarder(config.reward, section.max_new_tokens) as rewarder:
-        return run(
-            engine, processing, rewarder, task, indices, section, on_bad_row=config.data.on_bad_row
-        )
+        return run(engine, processing, rewarder, task, indices, section, on_bad_row=config.data.on_bad_row)
 
 
 def _card(example: Example, records: Sequence[SampleRecord]) -> Html:

@@ -1,17 +1,7 @@
 """The comparison of evaluations in a real browser."""
 
 import pytest
-from browser import (
-    PHONE,
-    choose,
-    demo,
-    fits,
-    low_contrast,
-    needs_browser,
-    served,
-    settle,
-    visit,
-)
+from browser import PHONE, choose, demo, fits, low_contrast, needs_browser, served, settle, visit
 from run_folders import HOSTILE, evaluate, make_run
 
 from mm_agrae.view.demo_settings import DemoSettings
@@ -61,10 +51,7 @@ def test_pass_at_k_of_several_evaluations(page):
     overview = page.locator("#compare-overview")
     assert overview.locator("h3").all_inner_texts() == ["geometry", "test"]
     names = [svg.get_attribute("aria-label") for svg in overview.locator("svg").all()]
-    assert names == [
-        "pass@k by k: xeval · models/base",
-        "pass@k by k: train · before, train · after, xeval · after",
-    ]
+    assert names == ["pass@k by k: xeval · models/base", "pass@k by k: train · before, train · after, xeval · after"]
     assert overview.locator("svg").nth(1).locator("path.band").count() == 3
     row = overview.get_by_role("row", name="train · after")
     assert row.get_by_role("cell").first.inner_text().startswith("45.5 (")
@@ -114,10 +101,7 @@ def test_model_text_is_text(page):
 
 def test_the_gain_is_shown_with_its_interval(page):
     tiles = page.locator("#compare-gains .tile").all_inner_texts()
-    assert [tile.splitlines()[0] for tile in tiles] == [
-        "pass@1, second minus first",
-        "pass@4, second minus first",
-    ]
+    assert [tile.splitlines()[0] for tile in tiles] == ["pass@1, second minus first", "pass@4, second minus first"]
     assert tiles[0].splitlines()[1] == "+22.7 points"
 
 
@@ -150,9 +134,7 @@ def test_nothing_to_compare(browser, tmp_path):
         assert page.errors == []
 
 
-@pytest.mark.parametrize(
-    "names", [("../x", "/etc"), (None, None), ("", "train · after"), (["a"], {"b": 1})]
-)
+@pytest.mark.parametrize("names", [("../x", "/etc"), (None, None), ("", "train · after"), (["a"], {"b": 1})])
 def test_names_from_outside_never_become_paths(runs, names):
     import gradio as gr
 

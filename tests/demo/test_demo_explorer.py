@@ -3,18 +3,7 @@
 import re
 
 import pytest
-from browser import (
-    PHONE,
-    choose,
-    demo,
-    fits,
-    low_contrast,
-    needs_browser,
-    served,
-    set_number,
-    settle,
-    visit,
-)
+from browser import PHONE, choose, demo, fits, low_contrast, needs_browser, served, set_number, settle, visit
 from run_folders import HOSTILE, evaluate, make_run, rollouts, train
 
 from mm_agrae.view.demo_settings import DemoSettings
@@ -308,9 +297,7 @@ def test_a_run_that_goes_on_is_followed(browser, tmp_path, monkeypatch):
         says(page, "Step 1: 4 groups")
         assert not page.locator("#explorer-follow input").is_checked()
         train(run, [3])
-        page.wait_for_function(
-            "() => document.querySelector('#explorer-step input[type=range]').max === '3'"
-        )
+        page.wait_for_function("() => document.querySelector('#explorer-step input[type=range]').max === '3'")
         assert page.locator("#explorer-cards").get_by_text("Step 1: 4 groups").is_visible()
         page.locator("#explorer-follow input").check()
         train(run, [4])

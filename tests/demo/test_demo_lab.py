@@ -4,17 +4,7 @@ import math
 import re
 
 import pytest
-from browser import (
-    DESK,
-    PHONE,
-    choose,
-    fits,
-    low_contrast,
-    needs_browser,
-    served,
-    set_number,
-    wait_until,
-)
+from browser import DESK, PHONE, choose, fits, low_contrast, needs_browser, served, set_number, wait_until
 
 from mm_agrae.view.demo_settings import DemoSettings
 from mm_agrae.view.lab import Setting, curves, world
@@ -89,9 +79,7 @@ def test_fewer_completions_leave_fewer_correct_ones(lab):
     wait_for_numbers_of(page, Setting("agrae", 8, 7, 0.3))
     set_number(page, "#lab-size", 4)
     wait_for_numbers_of(page, Setting("agrae", 4, 4, 0.3))
-    page.wait_for_function(
-        "() => document.querySelector('#lab-correct input[type=number]').value === '4'"
-    )
+    page.wait_for_function("() => document.querySelector('#lab-correct input[type=number]').value === '4'")
     page.get_by_text("All completions are equal here").wait_for()
 
 
@@ -99,9 +87,7 @@ def test_it_can_be_read_point_by_point_and_used_by_keyboard(lab):
     page = lab()
     titles = page.locator("#lab-figures circle title").all_text_contents()
     assert len([title for title in titles if re.fullmatch(r"grpo, p 0\.5: 8", title)]) == 1
-    labels = page.locator("#lab-figures svg").evaluate_all(
-        "all => all.map((svg) => svg.getAttribute('aria-label'))"
-    )
+    labels = page.locator("#lab-figures svg").evaluate_all("all => all.map((svg) => svg.getAttribute('aria-label'))")
     assert all("by p:" in label for label in labels)
     page.locator("#lab-correct input[type=range]").focus()
     page.keyboard.press("ArrowRight")

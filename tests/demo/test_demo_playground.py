@@ -8,17 +8,7 @@ import uuid
 
 import checkpoints
 import pytest
-from browser import (
-    DESK,
-    PHONE,
-    WAIT_S,
-    fits,
-    low_contrast,
-    needs_browser,
-    served,
-    set_number,
-    visit,
-)
+from browser import DESK, PHONE, WAIT_S, fits, low_contrast, needs_browser, served, set_number, visit
 from helpers import TEXT, VL
 from PIL import Image
 
@@ -31,10 +21,7 @@ pytestmark = needs_browser
 
 START = SyntheticTask("test")[4]
 DESCRIBED = SyntheticTask("test", modality="text")[4]
-HOSTILE = (
-    '<script>window.hacked=1</script><img src=x onerror="window.hacked=2">'
-    "${window.hacked=3}{{window.hacked=4}}"
-)
+HOSTILE = '<script>window.hacked=1</script><img src=x onerror="window.hacked=2">${window.hacked=3}{{window.hacked=4}}'
 
 
 @pytest.fixture(scope="module")
@@ -156,8 +143,7 @@ def test_tokens_are_coloured_and_explained(person):
     page.get_by_role("option", name="base, sample 2").click()
     second = page.locator("#pg-traces .trace").nth(1).locator(".thought").inner_text()
     page.wait_for_function(
-        "text => document.querySelector('#pg-tokens .tokens').textContent.includes(text)",
-        arg=second,
+        "text => document.querySelector('#pg-tokens .tokens').textContent.includes(text)", arg=second
     )
 
 
@@ -275,9 +261,7 @@ def test_an_uploaded_image_is_what_is_asked_about(person, tmp_path):
     first = page.locator("#pg-traces .trace").inner_text()
     remove_image(page)
     ask(page)
-    page.wait_for_function(
-        "text => document.querySelector('#pg-traces .trace')?.innerText !== text", arg=first
-    )
+    page.wait_for_function("text => document.querySelector('#pg-traces .trace')?.innerText !== text", arg=first)
     wait_for_completions(page)  # the completion without the image is another one
 
 
@@ -336,8 +320,7 @@ def test_another_problem_fills_everything(person):
         before = page.locator("#pg-image img").first.get_attribute("src")
         page.locator("#pg-another").click()
         page.wait_for_function(
-            "src => document.querySelector('#pg-image img')?.getAttribute('src') !== src",
-            arg=before,
+            "src => document.querySelector('#pg-image img')?.getAttribute('src') !== src", arg=before
         )
         seen.add(page.locator("#pg-question textarea").input_value())
     assert len(seen) >= 2
@@ -393,17 +376,13 @@ def call(address, inputs, changes):
     """Call the function with so many inputs directly, as no page would; its last message."""
     with urllib.request.urlopen(f"{address}config") as reply:
         config = json.load(reply)
-    index = next(
-        d["id"] for d in config["dependencies"] if len(d["inputs"]) == inputs and d["queue"] is True
-    )
+    index = next(d["id"] for d in config["dependencies"] if len(d["inputs"]) == inputs and d["queue"] is True)
     data = [["base"], None, "What?", "", 1, 0, 16, 0, None]
     for index, value in changes.items():
         data[index] = value
     body = {"data": data, "fn_index": index, "session_hash": uuid.uuid4().hex}
     request = urllib.request.Request(
-        f"{address}gradio_api/queue/join",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+        f"{address}gradio_api/queue/join", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     urllib.request.urlopen(request).close()
     source = f"{address}gradio_api/queue/data?session_hash={body['session_hash']}"

@@ -15,14 +15,7 @@ from mm_agrae.errors import DataError, ModelError
 from mm_agrae.rollout import derive_seed
 from mm_agrae.tasks.synthetic.task import SyntheticTask
 from mm_agrae.view import playground_view as view
-from mm_agrae.view.playground import (
-    MAX_QUESTION,
-    Problem,
-    Question,
-    SideBySide,
-    Stopped,
-    read_image,
-)
+from mm_agrae.view.playground import MAX_QUESTION, Problem, Question, SideBySide, Stopped, read_image
 from mm_agrae.view.playground_checkpoints import CheckpointCache
 
 PATHS = {"vl": VL, "text": TEXT}
@@ -201,9 +194,7 @@ def test_a_watcher_that_raises_ends_the_sampling_and_leaves_the_engine_usable(ca
         for row, token in zip(row_B.tolist(), token_B.tolist(), strict=True):
             seen.setdefault(row, []).append(token)
 
-    groups = engine(made, batch_completions=2).generate(
-        prompts, 2, sampling(), [1, 2, 3], on_tokens=collect
-    )
+    groups = engine(made, batch_completions=2).generate(prompts, 2, sampling(), [1, 2, 3], on_tokens=collect)
     plain = engine(made).generate(prompts, 2, sampling(), [1, 2, 3])
     ours, alone = ([c for group in found for c in group] for found in (groups, plain))
     assert [c.token_ids for c in ours] == [c.token_ids for c in alone]
@@ -213,9 +204,7 @@ def test_a_watcher_that_raises_ends_the_sampling_and_leaves_the_engine_usable(ca
     config = made.hf.config.get_text_config()
     context = len(prompt) + sampling().max_new_tokens
     terms = 2 * config.hidden_size + config.intermediate_size + context
-    logp, alone_logp = (
-        torch.tensor([x for c in found for x in c.logprobs]) for found in (ours, alone)
-    )
+    logp, alone_logp = (torch.tensor([x for c in found for x in c.logprobs]) for found in (ours, alone))
     terms = config.num_hidden_layers * terms + config.hidden_size
     assert_equal_up_to_rounding(logp, alone_logp, terms)
 

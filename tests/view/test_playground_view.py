@@ -47,15 +47,11 @@ def test_agreement_of_choices_knows_letter_and_text():
 
 def test_progress_in_words():
     shown = (
-        CheckpointTraces(
-            "base", "writing", traces=(trace("1"), trace(None, state="writing")), seconds=0.5
-        ),
+        CheckpointTraces("base", "writing", traces=(trace("1"), trace(None, state="writing")), seconds=0.5),
         CheckpointTraces("GRPO", "loading"),
         CheckpointTraces("A", "failed", "no such folder"),
     )
-    assert progress_line(shown) == (
-        "base: 1 of 2 written, 2 tokens, 4 tokens/s · GRPO: loading · A: failed"
-    )
+    assert progress_line(shown) == ("base: 1 of 2 written, 2 tokens, 4 tokens/s · GRPO: loading · A: failed")
 
 
 def test_correct_samples_are_counted():

@@ -204,8 +204,7 @@ def test_model_text_is_shown_as_characters(tmp_path):
 
 def test_hostile_names_and_configs_are_shown_as_characters(tmp_path):
     run = RunFolder(tmp_path / "<b onload=x>").create(
-        f"model: {{path: '<script>'}}\nadvantage: {{rule: '{'<i>' * 3}'}}\n# {HOSTILE}",
-        {"<u>": "<script>"},
+        f"model: {{path: '<script>'}}\nadvantage: {{rule: '{'<i>' * 3}'}}\n# {HOSTILE}", {"<u>": "<script>"}
     )
     evaluate(run, "<script>", [1, 0], label="<script>")
     run.append_metrics({"step": 1, "reward/<script>": 1.0, "reward/mean": 0.5})
@@ -361,8 +360,7 @@ def test_stacked_plots_add_up():
 
 
 @pytest.mark.parametrize(
-    "ys",
-    [[0.0], [5.0, 5.0], [-3.0, -3.0], [1e-12, 2e-12], [1e30, -1e30], [1e9, 1e9 + 1], [0.1] * 50],
+    "ys", [[0.0], [5.0, 5.0], [-3.0, -3.0], [1e-12, 2e-12], [1e30, -1e30], [1e9, 1e9 + 1], [0.1] * 50]
 )
 def test_plots_of_odd_ranges(ys):
     points = [(float(i), y) for i, y in enumerate(ys)]

@@ -41,9 +41,7 @@ def test_groups_of_a_step_and_their_texts(tmp_path):
 
 def test_resample_rounds_of_one_prompt_index_are_separate_groups(tmp_path):
     run = make_run(tmp_path / "run")
-    rows = rollouts(run, 1, groups=1) + rollouts(
-        run, 1, groups=1, resample_round={(0, i): 1 for i in range(4)}
-    )
+    rows = rollouts(run, 1, groups=1) + rollouts(run, 1, groups=1, resample_round={(0, i): 1 for i in range(4)})
     run.write_rollouts(1, rows)
     assert [group.rows for group in opened(run).groups(1)] == [(0, 1, 2, 3), (4, 5, 6, 7)]
 
@@ -80,9 +78,7 @@ def test_filters_and_orders(tmp_path):
 def test_search_finds_completions_questions_answers_and_ids_in_any_case(tmp_path):
     count = ROWS_PER_GROUP + 40  # more than one row group
     run = make_run(tmp_path / "run")
-    run.write_rollouts(
-        1, rollouts(run, 1, groups=count, size=1, completion={(count - 1, 0): "ÉCOLE"})
-    )
+    run.write_rollouts(1, rollouts(run, 1, groups=count, size=1, completion={(count - 1, 0): "ÉCOLE"}))
     reader = opened(run)
     assert reader.search(1, "école") == {count - 1}
     assert reader.search(1, "gold 3") >= {3, 30, 39}
@@ -98,9 +94,7 @@ def test_only_the_row_groups_asked_for_are_read(tmp_path, monkeypatch):
     read = []
     original = pq.ParquetFile.read_row_group
     monkeypatch.setattr(
-        pq.ParquetFile,
-        "read_row_group",
-        lambda self, index, **kw: read.append(index) or original(self, index, **kw),
+        pq.ParquetFile, "read_row_group", lambda self, index, **kw: read.append(index) or original(self, index, **kw)
     )
     reader = opened(run)
     groups = reader.groups(1)
@@ -125,9 +119,7 @@ def test_a_run_is_followed_without_reading_anything_twice(tmp_path, monkeypatch)
     read = []
     original = RunFolder._parse_metrics
     monkeypatch.setattr(
-        RunFolder,
-        "_parse_metrics",
-        lambda self, lines, before: read.extend(lines) or original(self, lines, before),
+        RunFolder, "_parse_metrics", lambda self, lines, before: read.extend(lines) or original(self, lines, before)
     )
     with (run.path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "rew')  # half a line: the run is writing it
@@ -233,9 +225,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path):
     assert set(find_runs([tmp_path / "runs"])) == {"own"}
 
 
-@pytest.mark.parametrize(
-    "name", ["secret", "../secret", "/etc", "run/../../secret", "", ".", "run\0", None, "run/"]
-)
+@pytest.mark.parametrize("name", ["secret", "../secret", "/etc", "run/../../secret", "", ".", "run\0", None, "run/"])
 def test_a_library_opens_nothing_but_its_runs(tmp_path, name):
     make_run(tmp_path / "secret", [1])
     library = RunLibrary([make_run(tmp_path / "given" / "run").path])
@@ -303,9 +293,7 @@ def test_memory_does_not_grow_with_the_number_of_steps(tmp_path):
     generator = random.Random(0)
     words = [f"{generator.getrandbits(64):x}" for _ in range(5000)]
     for step in range(1, 13):
-        records = rollouts(
-            run, step, groups=128, size=8, text=" ".join(generator.choices(words, k=250))
-        )
+        records = rollouts(run, step, groups=128, size=8, text=" ".join(generator.choices(words, k=250)))
         run.write_rollouts(step, records)
         run.append_metrics(metrics(step))
     texts = 11 * 1024 * 250 * 17  # bytes of text in the steps walked through: 48 MB

@@ -7,8 +7,6 @@ No weights are loaded, and nothing here raises for what is missing: it is report
 it is seen at once. The memory estimate is `model/memory.py`'s.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -52,8 +52,6 @@ Equal to TRL 1.16 (`tests/test_loss_trl.py`), with these correspondences:
 * TRL multiplies k3 by ρ unless use_bias_correction_kl=False: `unbiased_kl` here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

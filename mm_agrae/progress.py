@@ -1,7 +1,5 @@
 """Progress bars on a terminal; plain lines where there is none. Quiet on all but one process."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager

@@ -5,8 +5,6 @@ in `rollout/collector.py`, what an update does in `step.py`. All communication w
 goes through `self.processes`.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 from collections.abc import Sequence

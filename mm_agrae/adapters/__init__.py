@@ -4,8 +4,6 @@ In: the rewards of a step, as TRL (`trl.py`) or verl (`verl.py`) hold them. Out:
 trainers pass on nothing but rewards, so success is a reward above a threshold (`success_of`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor

@@ -9,8 +9,6 @@
 Everything but the advantages is TRL's: sampling, losses, logging, distribution. Needs TRL 1.16 (the extra `trl`).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from typing import Any

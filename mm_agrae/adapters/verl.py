@@ -8,8 +8,6 @@ trains with A-GRAE; `ESTIMATORS` lists the names, docs/adapters.md the settings.
 work without verl; only `register` imports it.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import re

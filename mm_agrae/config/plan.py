@@ -1,7 +1,5 @@
 """What a config amounts to: steps, batches, tokens; and what a resumed run may change of it."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from mm_agrae.config.reading import public

@@ -4,8 +4,6 @@ A name is "package.module:Name" or "path/to/file.py:Name". Both are found from t
 directory, whether the program was started as `mm-agrae` or as `python -m mm_agrae.cli`.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import inspect

@@ -4,8 +4,6 @@ Unknown keys, wrong types and settings that contradict each other raise `ConfigE
 the key and the nearest valid one. Nothing else is loaded before a config is known to be whole.
 """
 
-from __future__ import annotations
-
 import typing
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,8 +7,6 @@ every problem comes with the samples it happened to get.
 Shapes: P problems, N samples of each, K values of k.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache

@@ -5,8 +5,6 @@ compares the leaves: as exact numbers with units (`quantities.py`), as text, and
 (`formulas.py`), which the caller passes in. Everything else is plain string work.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 r"""Finds the final answer in a completion."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from itertools import pairwise

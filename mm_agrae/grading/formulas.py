@@ -4,8 +4,6 @@ Text is parsed with math-verify's LaTeX grammar and never evaluated as code. `sy
 amount of time and memory, so run it in a process with limits (`pool.py`).
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from fractions import Fraction

@@ -4,8 +4,6 @@ r"""Written answers in one notation, and their parts.
 at brackets; `as_text` is for answers in words. Plain string work, linear in the text.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from functools import lru_cache

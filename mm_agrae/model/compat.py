@@ -6,8 +6,6 @@ declaring their schemas is enough. The default wheels of torchaudio and torchcod
 transformers imports where it finds them, fail in the same way; neither is used, so they are treated as not installed.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 

@@ -10,8 +10,6 @@ told apart by that tensor's identity.
   own backward pass, passes the sum of all gradients on to the tower.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -6,8 +6,6 @@ layers and hooks stay where they are. The attention of the same layer announces 
 layer that is recomputed (gradient checkpointing) skips the same tokens again, and a plain forward skips none.
 """
 
-from __future__ import annotations
-
 import types
 from typing import Any
 

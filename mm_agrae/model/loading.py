@@ -4,8 +4,6 @@ Every family that trains here has a plain linear vocabulary head, an ordinary at
 with images, Qwen's numbering of image tokens; `misfit` says in one line what another one lacks.
 """
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """LoRA adapters: new ones on chosen modules, or trained ones from a folder that PEFT wrote."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from pathlib import Path

@@ -5,8 +5,6 @@ summed over the tensors that a layer keeps for its backward pass (`_layer_bytes`
 families differ somewhat. Prompts and completions are assumed to reach their limits, so a run usually needs less.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any

@@ -7,8 +7,6 @@ and lengths that its kernels take; each is made once and serves all layers.
 Shapes: S tokens of the row, n spans padded to R tokens, H heads of size D.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 from collections.abc import Iterator, Sequence

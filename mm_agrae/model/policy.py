@@ -5,8 +5,6 @@ entropy of each completion token. Rollout, update and evaluation use the same ob
 is the one that is trained: softmax(logits / temperature) with the placeholder ids excluded.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import functools

@@ -15,8 +15,6 @@ whose sliding window cuts a sequence, completions attend to [prompt keys; own ke
 Shapes: S tokens of the row, C of them in completions, n spans padded to R tokens, H heads of size D (K key heads).
 """
 
-from __future__ import annotations
-
 import functools
 import warnings
 from collections.abc import Sequence

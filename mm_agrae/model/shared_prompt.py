@@ -36,8 +36,6 @@ skips what nothing is predicted from.
 Shapes: S tokens of the row, N predicted tokens; P tokens of a prompt; H heads of size D; B and T as in a MicroBatch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

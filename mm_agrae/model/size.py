@@ -4,8 +4,6 @@
 so that its counts are exact; `memory` works out from them what a run takes.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -13,8 +13,6 @@ LoRA on the head adds a second product of the same kind, l · B_v with l = scali
 Shapes: N positions, H hidden size, V vocabulary, R rank.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -5,8 +5,6 @@ separate, FSDP keeps shards, tied weights occur twice, and transformers renames 
 four are undone here, one tensor at a time, without changing the model.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path

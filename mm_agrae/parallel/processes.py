@@ -4,8 +4,6 @@ accelerate's launcher says how many processes there are and which parallelism st
 (`strategies`). Every exchange begins with a barrier that can name a missing rank (`watchdog`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import signal

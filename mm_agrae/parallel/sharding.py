@@ -6,8 +6,6 @@ Sampling cannot do that, because processes take different numbers of decoding st
 both a `GatheredReplica` of the model is filled with gathered weights, used without any communication, and emptied.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Iterable
 from typing import Any

@@ -4,8 +4,6 @@
 the CPU's memory. accelerate's launcher chooses, by environment variables.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Collection, Iterable

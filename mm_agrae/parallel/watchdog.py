@@ -8,8 +8,6 @@ before it ends. A collective call hangs if a rank is missing; a barrier through 
     rank 0 (node-a) has waited 1800 s at rewards of step 3 for rank 1 (node-b), in rollout of step 3
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -5,8 +5,6 @@ A reward part is a function `(example, completion) -> float`. To add one, write 
 (token ids and log-probabilities too) and the example without its images.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from mm_agrae.config.plugins import load_object

@@ -5,8 +5,6 @@ update; a run resumed from that very checkpoint reads them instead of sampling a
 safetensors: token ids and log-probabilities as tensors, the rest as JSON in its header.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict

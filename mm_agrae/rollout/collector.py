@@ -5,8 +5,6 @@ every rank samples and scores its own. Rows that cannot be used and groups witho
 ranks alike, so that the data cursor is the same everywhere.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

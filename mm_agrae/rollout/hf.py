@@ -5,8 +5,6 @@ batch as they end. Each one has its own stream of random numbers, so neither the
 number of processes changes what is sampled, except at near-ties: see `rollout.Engine.generate`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ the flags and environment variables that training needs: token ids in and out, l
 of the distribution sampled from, the endpoints for weights, no second resizing of images.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.util

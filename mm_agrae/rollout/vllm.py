@@ -5,8 +5,6 @@ leave the process's random state unchanged. All of this is tested on CPUs; what 
 (sleeping between phases, CUDA graphs) follows vLLM 0.32's sources and has not been run.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import gc

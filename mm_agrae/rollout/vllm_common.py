@@ -4,8 +4,6 @@ Malformed prompts are refused here: vLLM silently accepts some of them and crash
 Nothing in this module imports vllm, so the trainer of `vllm_server` does without it.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Connections to vLLM servers: single HTTP requests, and which servers are still in use."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os

@@ -3,8 +3,6 @@
 vLLM's own `--api-key` leaves the endpoints open that change weights; this key covers all of them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import json

@@ -7,8 +7,6 @@ weights from another run, is noticed before its tokens are used. A lost server's
 the others, and it is tried again at the next `sync`.
 """
 
-from __future__ import annotations
-
 import base64
 import collections
 import contextlib

@@ -3,8 +3,6 @@
 Every transfer has a tag of run and version, which the server reports with each token it samples.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket

@@ -15,8 +15,6 @@ Beside the folders `step_000010`, … of a run are the links `latest` and `best`
 checkpoint without its step. Resuming does not rely on them: it looks through the folders.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

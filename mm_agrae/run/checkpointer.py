@@ -4,8 +4,6 @@
 All methods but `wait` and `mark_best` are called by every rank alike.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import uuid

@@ -1,7 +1,5 @@
 """What every part of a training run works with."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from mm_agrae.config import Config

@@ -1,7 +1,5 @@
 """`mm-agrae export`: a policy as a plain Hugging Face checkpoint, LoRA merged into its weights."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -7,8 +7,6 @@ Texts come from models and may hold anything. Surrogates without a partner, whic
 hold, are stored as U+FFFD; everything else round-trips.
 """
 
-from __future__ import annotations
-
 import errno
 import gzip
 import io
@@ -93,7 +91,7 @@ def _drop_unfinished_line(file: IO[bytes]) -> int:
     """Truncate a file to its last newline; return its length."""
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - 1))
-    if file.read(1) not in (b"", b"\n"):
+    if end and file.read(1) != b"\n":  # an empty file may be a device without an end
         file.seek(0)
         end = file.read().rfind(b"\n") + 1
         file.truncate(end)

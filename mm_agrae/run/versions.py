@@ -1,7 +1,5 @@
 """Which code made a run: versions of the packages that affect its numbers, and our revision."""
 
-from __future__ import annotations
-
 import importlib.metadata
 import platform
 import subprocess

@@ -11,8 +11,6 @@ programs alone, and nobody has compared `expected_answer` of zwhe99/MATH with th
 by row. A column with another name is an error that lists the columns.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

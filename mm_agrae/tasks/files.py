@@ -10,8 +10,6 @@ row is checked when the task is made. Of images only the existence is checked; t
 the row is processed. Messages count lines of JSONL and CSV from 1 and rows of other formats from 0.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence

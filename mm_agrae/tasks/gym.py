@@ -8,8 +8,6 @@ functions evaluate the answer as Python, or by sympy, which does the same. Their
 numbers, operators, variables, a few functions and lists; anything else counts as no answer.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

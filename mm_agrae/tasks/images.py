@@ -5,8 +5,6 @@ decoded RGB image of a sane size. The size is read from the header before anythi
 formats are tried, and paths are followed only inside the folder the caller names. URLs are never fetched.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import re

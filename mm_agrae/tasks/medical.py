@@ -16,8 +16,6 @@ break and question; every pair whose image (by the bytes of its file) came befor
 test, the next 600 the training set. So no image is in both, and every machine chooses the same pairs.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path

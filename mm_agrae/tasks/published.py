@@ -5,8 +5,6 @@ Face hub (in its local cache if there is no network). A folder may hold JSONL fi
 hub's files (Parquet with the images inside), or what `datasets.save_to_disk` wrote; all give the same examples.
 """
 
-from __future__ import annotations
-
 import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping

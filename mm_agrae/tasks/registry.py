@@ -8,8 +8,6 @@ has them: `limit` (stop after so many examples) and `on_bad_row` ("error" or "sk
 the reasons in an attribute `skipped`.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Sequence
 from typing import Any, Literal, Protocol

@@ -1,7 +1,5 @@
 """Rows of tables in any format, each with a name for error messages."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -3,8 +3,6 @@
 Images are embedded, so the browser never requests a file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby

@@ -1,7 +1,5 @@
 """What the demo may show and to whom: the settings that the whole app is built from."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

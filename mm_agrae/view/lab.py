@@ -5,8 +5,6 @@ is the step's mean reward. So the groups of interest are put into a step whose o
 equal rewards within each, hence no signal, and bring ω to the requested value.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -5,8 +5,6 @@ content policy forbids scripts and requests as well, so model output is only eve
 characters. Styles are in `page.css` (whole pages) and `components.css` (also used by the demo).
 """
 
-from __future__ import annotations
-
 import html
 import math
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """Checkpoints for the playground: loaded on first use and shared by all users."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import threading

@@ -1,7 +1,5 @@
 """Markup of the playground: completions, agreement, progress and tokens."""
 
-from __future__ import annotations
-
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -4,8 +4,6 @@ They are drawn here rather than by a plotting library so that they follow the re
 dark mode (colours come from `components.css`) and add only a few kilobytes to a page.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence

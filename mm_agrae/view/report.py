@@ -1,7 +1,5 @@
 """Self-contained HTML pages: one run with what the model wrote, and several runs side by side."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

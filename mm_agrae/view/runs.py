@@ -5,8 +5,6 @@ groups on the screen. So memory does not grow with the length of a run, and a ru
 going on is followed without reading anything twice.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import threading

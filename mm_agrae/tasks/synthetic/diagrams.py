@@ -3,8 +3,6 @@
 `rng` decides what the numbers leave open; `figures.py` says which numbers can be drawn.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Mapping, Sequence

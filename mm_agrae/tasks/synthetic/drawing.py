@@ -5,8 +5,6 @@ function returns the image and a dict of what was drawn, in pixels of the finish
 a test can measure the drawing without knowing how the problem was made.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import random

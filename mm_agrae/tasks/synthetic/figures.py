@@ -1,7 +1,5 @@
 """The kinds of geometry figures: the given numbers, the rules that lead to x, and the drawing."""
 
-from __future__ import annotations
-
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Makes problems: numbers that belong to a split, a question, its answer, and the drawing."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import random

@@ -18,8 +18,6 @@ A problem is (family, figure, numbers). Its split follows from a hash of its num
 whether drawn or described, at any level. Item i of a split is the same problem in both modalities.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any

@@ -116,9 +116,6 @@ def split_by_tokens(
     return [batch for batch in batches if batch]
 
 
-# ------------------------------------------------------------------------ the plan of an update
-
-
 @dataclass(frozen=True)
 class StepTable:
     """Numbers of every completion of the step, over all ranks, ordered by position."""

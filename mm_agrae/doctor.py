@@ -155,7 +155,7 @@ class _Report:
         for split in ("train", "evaluate"):
             for source in getattr(data, split):
                 try:
-                    task = tasks.load(source, on_bad_row=data.on_bad_row)
+                    task = tasks.load_all([source], on_bad_row=data.on_bad_row)
                 except Exception as error:  # a user's task may fail in any way
                     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                     self._line(False, f"{split} {source.label}: {kind}{error}")

@@ -234,9 +234,6 @@ def sampler_weight(
     return SamplerWeight(weight_BT, {name: value.sum() for name, value in sums.items()})
 
 
-# -------------------------------------------------------------------------- the choices
-
-
 def _token_log_ratio(log_ratio_BT: Tensor, length_B1: Tensor) -> Tensor:
     return log_ratio_BT
 

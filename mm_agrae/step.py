@@ -212,9 +212,6 @@ class UpdateTotals:
         return values | {name: mean[sum] for name, sum in where_measured.items() if sum in mean}
 
 
-# ---------------------------------------------------------------------------- metrics and records
-
-
 def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
     """Rewards, groups, lengths and entropy of a step, over all ranks."""
     groups, rate_P, length_PG = table.groups, table.success_PG.mean(-1), table.length_PG

@@ -248,7 +248,7 @@ def _files(draw: Any) -> tuple[str, bytes, dict[str, Any], bool]:
 def read_files(case: tuple[str, bytes, dict[str, Any], bool]) -> None:
     from pydantic import ValidationError
 
-    from mm_agrae.tasks import load
+    from mm_agrae.tasks import load_all
     from mm_agrae.tasks.images import open_image
 
     name, content, options, skip = case
@@ -261,7 +261,7 @@ def read_files(case: tuple[str, bytes, dict[str, Any], bool]) -> None:
             source = configs.DataSource(task="files", path=str(where), **options)
         except ValidationError:  # where the config loader says it in its own words
             return
-        task = load(source, on_bad_row="skip" if skip else "error")
+        task = load_all([source], on_bad_row="skip" if skip else "error")
         for index in range(len(task)):
             example = task[index]
             for image in example.images:

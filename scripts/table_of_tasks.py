@@ -39,12 +39,12 @@ def main() -> None:
 def _measure(name: str, split: str, path: Path) -> list[str]:
     source = DataSource.model_validate({"task": name, "split": split, "path": str(path)})
     try:
-        tasks.load(source)
+        tasks.load_all([source])
     except UserError as error:
         print(error, file=sys.stderr)
         return ["-"] * 4
     start = time.perf_counter()
-    task = tasks.load(source)
+    task = tasks.load_all([source])
     loaded = time.perf_counter()
     images = sum(len(task[index].images) for index in range(len(task)))
     read = time.perf_counter()

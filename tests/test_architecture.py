@@ -74,6 +74,16 @@ def test_an_upward_import_would_be_found(tmp_path, monkeypatch):
     assert list(upward_edges([file])) == ["loss.py imports trainer"]
 
 
+def test_the_sizes_of_the_house(monkeypatch):
+    """Files, functions, folders and lines stay within the limits of scripts/house.py."""
+    monkeypatch.syspath_prepend(str(PACKAGE.parent / "scripts"))
+    import house
+
+    figures = house.measure(PACKAGE.parent)
+    assert house.violations(figures) == []
+    assert house.violations(figures | {"longest file": 501}) == ["longest file: 501, at most 500"]
+
+
 def loaded_after(code: str) -> set[str]:
     """Top-level packages that are imported once `code` has run in a fresh interpreter."""
     script = f"{code}\nimport sys\nprint(' '.join(sys.modules))"

@@ -18,22 +18,3 @@ from mm_agrae.config.schema import (
     RolloutSection,
     SamplingSection,
 )
-
-__all__ = [
-    "Config",
-    "DataSource",
-    "EvaluateSection",
-    "LoraSection",
-    "ModelSection",
-    "PromptSection",
-    "RewardSection",
-    "RolloutSection",
-    "SamplingSection",
-    "contradictions",
-    "dump",
-    "load",
-    "parse",
-    "plan",
-    "public",
-    "total_steps",
-]

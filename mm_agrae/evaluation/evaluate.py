@@ -29,7 +29,7 @@ from mm_agrae.run import checkpoint
 from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.records import EvaluationResult, SampleRecord
 from mm_agrae.run.versions import versions
-from mm_agrae.tasks import Task, load
+from mm_agrae.tasks import Task, load_all
 from mm_agrae.types import Completion, Example, Prompt, Score
 
 if TYPE_CHECKING:
@@ -211,9 +211,6 @@ def _sample_record(example: Example, number: int, completion: Completion, score:
     )
 
 
-# ------------------------------------------------------------------ mm-agrae eval
-
-
 def build_engine(config: Config, path: str) -> tuple[Processing, Policy, Engine]:
     """A checkpoint loaded for sampling with the settings of `config`."""
     processing = Processing(path, config.prompt, trust_remote_code=config.model.trust_remote_code)
@@ -253,7 +250,7 @@ def evaluate_checkpoints(
     config = load_config(config_path, overrides)
     if not config.data.evaluate:
         raise ConfigError(f"{config_path}: data.evaluate is empty; add data to evaluate on")
-    tasks = {source.label: load(source, on_bad_row=config.data.on_bad_row) for source in config.data.evaluate}
+    tasks = {source.label: load_all([source], on_bad_row=config.data.on_bad_row) for source in config.data.evaluate}
     reporter = Reporter()
     run_folder = RunFolder(out).create(configs.dump(config), versions(), resume=True)
     results: list[EvaluationResult] = []

@@ -216,8 +216,6 @@ def _letter_of_text(text: str, choices: Sequence[str], equal: _Equal) -> set[str
     return set(as_written[:1]) or set(islice(by_value, 1))
 
 
-# --------------------------------------------------------------------------- where it runs
-
 _limits_hold_here = False  # True in a pool's worker processes
 _lock = threading.Lock()
 _pool: WorkerPool | None = None

@@ -96,8 +96,6 @@ def _as_set(text: str) -> str:
     return text if None in parts else r" \cup ".join(filter(None, parts))
 
 
-# ---------------------------------------------------------------------------- comparison
-
 _LABEL = re.compile(
     r"(?:[A-Z]\w*(?:_\s*(?:\w|\{[^{}]*\}))?\s*:\s*)?"  # of A:B = 1:2
     r"(?:m\s*)?(?:\\(?:angle|triangle|overline|vec|hat|bar)\s*)?\{?\s*"

@@ -8,8 +8,6 @@ import re
 import unicodedata
 from functools import lru_cache
 
-# ------------------------------------------------------------------------- one notation
-
 _COMMANDS = {
     **{"×": "times", "·": "cdot", "⋅": "cdot", "∞": "infty", "±": "pm", "∠": "angle"},
     **{"√": "sqrt", "∛": "sqrt[3]", "∜": "sqrt[4]", "≤": "le", "≥": "ge", "≠": "ne"},
@@ -170,8 +168,6 @@ def compact(text: str) -> str:
     text = re.sub(r"\\text\{\s*(.*?)\s*\}|(?<!\d)\s+|\s+(?!\d)", r"\1", text)
     return re.sub(r"([_^])\{(\w)\}(?!\w)", r"\1\2", text)
 
-
-# ---------------------------------------------------------------------------------- text
 
 _ARTICLES = {"a", "an", "the"}
 _WORDS = (

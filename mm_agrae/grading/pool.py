@@ -170,9 +170,6 @@ def describe(error: BaseException) -> str:
     return f"raised {type(error).__name__}: {message}".removesuffix(": ")
 
 
-# ------------------------------------------------------------------------ in the worker
-
-
 def _initialise(memory_limit_mb: int, prepare: Callable[..., None], args: tuple[Any, ...]) -> None:
     # Ctrl-C and a scheduler's SIGTERM go to the whole process group, but the trainer finishes its
     # step and needs the workers for that. They end with their parent in any case.
@@ -220,8 +217,6 @@ def _call(function: Callable[..., Any], args: tuple[Any, ...], limit_s: float) -
             limit_computing(0)
             faulthandler.cancel_dump_traceback_later()
 
-
-# ------------------------------------------------------------------------ how it starts
 
 _starting = threading.Lock()
 

@@ -22,9 +22,6 @@ class Rules(NamedTuple):
     units: Units = "auto"
 
 
-# ------------------------------------------------------------------------------- numbers
-
-
 class Number(NamedTuple):
     """An exact rational. `step` is the last place of a decimal, None for an exact number."""
 
@@ -106,9 +103,6 @@ def based(text: str) -> tuple[str, int] | None:
     base, digits = _BASES.get(match[3]) or int(match[3]), match[2].lower()
     valid = set("0123456789abcdefghijklmnopqrstuvwxyz"[:base] + ".")
     return (match[1] + digits, base) if 2 <= base <= 36 and set(digits) <= valid else None
-
-
-# --------------------------------------------------------------------------------- units
 
 
 class Unit(NamedTuple):

@@ -218,9 +218,6 @@ def _require_no_placeholder(config: Any, batch: MicroBatch) -> None:
             )
 
 
-# ----------------------------------------------------------------------------------- attention
-
-
 def unsupported_reason(hf: Any) -> str | None:
     """Why prompts cannot be shared for this model, in one line; None if they can.
 

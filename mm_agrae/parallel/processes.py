@@ -81,14 +81,10 @@ class Processes:
         timeout_s = 60 * config.train.timeout_minutes
         self._watchdog = Watchdog(self.rank, self.world, timeout_s) if self.world > 1 else None
 
-    # ------------------------------------------------------------------ the model
-
     @property
     def loading_device(self) -> torch.device:
         """Where the model is loaded: a whole one may not fit on the device."""
         return torch.device("cpu") if self.strategy.sharded else self.device
-
-    # ------------------------------------------------------------------ the other processes
 
     def note(self, stage: str, step: int) -> None:
         """Publish what this process is doing, for the error messages of those that wait for it."""

@@ -34,7 +34,7 @@ _counter = itertools.count()
 
 
 class Watchdog:
-    """Publishes where this rank is and watches where the others are, from a thread of its own."""
+    """Publishes where this rank is and watches where the others are, from a thread of its own (`_watch`)."""
 
     def __init__(self, rank: int, world: int, timeout_s: float):
         self.rank, self.world, self.timeout_s = rank, world, timeout_s
@@ -59,8 +59,6 @@ class Watchdog:
         self.barrier("start")
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
-
-    # -------------------------------------------------- called by the main thread
 
     def note(self, stage: str, step: int) -> None:
         """Publish the stage that this rank is in."""
@@ -131,8 +129,6 @@ class Watchdog:
             f"{self._status['step']} for {_whereabouts(found, missing)}; if that is only slow, "
             f"raise train.timeout_minutes ({self.timeout_s / 60:g})"
         )
-
-    # -------------------------------------------------- in the watching thread
 
     def _watch(self) -> None:
         problem_since, grace = 0.0, min(GRACE_S, self.timeout_s)

@@ -6,5 +6,3 @@ with `parts.py`, where a reward is added; `rewarder.py` scores a batch in worker
 
 from mm_agrae.rewards.parts import PARTS
 from mm_agrae.rewards.rewarder import Rewarder
-
-__all__ = ["PARTS", "Rewarder"]

@@ -178,8 +178,6 @@ class Rewarder:
         return f"reward.parts.{name}" if name in self.config.parts else f"grader {name}"
 
 
-# ------------------------------------------------------------------------ in the worker processes
-
 _parts: dict[str, Part] = {}
 _import_errors: dict[str, str] = {}
 

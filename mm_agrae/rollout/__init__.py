@@ -6,5 +6,3 @@ Begin with `engine.py`, the protocol and the list of engines; `hf.py` is the ref
 """
 
 from mm_agrae.rollout.engine import ENGINES, Engine, Sync, derive_seed, engine_class
-
-__all__ = ["ENGINES", "Engine", "Sync", "derive_seed", "engine_class"]

@@ -145,8 +145,6 @@ class Collector:
         self._sampling_thread.shutdown(wait=False, cancel_futures=True)
         self._prefetch_thread.shutdown(wait=True, cancel_futures=True)
 
-    # ------------------------------------------------------------------ resuming
-
     @property
     def data_state(self) -> dict[str, int]:
         """The data cursor. A resumed run draws again what is being sampled for the next step."""
@@ -184,8 +182,6 @@ class Collector:
         self.load_data_state(cached[1])
         self.behaviour_version = self.policy.version
         return groups
-
-    # ------------------------------------------------------------------ prompts
 
     def prefetch(self) -> None:
         """Begin to prepare the next step's prompts (reading, decoding, processing) in a thread.
@@ -253,8 +249,6 @@ class Collector:
             prompts = dict(sorted({**prompts, **fresh}.items()))
             completions |= self._generate(fresh, step, resample_round + 1000 * attempt)
         raise EngineError(f"the rollout server refused {MAX_REFUSALS} rows in a row")
-
-    # ------------------------------------------------------------------ completions
 
     def _generate(
         self, prompts: Prompts, step: int, resample_round: int, advance: Callable[[int], None] | None = None
@@ -326,8 +320,6 @@ class Collector:
             )
         if found.mean > settings.warn_above:
             self.reporter.say(f"warning: {what}; check rollout.vllm.dtype and model.dtype")
-
-    # ------------------------------------------------------------------ scores
 
     def _score(self, prompts: Prompts, completions: Completions, resample_round: int) -> list[Group]:
         count = self.config.rollout.completions_per_prompt

@@ -198,9 +198,8 @@ def sample(
         drop_BV = sorted_BV.cumsum(-1) - sorted_BV >= sampling.top_p
         logits_BV = logits_BV.masked_fill(drop_BV.scatter(-1, order_BV, drop_BV), -torch.inf)
     logp_BV = torch.log_softmax(logits_BV, dim=-1)
-    # Not torch.multinomial, whose draws depend on the batch: the token is the first one whose
-    # cumulative probability exceeds the row's own uniform number. The sum may miss 1 by rounding,
-    # so the number is scaled to it.
+    # Not torch.multinomial, whose draws depend on the batch: the token is the first one whose cumulative probability
+    # exceeds the row's own uniform number. The sum may miss 1 by rounding, so the number is scaled to it.
     cumulative_BV = logp_BV.exp().cumsum(-1)
     point_B1 = uniform_B[:, None] * cumulative_BV[:, -1:]
     token_B = torch.searchsorted(cumulative_BV, point_B1, right=True).squeeze(-1)

@@ -107,8 +107,7 @@ class VllmBase:
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
         ids = [self._token_ids(prompt, sampling.max_new_tokens) for prompt in prompts]
         arguments = self._sampling_arguments(count, sampling)
-        # vLLM seeds completion i with seed + i: prompts with neighbouring seeds would share
-        # random numbers.
+        # vLLM seeds completion i with seed + i: prompts with neighbouring seeds would share random numbers.
         requests = [
             (own, arguments | {"seed": derive_seed("vllm", seed) >> 1}) for own, seed in zip(ids, seeds, strict=True)
         ]

@@ -1,9 +1,8 @@
 """vLLM over HTTP: any number of servers (`mm-agrae serve`), on this machine or others.
 
-A prompt is one request with n = G, so that it is encoded once
-with its images. Token ids go in and come out; text is never tokenized again. Every token comes
-with the tag of the weights that sampled it (`vllm_transfer`), so a server that restarted, or got
-weights from another run, is noticed before its tokens are used. A lost server's requests go to
+A prompt is one request with n = G, so that it is encoded once with its images. Token ids go in and come out; text is
+never tokenized again. Every token comes with the tag of the weights that sampled it (`vllm_transfer`), so a server
+that restarted, or got weights from another run, is noticed before its tokens are used. A lost server's requests go to
 the others, and it is tried again at the next `sync`.
 """
 
@@ -102,8 +101,6 @@ class VllmServerEngine(VllmBase):
     def close(self) -> None:
         """Nothing to free: the servers are the user's, and may serve the next run."""
 
-    # ------------------------------------------------------------------ sampling
-
     def _generate(
         self, prompts: Sequence[Prompt], requests: list[Request], count: int, on_progress: Progress
     ) -> list[list[Completion]]:
@@ -198,8 +195,6 @@ class VllmServerEngine(VllmBase):
             outputs.append((choice["token_ids"], logprobs, choice["finish_reason"]))
         return outputs
 
-    # ------------------------------------------------------------------ weights
-
     def _sync(self) -> int:
         """Send the policy's weights to every server that answers, lost ones included.
 
@@ -252,8 +247,6 @@ class VllmServerEngine(VllmBase):
                 f"a vLLM server samples at most {most} completions of a prompt, not {count}; "
                 f"start it with --max-num-seqs {count}"
             )
-
-    # ------------------------------------------------------------------ does a server fit?
 
     def _connect(self, server: Server) -> None:
         server.wait_until_ready(self.settings.start_limit_s)

@@ -45,8 +45,6 @@ class Checkpointer:
         """Until everything is on disk. Raises what went wrong in the background."""
         self._writer.wait()
 
-    # ------------------------------------------------------------------ saving
-
     def save(self, state: Mapping[str, Any], best_step: int | None) -> None:
         """Write a checkpoint of the last whole step, or have it written in the background.
 
@@ -107,8 +105,6 @@ class Checkpointer:
 
         self._writer.write(mark)
         self.reporter.say(f"best so far: {best['metric']} {best['value']:.3f}")
-
-    # ------------------------------------------------------------------ resuming
 
     def restore(self) -> dict[str, Any] | None:
         """Load the newest whole checkpoint of the run, or the one that `resume` names.

@@ -69,8 +69,6 @@ class RunFolder:
         self.path = Path(path)
         self._stored: dict[int, tuple[weakref.ref[Image], str]] = {}
 
-    # -- the run as a whole
-
     def create(self, config_yaml: str, versions: Mapping[str, Any], *, resume: bool = False) -> RunFolder:
         """Make the folder, or with `resume` continue in one that holds a run.
 
@@ -119,8 +117,6 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         """Empty until the run has ended."""
         return self._read_json("summary.json")
-
-    # -- metrics
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Add one line. Numbers that are not finite are written as null."""
@@ -172,8 +168,6 @@ class RunFolder:
                 ) from None
             rows.append({sys.intern(current_name(name)): value for name, value in row.items()})
         return rows
-
-    # -- rollouts
 
     def write_rollouts(self, step: int, records: Sequence[RolloutRecord]) -> None:
         """Write the completions of a step as one Parquet file (zstd), replacing an earlier one."""
@@ -254,8 +248,6 @@ class RunFolder:
             return 0, 0
         return state.st_mtime_ns, state.st_size
 
-    # -- images
-
     def store_image(self, image: Image) -> str:
         """Store an image unless an equal one is stored, and return its path in the run folder.
 
@@ -284,8 +276,6 @@ class RunFolder:
             return path if images in path.parents and path.is_file() else None
         except (OSError, ValueError):  # a NUL, a name too long, a loop of links
             return None
-
-    # -- evaluations
 
     def write_evaluation(self, result: EvaluationResult, samples: Iterable[SampleRecord | Mapping[str, Any]]) -> Path:
         """Write a result with its samples, replacing an earlier one of the same name and label.
@@ -352,8 +342,6 @@ class RunFolder:
                 return EvaluationResult.from_json(path.read_text("utf-8"))
             except ValueError as error:
                 raise RunFolderError(f"{path}: damaged ({error}); delete its folder") from None
-
-    # -- files
 
     def _rollout_path(self, step: int) -> Path:
         return self.path / "rollouts" / f"step_{step:06d}.parquet"

@@ -5,6 +5,4 @@ In: a `data` section of the config. Out: a sequence of `Example`s, checked row b
 published data sets (`published.py` finds and reads them), `synthetic/` makes the embedded problems.
 """
 
-from mm_agrae.tasks.registry import TASKS, Concatenation, Task, check, describe, load, load_all
-
-__all__ = ["TASKS", "Concatenation", "Task", "check", "describe", "load", "load_all"]
+from mm_agrae.tasks.registry import TASKS, Concatenation, Task, check, describe, load_all

@@ -63,16 +63,11 @@ class Concatenation:
         raise AssertionError("unreachable")
 
 
-def load(source: DataSource, *, on_bad_row: Literal["error", "skip"] = "error") -> Concatenation:
-    """The examples of one source, cut to its `limit`.
+def load_all(sources: Sequence[DataSource], *, on_bad_row: Literal["error", "skip"] = "error") -> Concatenation:
+    """The examples of sources, one after the other, each cut to its `limit`.
 
     Raises ConfigError for a wrong option, DataError for data that cannot be read.
     """
-    return load_all([source], on_bad_row=on_bad_row)
-
-
-def load_all(sources: Sequence[DataSource], *, on_bad_row: Literal["error", "skip"] = "error") -> Concatenation:
-    """The examples of several sources, one source after the other. Raises as `load`."""
     for source in sources:
         check(source)
     tasks = []

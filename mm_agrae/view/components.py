@@ -21,8 +21,6 @@ TEXT_LIMIT = 2400  # characters of one completion
 IMAGE_BUDGET = 1_200_000  # characters of all images of a page, as data URIs
 
 
-# -- curves
-
 # fmt: off
 # Title, note, {metric: label}, options of `plot`.
 CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
@@ -117,9 +115,6 @@ def series(metrics: Sequence[Record], key: str) -> Points:
     return points
 
 
-# -- pass@k
-
-
 def interval_line(label: str, found: Sequence[tuple[float, Interval]], color: int, dashed: bool = False) -> Line:
     """A curve of means, with their intervals as its band."""
     band = [(x, interval.low, interval.high) for x, interval in found]
@@ -140,9 +135,6 @@ def pass_at_k_table(results: Sequence[tuple[str, EvaluationResult]]) -> Html:
     ks = sorted({k for _, result in results for k in result.pass_at_k})
     rows = [[name, *(with_interval(r.pass_at_k.get(k)) for k in ks), with_interval(r.greedy)] for name, r in results]
     return table(["%", *(f"pass@{k}" for k in ks), "greedy"], rows)
-
-
-# -- what the model wrote
 
 
 ADVANTAGES = "A is the advantage before rescaling → after the sample level → after the group level."

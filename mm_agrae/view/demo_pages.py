@@ -60,9 +60,6 @@ def _page(items: Sequence[Item], number: int, size: int) -> tuple[int, Sequence[
     return number, shown, f"{start + 1:,} to {start + len(shown):,} of {len(items):,}"
 
 
-# -- one run
-
-
 def curve_panels(run: RunReader, step: int | None, reach: float) -> tuple[Html, Html]:
     """The first curves and the others, with `step` marked; see `curve_figures`."""
     figures, constant = curve_figures(run.metrics, reach=reach, mark=step)
@@ -101,9 +98,6 @@ def group_page(run: RunReader, step: int | None, show: str, order: str, text: st
         cards.append(group_card(records, images, limit=limit, opened=opened))
     counts = {name: len(select(groups, name)) for name in FILTERS}
     return CardPage(join([heading, *cards]), counts, number, (number + 1) * size < len(chosen))
-
-
-# -- several evaluations
 
 
 def first_pair(found: Mapping[str, StoredEvaluation]) -> tuple[str, str]:

@@ -149,9 +149,6 @@ def moves(setting: Setting) -> dict[str, list[tuple[float, float]]]:
     return points
 
 
-# -- on the screen
-
-
 def plots(setting: Setting) -> Html:
     """Σ|A| and ΣA against p, and the logit changes of sampled and unsampled outcomes."""
     grpo_setting = replace(setting, rule="grpo")

@@ -17,9 +17,6 @@ SCOPE = "agrae"
 """The CSS class that `components.css` applies within."""
 
 
-# -- markup
-
-
 class Html(str):
     """Markup made by `el`; any other text is escaped by it."""
 
@@ -107,9 +104,6 @@ def tile(title: str, value: object, *notes: object) -> Html:
     lines = (el("div", line, class_="muted small") for line in notes if line)
     heading = el("div", title, class_="muted")
     return el("div", heading, el("div", value, class_="big"), *lines, class_="tile")
-
-
-# -- numbers
 
 
 def number(value: float | None) -> str:

@@ -129,10 +129,9 @@ class Token:
 class Trace:
     """One completion, as far as it has been generated.
 
-    `state` is "writing", "stop", "length" (the token limit) or "stopped" (by the user). `thought`
-    is the reasoning, `answer` what follows it, `final` the answer extracted from that, None if
-    there is none. `success` is None without a gold answer and while writing. `tokens` is empty
-    until the trace has ended.
+    `state` is "writing", "stop", "length" (the token limit) or "stopped" (by the user). `thought` is the reasoning,
+    `answer` what follows it, `final` the answer extracted from that, None if there is none. `success` is None without
+    a gold answer and while writing. `tokens` is empty until the trace has ended.
     """
 
     text: str
@@ -149,8 +148,7 @@ class Trace:
 class CheckpointTraces:
     """The traces of one checkpoint. `asked` is the question it was given, in words if need be.
 
-    `state` is "waiting", "loading", "writing", "done", "stopped" or "failed"; `message` says why
-    it failed.
+    `state` is "waiting", "loading", "writing", "done", "stopped" or "failed"; `message` says why it failed.
     """
 
     label: str

@@ -120,9 +120,6 @@ def progress_line(checkpoints: Sequence[CheckpointTraces]) -> str:
     return " · ".join(parts)
 
 
-# -- tokens
-
-
 def tokens(trace: Trace | None, by: str) -> Html:
     """Every token of a trace, coloured by its probability or by the entropy at its position."""
     if trace is None or not trace.tokens:

@@ -73,9 +73,6 @@ def write_report(run_dir: str | Path) -> Path:
     return path
 
 
-# -- results
-
-
 def _header(folder: RunFolder, config: Record, progress: str) -> Html:
     advantage, rollout = _section(config, "advantage"), _section(config, "rollout")
     settings = [f"{k}={v}" for k, v in advantage.items() if k != "rule" and v is not None]
@@ -202,8 +199,6 @@ def _group_tables(ends: Sequence[EvaluationResult]) -> list[Html]:
     return tables
 
 
-# -- the course of training
-
 _STAGES = ("rollout", "reward", "advantage", "update", "log", "prompts", "evaluate", "checkpoint")
 
 
@@ -257,9 +252,6 @@ def _time(metrics: Sequence[Record], summary: Record) -> Html | None:
     return join([el("div", *tiles, class_="tiles"), table(["stage", "time", "share"], rows)])
 
 
-# -- completions
-
-
 def _traces(folder: RunFolder, evaluations: Sequence[EvaluationResult], images: EmbeddedImages) -> Html | None:
     """Problems solved through training, one lost and one never solved, with completions."""
     ends = training_ends([r for r in evaluations if r.label == evaluations[-1].label])
@@ -309,9 +301,6 @@ def _groups_of(run: RunReader, step: int, count: int, images: EmbeddedImages) ->
     return join([note(text), *cards])
 
 
-# -- setup
-
-
 def _setup(folder: RunFolder) -> Html:
     rows = [[name, shorten(value, 300)] for name, value in folder.read_versions().items()]
     config = el("pre", shorten(folder.read_config(), 40_000), tabindex="0")
@@ -326,9 +315,6 @@ def _section(config: Record, name: str) -> dict[str, Any]:
 
 def _last(metrics: Sequence[Record], key: str) -> float | None:
     return next((row[key] for row in reversed(metrics) if row.get(key) is not None), None)
-
-
-# -- several runs
 
 
 def write_runs_report(run_dirs: Sequence[str | Path], out: str | Path) -> Path:

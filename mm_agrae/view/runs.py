@@ -207,9 +207,6 @@ def step_of(result: EvaluationResult) -> int | None:
     return int(digits) if digits != result.name and digits.isdecimal() else None
 
 
-# -- finding runs
-
-
 class RunLibrary:
     """The runs that may be shown: the given run folders, and those inside the given folders.
 

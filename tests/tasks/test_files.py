@@ -350,6 +350,6 @@ def test_where_keeps_rows_with_these_values(folder):
 def test_limit_counts_good_rows_and_reads_no_further(folder):
     path = write(folder / "x.jsonl", [b"bad", GOOD, GOOD, b"bad too", GOOD])
     source = DataSource(task="files", limit=2, path=path)
-    task = tasks.load(source, on_bad_row="skip")
+    task = tasks.load_all([source], on_bad_row="skip")
     assert [example.origin[-1] for example in task] == ["2", "3"]
     assert len(task.skipped) == 1

@@ -33,7 +33,7 @@ def test_wrong_options_are_named_before_any_data_is_read(options, words):
     with pytest.raises(ConfigError, match=f"data source 'geo': .*{words}"):
         tasks.check(source)
     with pytest.raises(ConfigError, match=words):
-        tasks.load(source)
+        tasks.load_all([source])
 
 
 def test_unknown_tasks():

@@ -49,9 +49,6 @@ def split_of(family: str, numbers: Iterable[int]) -> str:
     return "test" if bucket < 2 else "validation" if bucket < 4 else "train"
 
 
-# --- Geometry ---------------------------------------------------------------------------------
-
-
 def _geometry(level: int, split: str, rng: random.Random) -> Problem:
     figure = rng.choice([f for f in FIGURES.values() if level in f.levels])
     numbers = rng.choice(numbers_of(figure.name, level, split))
@@ -94,8 +91,6 @@ def numbers_of(figure: str, level: int, split: str) -> list[Numbers]:
     found = FIGURES[figure].numbers(step)
     return [numbers for numbers in found if split_of("geometry", numbers) == split]
 
-
-# --- Counting ---------------------------------------------------------------------------------
 
 KINDS = ("circle", "square", "triangle")
 
@@ -168,9 +163,6 @@ def _counting_question(ask: str, kinds: Sequence[str], n: Mapping[str, int], red
         f"Count: {two} {n[second]}, {three} {n[third]}. Sum: {n[second]}+{n[third]}={rest}.",
     ]
     return f"How many shapes are not {one}?", str(rest), ways
-
-
-# --- Charts -----------------------------------------------------------------------------------
 
 
 def _charts(level: int, split: str, rng: random.Random) -> Problem:

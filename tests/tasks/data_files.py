@@ -67,7 +67,7 @@ def embedded(value):
 
 
 def load(task, path, **options):
-    return tasks.load_all([DataSource](task=task, path=str(path), **options))
+    return tasks.load_all([DataSource(task=task, path=str(path), **options)])
 
 
 def contents(task):

@@ -183,10 +183,10 @@ def test_several_files_of_a_split_are_read_in_order(tmp_path):
 def test_math500_is_found_in_the_folder_of_math(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jsonl(Path("data/downloads/math"), "math500.jsonl", [{"problem": "?", "answer": "1"}])
-    assert len(tasks.load_all([DataSource](task="math500"))) == 1
-    assert len(tasks.load_all([DataSource](task="math", split="test"))) == 1
+    assert len(tasks.load_all([DataSource(task="math500")])) == 1
+    assert len(tasks.load_all([DataSource(task="math", split="test")])) == 1
     hub_parquet(Path("data/downloads/math"), "data/test-0.parquet", [{"problem": "?", "answer": 1}] * 2)
-    assert len(tasks.load_all([DataSource](task="math500"))) == 1  # not the 5,000 of the hub's test
+    assert len(tasks.load_all([DataSource(task="math500")])) == 1  # not the 5,000 of the hub's test
 
 
 def test_testmini_of_a_file_that_holds_all(tmp_path):
@@ -207,7 +207,7 @@ def test_path_then_downloads_then_hub(offline):
     _, rows, hub, hub_rows, _, _ = SAME["aime2024"]
 
     def found(**options):
-        (example,) = tasks.load_all([DataSource](task="aime2024", **options))
+        (example,) = tasks.load_all([DataSource(task="aime2024", **options)])
         return example.origin.split(",")[0]
 
     hub_parquet(hub_cache(offline / "cache", CATALOG["aime2024"].hub), hub, hub_rows)
@@ -225,7 +225,7 @@ def test_without_a_network_it_is_said_what_to_fetch(offline, name):
     folder = f"data/downloads/{(entry.folders or (name,))[0]}"
     for options in ({}, {"path": "gone"}):
         with pytest.raises(DataError) as caught:
-            tasks.load_all([DataSource](task=name, **options))
+            tasks.load_all([DataSource(task=name, **options)])
         message = str(caught.value)
         command = f"hf download {entry.hub} --repo-type dataset --local-dir {folder}"
         for word in (command, f"copy that folder to {folder}", "set path", *options.values()):

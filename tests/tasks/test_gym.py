@@ -22,7 +22,7 @@ USED = sorted(DATASETS.keys() - gym.LEFT_OUT.keys())
 
 
 def load(**options):
-    return tasks.load_all([DataSource](task="gym", **options))
+    return tasks.load_all([DataSource(task="gym", **options)])
 
 
 def says(text):

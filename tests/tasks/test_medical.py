@@ -100,7 +100,7 @@ def test_medical_from_the_hub_unpacks_its_images(offline, inside):
             archive.write(file, f"{inside}{file.name}")
     shutil.rmtree(folder / "images")
     for _ in range(2):
-        assert len(tasks.load_all([DataSource](task="medical_mri", split="test"))) == 300
+        assert len(tasks.load_all([DataSource(task="medical_mri", split="test")])) == 300
     assert sorted(file.name for file in folder.iterdir()) == ["images", "images.zip", medical.BUNDLE]
 
 

@@ -34,7 +34,7 @@ def load(task, folder=None, **options):
     path = REAL_DATA / (folder or task)
     if not path.exists():
         pytest.skip(f"no {path}")
-    return tasks.load_all([DataSource](task=task, path=str(path), **options))
+    return tasks.load_all([DataSource(task=task, path=str(path), **options)])
 
 
 ROWS = {
@@ -205,7 +205,7 @@ def test_the_hubs_form_of_real_rows_gives_the_same_examples(tmp_path, name, ask)
         source = Path(ours[0].origin.split(",")[0])
         rows = [as_on_the_hub(row, source.parent) for row in read(source)]
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), target)
-    hub = tasks.load_all([DataSource](task=name, path=str(tmp_path), split=split, **options))
+    hub = tasks.load_all([DataSource(task=name, path=str(tmp_path), split=split, **options)])
     assert len(ours) == len(hub)
     step = max(1, len(ours) // 20)
     for index in range(len(ours)):

@@ -3,12 +3,12 @@
 #
 #   ./scripts/test.sh                        everything but the optional engines, in one environment
 #   ./scripts/test.sh tests/tasks -k csv     arguments go to pytest
-#   ./scripts/test.sh --all                  also the tests of vLLM and verl, in environments of their
-#                                            own, and the numeric tests under other CPU kernels
+#   ./scripts/test.sh --all                  also the slow tests, those of vLLM and verl in environments of
+#                                            their own, and the numeric ones under other CPU kernels
 source "$(dirname "$0")/environment.sh"
-all=
+all=0
 if [ "$*" = --all ]; then
-    all=yes
+    all=1
     shift
 fi
 prepare_environment dev
@@ -21,8 +21,8 @@ stage() { # a command; the others run all the same if it fails
 stage ruff check .
 stage ruff format --check .
 stage mypy
-stage python -m pytest --numprocesses 2 "$@"
-[ "$all" ] || exit "$failed"
+stage env MM_AGRAE_SLOW="${MM_AGRAE_SLOW:-$all}" python -m pytest --numprocesses 2 "$@"
+[ "$all" = 1 ] || exit "$failed"
 
 # Results may depend on the processor only by rounding: the same tests with other kernels.
 numeric=(tests/model tests/rollout/test_rollout_hf.py tests/test_advantage.py tests/test_loss.py

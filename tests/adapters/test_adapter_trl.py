@@ -294,6 +294,7 @@ used = trainer.scored[0]["advantages"].tolist()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_groups(tmp_path):
     """12 completions in groups of 4 on two processes: the second group lies on both."""
     script = tmp_path / "run.py"

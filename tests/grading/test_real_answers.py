@@ -53,6 +53,7 @@ def test_every_real_gold_answer_is_correct():
 
 
 @real_data
+@pytest.mark.slow
 def test_other_real_answers_are_incorrect():
     by_set: dict[str, set[str]] = {}
     for name, row in rows():

@@ -116,6 +116,7 @@ def test_the_script_feeds_what_the_processor_yields(script, processor, tokenizer
     assert torch.allclose(mine["pixel_values"], theirs["pixel_values"], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_warm_start_keeps_the_format_and_leaves_room_to_learn(script, seeing, tokenizer) -> None:
     """Solves some problems and not others, and few without the image."""
     torch.manual_seed(0)

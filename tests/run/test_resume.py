@@ -287,6 +287,7 @@ def wait_for_step(run_dir, step, process):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(tmp_path):
     """SIGKILL while sampling, updating, saving, and once more anywhere; the long form of this is
     the script's default."""

@@ -232,6 +232,7 @@ def test_help_needs_no_installation(name, tmp_path):
             assert (ROOT / word).is_file()
 
 
+@pytest.mark.slow
 def test_train_and_evaluate_on_this_machine(environment, tmp_path):
     run = tmp_path / "run"
     out = script(
@@ -254,6 +255,7 @@ def test_an_unknown_strategy_is_refused(environment):
         assert message in script("train_llm.sh", "configs/quickstart.yaml", env=env, expect=2)
 
 
+@pytest.mark.slow
 def test_two_offloaded_processes_start_anew_over_an_old_run(environment, tmp_path):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)

@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from mm_agrae.errors import ConfigError
+from mm_agrae.run import metrics
 from mm_agrae.run.folder import RunFolder
-from mm_agrae.run.metrics import MetricLogger, Stopwatch, peak_memory_mb
+from mm_agrae.run.metrics import MetricLogger, Stopwatch, peak_memory, peak_memory_mb
 
 
 @pytest.fixture
@@ -86,3 +87,15 @@ def test_peak_memory_rises_and_is_this_processs_own():
     assert 5 < float(child.stdout) < 200  # the parent's 300 MiB are not counted as the child's
     del block
     assert peak_memory_mb() > after - 2  # the kernel counts pages a little loosely
+
+
+def test_peak_gpu_memory_is_logged_where_a_gpu_is_used(monkeypatch):
+    """Where there is none, torch's counter stands in: what is tested is what reaches the metrics."""
+    if not torch.cuda.is_available():
+        assert peak_memory().keys() == {"memory/peak_mb"}
+        stand_in = type("Cuda", (), {"max_memory_allocated": staticmethod(lambda: 3 << 20)})
+        monkeypatch.setattr(metrics, "_used_cuda", lambda: stand_in)
+        assert peak_memory()["memory/peak_gpu_mb"] == 3
+    else:
+        torch.zeros(1 << 20, device="cuda")
+        assert peak_memory()["memory/peak_gpu_mb"] >= 4

@@ -41,9 +41,9 @@ def test_a_part_that_fails_costs_no_other(tmp_path):
     assert report["parts"]["env"]["status"] == "ok"
     models = report["parts"]["models"]
     assert models["status"] == "failed"
-    # Each of its cases, and not only the first.
-    assert len(models["errors"]) == 7
     assert all("nowhere" in error for error in models["errors"][:2])
+    cases = {error.split(":")[0] for error in models["errors"]}
+    assert {"image against the CPU", "text trained", "bf16 trained", "resumed"} < cases
 
 
 def test_a_part_is_stopped_at_its_limit(tmp_path):

@@ -9,6 +9,7 @@ from torch import nn
 
 from mm_agrae.config import LoraSection
 from mm_agrae.errors import ModelError, one_line
+from mm_agrae.model import lora_linear
 
 
 def model_and_adapter(path: str) -> tuple[str, str | None]:
@@ -58,7 +59,9 @@ def add_lora(hf: Any, lora: LoraSection, modules: dict[str, nn.Module]) -> Any:
     with warnings.catch_warnings():
         # About merging a head that is tied to the embeddings; `export` unties them.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")
-        return _without_casts(get_peft_model(hf, config))
+        adapted = get_peft_model(hf, config)
+    lora_linear.install(adapted)
+    return adapted
 
 
 def load_lora(hf: Any, adapter: str, lora: LoraSection | None) -> Any:
@@ -95,15 +98,8 @@ def load_lora(hf: Any, adapter: str, lora: LoraSection | None) -> Any:
     except Exception as error:
         raise _unfit(adapter, hf, one_line(error)) from None
     load_lora_weights(adapted, adapter)
-    return _without_casts(adapted)
-
-
-def _without_casts(model: Any) -> Any:
-    """PEFT casts each adapter's input to float32, and autocast casts it back: the same numbers, and a copy less."""
-    for module in model.modules():
-        if hasattr(module, "cast_input_dtype_enabled"):
-            module.cast_input_dtype_enabled = False
-    return model
+    lora_linear.install(adapted)
+    return adapted
 
 
 def load_lora_weights(model: Any, folder: str) -> None:

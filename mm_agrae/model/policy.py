@@ -79,14 +79,17 @@ class Policy(nn.Module):
         self.register_buffer("bias_V", bias_V.to(device), persistent=False)
         self.dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
         """The precision that it computes in."""
-        vision_tower.install(self.hf, self.dtype)
-        fused.install(self.hf, self.dtype)
+        self._use_fast_operators(torch.device(device))
         self._accepts_features = accepts_features(self.hf)
         tower = model_modules(self.hf).get("vision")
         trained = tower is None or any(p.requires_grad for p in tower.parameters())
         self.image_features = ImageFeatures(frozen=self._accepts_features and not trained)
         self.repeats_because = self._share_prompts(shared_prompt)
         """Why prompts are repeated in the update, in one line; empty if they are shared."""
+
+    def _use_fast_operators(self, device: torch.device) -> None:
+        vision_tower.install(self.hf, self.dtype, device)
+        fused.install(self.hf, self.dtype, device)
 
     @property
     def hf(self) -> Any:

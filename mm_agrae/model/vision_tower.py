@@ -24,8 +24,8 @@ ATTENTION = "mm_agrae_flash_vision"
 """Name of the attention function in transformers' registry."""
 
 
-def install(hf: Any, dtype: torch.dtype) -> None:
-    """Apply to a transformers model with a vision tower. `dtype` is the precision that it computes in."""
+def install(hf: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Apply to a transformers model that computes on `device` in `dtype`, if it has a vision tower."""
     tower: Any = model_modules(hf).get("vision")
     if tower is None:
         return
@@ -34,7 +34,6 @@ def install(hf: Any, dtype: torch.dtype) -> None:
     if isinstance(projection, nn.Conv3d) and projection.kernel_size == projection.stride:
         embed.forward = types.MethodType(_patches, embed)
     heads = getattr(tower.config, "num_heads", None)
-    device = next(tower.parameters()).device
     if device.type != "cuda" or dtype.itemsize != 2 or heads is None:
         return
     size = (getattr(tower.config, "embed_dim", None) or tower.config.hidden_size) // heads

@@ -6,7 +6,7 @@
   that do not begin at 16 bytes take three times as long.
 
 Each one is tried against the model's plain form when the policy is made, and left out with a warning if it does not
-agree. On a CPU nothing is replaced. Parameters, LoRA layers and hooks stay where they are: only forward methods change.
+agree. On a CPU nothing is replaced. Only forward methods change; parameters, LoRA layers and hooks stay as they are.
 """
 
 import functools
@@ -157,7 +157,7 @@ def _small_norm(module: Any, weights: tuple[Tensor, ...]) -> Any:
 def _small_mlp(module: Any, weights: tuple[Tensor, ...]) -> Any:
     layers: dict[str, Any] = {"act_fn": module.act_fn}
     for name, weight in zip(("gate_proj", "up_proj", "down_proj"), weights, strict=True):
-        layers[name] = layer = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        layers[name] = layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         del layer.weight
         layer.weight = weight  # type: ignore[assignment]  # not a parameter: its gradient is compared
     return types.SimpleNamespace(**layers)

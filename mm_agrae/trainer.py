@@ -41,12 +41,14 @@ class Trainer:
 
     @announced
     def __init__(self, config: Config, reporter: Reporter | None = None):
-        self.config = config
+        self.config = config = checkpoint.as_begun(config)
         engine_class(config.rollout.engine)  # a wrong name shows before a model is loaded
         self.processes = Processes(config)
         self.rank, self.world = self.processes.rank, self.processes.world
         self.is_main = self.processes.is_main
         self.reporter = reporter or Reporter(enabled=self.is_main)
+        if self.processes.device.type == "cuda" and (config.model.dtype, *config.model.model_fields_set) >= ():
+            pass
         torch.manual_seed(derive_seed(config.train.seed, "start"))
         self.run = RunFolder(config.run_dir)
         self.stopwatch = metrics.Stopwatch(self._note)

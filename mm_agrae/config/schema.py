@@ -345,6 +345,8 @@ class TrainSection(Section):
     seed: int = 0
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
     """With several processes: how long one waits for another before the run ends, naming it."""
+    check_memory: bool = True
+    """On a GPU: refuse at the start what would not fit by doctor's estimate."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:

@@ -14,7 +14,9 @@ from typing import Any
 from mm_agrae import config as configs
 from mm_agrae.config import Config
 from mm_agrae.config.reading import apply_override
-from mm_agrae.model.size import ModelSize, measure
+from mm_agrae.errors import ConfigError
+from mm_agrae.model.lora import model_and_adapter
+from mm_agrae.model.size import ModelSize, find_model_config, measure
 from mm_agrae.model.vocab_head import CHUNK_BYTES
 
 GIB = 2**30
@@ -40,25 +42,29 @@ def usable_bytes(config: Config, device_bytes: int, processes: int = 1) -> int:
 
 @dataclass(frozen=True)
 class VllmShare:
-    """What the engine vllm does with its share of a GPU: bytes, and sequences of its full length."""
+    """What the engine vllm does with its share of a GPU, in bytes."""
 
     share: int
     weights: int
     profile: int
     """Of the run on its largest batch with which vLLM measures what it may use for its cache; with CUDA graphs."""
     sequence: int
-    """Cache of one sequence."""
-    length: int
-    needed: int
-    """Sequences that must fit at once: one group, though vLLM itself would start with one sequence."""
+    """Cache of one prompt and completion of the rollout, at their limits."""
+    cache: int
+    """Cache that must fit: one group, though vLLM itself would start with one sequence of max_model_len."""
 
     @property
     def least(self) -> int:
-        return self.weights + self.profile + self.needed * self.sequence
+        return self.weights + self.profile + self.cache
 
     @property
     def sequences(self) -> int:
         return max(0, self.share - self.weights - self.profile) // self.sequence
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "profile run and CUDA graphs": self.profile, "one group": self.cache}
+        inside = ", ".join(f"{name} {shown(count)}" for name, count in parts.items())
+        return f"{shown(self.share)} of at least {shown(self.least)} ({inside}); {self.sequences} sequences at once"
 
 
 def vllm_share(config: Config, size: ModelSize, device_bytes: int) -> VllmShare:
@@ -69,8 +75,8 @@ def vllm_share(config: Config, size: ModelSize, device_bytes: int) -> VllmShare:
     """
     settings, text = config.rollout.vllm, size.text
     large = device_bytes >= 70 * GIB  # where vLLM's own defaults are larger (arg_utils.py)
-    new_tokens = max(config.rollout.max_new_tokens, config.evaluate.max_new_tokens)
-    length = settings.max_model_len or config.prompt.max_tokens + new_tokens
+    sampled = config.prompt.max_tokens + config.rollout.max_new_tokens
+    length = settings.max_model_len or max(sampled, config.prompt.max_tokens + config.evaluate.max_new_tokens)
     sequences = settings.max_num_seqs or settings.options.get("max_num_seqs", 1024 if large else 256)
     tokens = settings.options.get("max_num_batched_tokens", 16384 if large else 8192)
     tokens = max(1, min(tokens, sequences * length))
@@ -82,14 +88,15 @@ def vllm_share(config: Config, size: ModelSize, device_bytes: int) -> VllmShare:
     tower = 0 if vision is None else 4 * tokens * (3 * _inner(vision) + 12 * vision.hidden_size) * element
     features = 0 if vision is None else tokens * text.hidden_size * element
     adapters = size.trainable if size.rank else 0
-    merged = adapters and settings.sync == "merged"
+    weights = size.parameters - (adapters if settings.sync == "merged" else 0)
+    sequence = kv_cache_bytes(size, 1, sampled, element) // settings.tensor_parallel
+    longest = kv_cache_bytes(size, 1, length, element) // settings.tensor_parallel
     return VllmShare(
         share=int(settings.memory_fraction * device_bytes),
-        weights=(size.parameters - (adapters if merged else 0)) * element // settings.tensor_parallel,
+        weights=weights * element // settings.tensor_parallel,
         profile=max(layer, sampler, tower) + features + GIB,
-        sequence=kv_cache_bytes(size, 1, length, element) // settings.tensor_parallel,
-        length=length,
-        needed=config.rollout.completions_per_prompt,
+        sequence=sequence,
+        cache=max(config.rollout.completions_per_prompt * sequence, longest),
     )
 
 
@@ -109,11 +116,7 @@ class Verdict:
         if self.estimate.peak > self.usable:
             found.append(f"peak {shown(self.estimate.peak)} of {shown(self.usable)} usable")
         if vllm is not None and vllm.share < vllm.least:
-            found.append(
-                f"vLLM's share (rollout.vllm.memory_fraction) is {shown(vllm.share)}, and holds weights "
-                f"({shown(vllm.weights)}), its profile run ({shown(vllm.profile)}) and {vllm.needed} sequences of "
-                f"{vllm.length:,} tokens ({shown(vllm.needed * vllm.sequence)}) only from {shown(vllm.least)} on"
-            )
+            found.append(f"vLLM's share (rollout.vllm.memory_fraction) is too small: {vllm}")
         return found
 
 
@@ -370,13 +373,53 @@ def suggest(
     return list(chosen.values()), result(chosen.values())
 
 
+def remedies(config: Config, size: ModelSize, *, processes: int, device_bytes: int, sharded: bool) -> list[str]:
+    """What would make a run fit that does not, one line each."""
+    options: dict[str, Any] = {"processes": processes, "device_bytes": device_bytes}
+    lines = []
+    if processes > 1 and not sharded:
+        spread = judge(config, size, sharded=True, **options)
+        if not spread.reasons:
+            lines.append(
+                f"would fit ({shown(spread.estimate.peak)}) with the model sharded over the GPUs: PARALLEL=fsdp2 "
+                "(configs/accelerate/fsdp2.yaml)"
+            )
+    advice = suggest(config, size, sharded=sharded, **options)
+    if advice is None:
+        return [*lines, "no setting makes it fit: a smaller model or a larger GPU is needed"]
+    changes, after = advice
+    # Quoted as one types them in a shell.
+    typed = " ".join(f"'{each}'" if set(each) & set(" {[") else each for each in changes)
+    return [*lines, f"would fit ({shown(after.estimate.peak)}) with: {typed}"]
+
+
+def require_fit(config: Config, *, processes: int, device_bytes: int, sharded: bool) -> None:
+    """Raise ConfigError, saying what would help, for a run that does not fit its GPUs; none if nobody can tell."""
+    options: dict[str, Any] = {"processes": processes, "device_bytes": device_bytes, "sharded": sharded}
+    try:
+        model_config, _ = find_model_config(model_and_adapter(config.model.path)[0], config.model.trust_remote_code)
+        size = measure(config, model_config)
+        reasons = judge(config, size, **options).reasons
+    except Exception:  # loading the model says better what is wrong with it
+        return
+    if reasons:
+        lines = [*reasons, *remedies(config, size, **options)]
+        raise ConfigError(
+            f"this run does not fit GPUs of {shown(device_bytes)} (an estimate; `mm-agrae doctor` shows what takes "
+            "how much, and train.check_memory=false goes on regardless):\n  " + "\n  ".join(lines)
+        )
+
+
 def _candidates(config: Config, size: ModelSize, device_bytes: int) -> Iterator[tuple[str, str]]:
     """Changes in order of their cost, each made on top of the ones before it."""
     rollout, update = config.rollout, config.update
     if rollout.engine == "vllm":
-        least = -(-100 * vllm_share(config, size, device_bytes).least // device_bytes) / 100
-        if least <= 1:
+        share, fraction = vllm_share(config, size, device_bytes), rollout.vllm.memory_fraction
+        least = -(-100 * share.least // device_bytes) / 100
+        if fraction < least <= 1:
             yield "rollout.vllm.memory_fraction", str(least)
+        while (fraction := round(fraction - 0.05, 2)) > least:
+            yield "rollout.vllm.memory_fraction", str(fraction)
     if not config.model.gradient_checkpointing:
         yield "model.gradient_checkpointing", "true"
     least = config.prompt.max_tokens + rollout.max_new_tokens
@@ -389,6 +432,8 @@ def _candidates(config: Config, size: ModelSize, device_bytes: int) -> Iterator[
         while batch // 2 >= rollout.completions_per_prompt:
             batch //= 2
             yield "rollout.batch_completions", str(batch)
+    if rollout.engine == "vllm":
+        yield "rollout.engine", "hf"
     if not size.rank:
         if hasattr(size.config, "vision_config") and not config.model.freeze:
             yield "model.freeze", "[vision, embeddings]"

@@ -140,12 +140,9 @@ def _load(path: str, overrides: Sequence[str], *, to_run: bool = True, for_gpus:
 
 
 def _show_launch_plan(config: Config) -> int:
-    """As the launch scripts read it: variables of a shell."""
-    import shlex
-
     from mm_agrae.doctor import launch_plan
 
-    print("\n".join(f"{name}={shlex.quote(value)}" for name, value in launch_plan(config, os.environ).items()))
+    print(*launch_plan(config, os.environ))
     return 0
 
 
@@ -227,14 +224,13 @@ def _eval(arguments: argparse.Namespace) -> int:
     models = [item for item in given if item not in overrides]
     if not models:
         raise ConfigError("eval: name at least one model or checkpoint")
-    from mm_agrae.evaluation.evaluate import evaluate_checkpoints, newest_checkpoints, own_config
+    from mm_agrae.evaluation.evaluate import checkpoints_and_config, evaluate_checkpoints
 
-    paths = newest_checkpoints(models)
-    source = arguments.config or own_config(paths[0])
-    config = _load(source, overrides, to_run=not arguments.launch_plan)
+    paths, config_path = checkpoints_and_config(models, arguments.config)
+    config = _load(config_path, overrides, to_run=not arguments.launch_plan)
     if arguments.launch_plan:
         return _show_launch_plan(config)
-    return evaluate_checkpoints(models, paths, config, source, Path(arguments.out))
+    return evaluate_checkpoints(models, paths, config, Path(arguments.out))
 
 
 def _sample(arguments: argparse.Namespace) -> int:

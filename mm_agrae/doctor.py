@@ -73,8 +73,6 @@ def examine(
     if device_bytes is None and torch.cuda.is_available():
         device_bytes = torch.cuda.get_device_properties(0).total_memory
     processes = gpus or max(1, torch.cuda.device_count())
-    if sharded is None:
-        sharded = parallel_strategy(config, processes) == "fsdp2"
     report = _Report(config, processes, device_bytes, sharded, reporter or Reporter())
     report.versions()
     size = report.model()
@@ -100,7 +98,7 @@ class _Report:
     config: Config
     processes: int
     device_bytes: int | None
-    sharded: bool
+    sharded: bool | None
     reporter: Reporter
     problems: int = 0
 
@@ -220,10 +218,13 @@ class _Report:
                 )
 
     def memory(self, size: ModelSize) -> None:
-        options: dict[str, Any] = {"processes": self.processes, "device_bytes": self.device_bytes}
-        found = estimate(self.config, size, sharded=self.sharded, **options)
+        sharded = self.sharded
+        if sharded is None:
+            sharded = parallel_strategy(self.config, self.processes) == "fsdp2"
+        options: dict[str, Any] = {"processes": self.processes, "device_bytes": self.device_bytes, "sharded": sharded}
+        found = estimate(self.config, size, **options)
         machine = f"{self.processes} process{'es' if self.processes > 1 else ''}"
-        machine += ", model sharded by FSDP2," if self.sharded else ""
+        machine += ", model sharded by FSDP2," if sharded else ""
         if self.device_bytes is None:
             machine += " (estimate; give --gpu-memory to judge)"
         else:
@@ -233,7 +234,6 @@ class _Report:
             self.reporter.say(f"      {line}")
         if self.device_bytes is None:
             return
-        options["device_bytes"], options["sharded"] = self.device_bytes, self.sharded
         verdict = judge(self.config, size, **options)
         if verdict.vllm is not None and verdict.vllm.share >= verdict.vllm.least:
             self.reporter.say(f"      vLLM's share   {verdict.vllm}")
@@ -259,10 +259,10 @@ def parallel_strategy(config: Config, gpus: int) -> str:
     return "multi_gpu" if adapted else "fsdp2"
 
 
-def launch_plan(config: Config, environment: Mapping[str, str]) -> dict[str, str]:
-    """How scripts/launch.sh starts a run here: what it is told by PROCESSES, PARALLEL and OMP_NUM_THREADS comes first.
+def launch_plan(config: Config, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """How scripts/launch.sh starts a run here, if PROCESSES, PARALLEL and OMP_NUM_THREADS do not say otherwise.
 
-    `needs`: a package that the run samples with and that this environment lacks.
+    Processes, GPUs, the file of configs/accelerate, threads of a process, and "vllm" where it is wanted and missing.
     """
     gpus = torch.cuda.device_count()
     wanted = environment.get("PROCESSES") or str(max(1, gpus))
@@ -272,15 +272,11 @@ def launch_plan(config: Config, environment: Mapping[str, str]) -> dict[str, str
     chosen = environment.get("PARALLEL") or (parallel_strategy(config, processes) if gpus else "multi_gpu")
     # On a CPU more threads than cores in all slow every process down; beside a GPU cores would be idle.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = min(8, max(1, cores // processes)) if gpus else 1
+    threads = str(min(8, max(1, cores // processes)) if gpus else 1)
     engine = config.rollout.engine.removesuffix("_server")
-    return {
-        "processes": str(processes),
-        "gpus": str(gpus),
-        "parallel": chosen if processes > 1 else "one",
-        "threads": environment.get("OMP_NUM_THREADS") or str(threads),
-        "needs": engine if engine == "vllm" and importlib.util.find_spec("vllm") is None else "",
-    }
+    missing = engine == "vllm" and importlib.util.find_spec("vllm") is None
+    threads = environment.get("OMP_NUM_THREADS") or threads
+    return wanted, str(gpus), chosen if processes > 1 else "one", threads, "vllm" if missing else ""
 
 
 def _tested() -> dict[str, str]:

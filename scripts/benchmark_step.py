@@ -306,7 +306,7 @@ def grade(config: Config, model: str, out: Path) -> float:
     from mm_agrae.evaluation.evaluate import evaluate_checkpoints
     from mm_agrae.run.folder import RunFolder
 
-    evaluate_checkpoints([model], [model], config, "configs/quickstart.yaml", out)
+    evaluate_checkpoints([model], [model], config, out)
     return RunFolder(out).read_evaluations()[0].pass_at_k[1].mean
 
 

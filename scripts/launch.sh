@@ -23,8 +23,8 @@ launch() { # arguments of mm-agrae
     fi
     prepare_environment "${MM_AGRAE_EXTRA:-$(gpu_extra)}"
     plan="$(python -m mm_agrae.cli "$@" --launch-plan)" || exit
-    # Code that the config names may print something, too.
-    eval "$(grep -E '^(processes|gpus|parallel|threads|needs)=' <<< "$plan")"
+    # Code that the config names may print something before it.
+    read -r processes gpus parallel threads needs <<< "$(tail -n 1 <<< "$plan")"
     if [ "$needs" = vllm ]; then
         prepare_vllm || { echo "rollout.engine=hf does without vLLM, and is slower" >&2; exit 1; }
         # shellcheck disable=SC1091

@@ -359,6 +359,27 @@ def test_weights_must_fit_one_to_one(untied, weights):
     untied.require_same_policy()
 
 
+def test_dropped_weights_come_back_before_anything_is_sampled(untied):
+    """Asleep at level 2, which needs a GPU, vLLM's weights are lost; here they are overwritten."""
+
+    def drop(worker):
+        for parameter in worker.model_runner.get_model().parameters():
+            parameter.data.fill_(float("nan"))
+
+    untied.engine._llm.collective_rpc(drop)
+    untied.engine._dropped = True
+    untied.require_same_policy()
+    assert not untied.engine._dropped
+
+
+def test_vllm_chooses_how_many_sequences_it_samples_at_once(untied):
+    engine, scheduler = untied.engine, untied.engine._llm.llm_engine.vllm_config.scheduler_config
+    assert scheduler.max_num_seqs == 256  # vLLM's default on a CPU; batch_completions is 64
+    engine.settings = engine.settings.model_copy(update={"max_num_seqs": 7})
+    assert engine._options(cpu=True)["max_num_seqs"] == 7
+    engine.settings = engine.settings.model_copy(update={"max_num_seqs": None})
+
+
 def test_settings_that_cannot_work(untied):
     def start(setup=untied, **settings):
         rollout = RolloutSection(engine="vllm", vllm=settings)

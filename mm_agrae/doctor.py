@@ -140,6 +140,7 @@ class _Report:
         for line in _files(base, size):
             self._line(*line)
         tuning = f"LoRA of rank {size.rank}" if size.rank else "full tuning"
+        tuning += f" in {self.config.model.dtype}"
         self._line(
             True,
             f"{size.parameters:,} parameters, {size.trainable:,} of them trained ({tuning}; "

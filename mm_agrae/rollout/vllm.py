@@ -7,8 +7,8 @@ leave the process's random state unchanged. All of this is tested on CPUs; what 
 Asleep, an engine that gets whole weights drops its own (vLLM's level 2): the next sync brings all
 of them, so a copy in main memory, of 2 bytes a parameter and process, would serve nothing. What no
 sync brings (buffers: rotary tables, scales of attention) vLLM's worker saves and restores itself
-(gpu_worker.sleep and wake_up), CUDA graphs and their inputs too (sleep_mode_backend.CuMemBackend).
-`load_weights` requires a value for every parameter. With sync=adapter the base weights come from
+(gpu_worker.sleep and wake_up), CUDA graphs too (sleep_mode_backend.CuMemBackend); `clear_inputs` does
+what remains. `load_weights` requires a value for every parameter. With sync=adapter the base weights come from
 disk alone, and are kept in main memory (level 1).
 """
 
@@ -32,7 +32,7 @@ from mm_agrae.errors import ConfigError, EngineError
 from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.model.weights import adapter_config, save_adapter
 from mm_agrae.rollout.vllm_common import Progress, Request, VllmBase, max_lora_rank, world_size
-from mm_agrae.rollout.vllm_worker import load_weights, prepare_vllm
+from mm_agrae.rollout.vllm_worker import clear_inputs, load_weights, prepare_vllm
 from mm_agrae.types import Completion, Prompt
 
 
@@ -74,6 +74,8 @@ class VllmEngine(VllmBase):
         weights = self.weights()
         try:
             self._wake("weights")
+            if self._dropped:
+                self._llm.collective_rpc(clear_inputs)
             if self.by_adapter:
                 sent = self._load_adapter(weights)
             else:

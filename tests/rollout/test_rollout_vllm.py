@@ -34,7 +34,7 @@ from mm_agrae.model.processing import Processing
 from mm_agrae.model.weights import full_weights
 from mm_agrae.rollout.mismatch import measure
 from mm_agrae.rollout.vllm import VllmEngine
-from mm_agrae.rollout.vllm_worker import load_weights
+from mm_agrae.rollout.vllm_worker import clear_inputs, load_weights
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
@@ -370,6 +370,23 @@ def test_dropped_weights_come_back_before_anything_is_sampled(untied):
     untied.engine._dropped = True
     untied.require_same_policy()
     assert not untied.engine._dropped
+
+
+def test_inputs_that_a_gpu_keeps_among_its_weights_are_cleared():
+    """vLLM's own state of rotary positions, with what memory may hold after it was dropped."""
+    from vllm.v1.worker.gpu.mm.rope import RopeState
+
+    options = {"num_dims": 3, "max_num_reqs": 2, "max_num_tokens": 8, "max_model_len": 16}
+    try:
+        rope = RopeState(**options, device=torch.device("cpu"))
+    except RuntimeError as error:
+        pytest.skip(f"vLLM makes it on a GPU only: {error}")
+    rope.positions.fill_(1 << 60)
+    head = torch.nn.Linear(2, 2)
+    state = SimpleNamespace(rope_state=rope, encoder_runner=None, model=head)
+    clear_inputs(SimpleNamespace(model_runner=SimpleNamespace(model_state=state)))
+    assert not rope.positions.any()
+    assert head.weight.any()
 
 
 def test_vllm_chooses_how_many_sequences_it_samples_at_once(untied):

@@ -249,11 +249,8 @@ class _Report:
 
 
 def parallel_strategy(config: Config, gpus: int) -> str:
-    """The file of configs/accelerate that the launch scripts take for so many GPUs, unless PARALLEL names another.
-
-    Full tuning is sharded: 16 bytes a parameter on every GPU fit few models. Adapters are small, and the frozen rest
-    is faster whole.
-    """
+    """The file of configs/accelerate that the launch scripts take for so many GPUs, unless PARALLEL names another."""
+    # In full tuning 16 bytes a parameter would have to fit every GPU; adapters are small, frozen weights faster whole.
     if gpus < 2:
         return "one"
     adapted = config.model.lora is not None or model_and_adapter(config.model.path)[1] is not None
@@ -267,9 +264,9 @@ def launch_plan(config: Config, environment: Mapping[str, str]) -> tuple[str, ..
     """
     gpus = torch.cuda.device_count()
     wanted = environment.get("PROCESSES") or str(max(1, gpus))
-    if not wanted.isdecimal() or int(wanted) == 0:
+    processes = int(wanted) if wanted.isdecimal() else 0
+    if processes == 0:
         raise ConfigError(f"PROCESSES={wanted}: expected a number from 1 on")
-    processes = int(wanted)
     chosen = environment.get("PARALLEL") or (parallel_strategy(config, processes) if gpus else "multi_gpu")
     # On a CPU more threads than cores in all slow every process down; beside a GPU cores would be idle.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

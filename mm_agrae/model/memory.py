@@ -24,14 +24,10 @@ GIB = 2**30
 # What torch's allocator does not count, rounded up from what vLLM logs on an H100 with an 8B model (vllm-project/vllm
 # #10511: 1.8 GiB outside torch in one process, 3.6 GiB in each of two; #15815 and others: 0.4-0.7 GiB of CUDA graphs).
 # Nothing of it has been measured with this project.
-CONTEXT = GIB
-"""CUDA's context, and kernels and workspaces of its libraries."""
-NCCL = 2 * GIB
-"""Buffers of the communicators, with several processes."""
-ASLEEP = GIB
-"""What a sleeping vLLM keeps: CUDA graphs, and workspaces outside its pools."""
-FRAGMENTED = 0.03
-"""Share of a GPU's memory that the allocator holds in pieces too small to use."""
+CONTEXT = GIB  # CUDA's context, and kernels and workspaces of its libraries
+NCCL = 2 * GIB  # buffers of the communicators, with several processes
+ASLEEP = GIB  # what a sleeping vLLM keeps: CUDA graphs, and workspaces outside its pools
+FRAGMENTED = 0.03  # share of a GPU's memory that the allocator holds in pieces too small to use
 
 
 def usable_bytes(config: Config, device_bytes: int, processes: int = 1) -> int:
@@ -62,8 +58,8 @@ class VllmShare:
         return max(0, self.share - self.weights - self.profile) // self.sequence
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "profile run and CUDA graphs": self.profile, "one group": self.cache}
-        inside = ", ".join(f"{name} {shown(count)}" for name, count in parts.items())
+        inside = f"weights {shown(self.weights)}, profile run and CUDA graphs {shown(self.profile)}, one group "
+        inside += shown(self.cache)
         return f"{shown(self.share)} of at least {shown(self.least)} ({inside}); {self.sequences} sequences at once"
 
 
@@ -84,9 +80,10 @@ def vllm_share(config: Config, size: ModelSize, device_bytes: int) -> VllmShare:
     element = 2 if dtype == "bfloat16" else 4
     layer = tokens * (3 * _inner(text) + 6 * text.hidden_size) * element
     sampler = sequences * text.vocab_size * 24
-    vision = getattr(size.config, "vision_config", None)
-    tower = 0 if vision is None else 4 * tokens * (3 * _inner(vision) + 12 * vision.hidden_size) * element
-    features = 0 if vision is None else tokens * text.hidden_size * element
+    tower = features = 0
+    if (vision := getattr(size.config, "vision_config", None)) is not None:
+        tower = 4 * tokens * (3 * _inner(vision) + 12 * vision.hidden_size) * element
+        features = tokens * text.hidden_size * element
     adapters = size.trainable if size.rank else 0
     weights = size.parameters - (adapters if settings.sync == "merged" else 0)
     sequence = kv_cache_bytes(size, 1, sampled, element) // settings.tensor_parallel

@@ -4,12 +4,10 @@ The engine has its own copy of the weights, which `sync` updates in memory. Star
 leave the process's random state unchanged. All of this is tested on CPUs; what only GPUs do
 (sleeping between phases, CUDA graphs) follows vLLM 0.32's sources and has not been run.
 
-Asleep, an engine that gets whole weights drops its own (vLLM's level 2): the next sync brings all
-of them, so a copy in main memory, of 2 bytes a parameter and process, would serve nothing. What no
-sync brings (buffers: rotary tables, scales of attention) vLLM's worker saves and restores itself
-(gpu_worker.sleep and wake_up), CUDA graphs too (sleep_mode_backend.CuMemBackend); `clear_inputs` does
-what remains. `load_weights` requires a value for every parameter. With sync=adapter the base weights come from
-disk alone, and are kept in main memory (level 1).
+Asleep, an engine that gets whole weights drops its own (vLLM's level 2): the next sync brings all of them, which
+`load_weights` checks. vLLM saves and restores buffers (rotary tables, scales) and CUDA graphs (gpu_worker.sleep,
+sleep_mode_backend.CuMemBackend); `clear_inputs` does what remains. With sync=adapter the base weights come from disk
+alone, and are kept in main memory (level 1).
 """
 
 import collections

@@ -240,10 +240,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def as_begun(config: Config) -> Config:
-    """`config` with the `model.dtype` of the run that it goes on with, unless a setting names one.
-
-    A run that began in float32, or on another kind of machine, ends in the arithmetic it began with.
-    """
+    """`config` with the `model.dtype` that the run it goes on with began with, unless a setting names one."""
     folder = newest(Path(config.run_dir) / "checkpoints") or Path(config.resume)
     if "dtype" in config.model.model_fields_set:
         return config

@@ -78,11 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     add_config(argument)
     argument("--overwrite", action="store_true", help="delete the run folder first if it holds a run")
     argument("--plan", action="store_true", help="print the plan and stop")
+    argument("--launch-plan", action="store_true", help="print how the launch scripts start this, and stop")
 
     argument = add(_eval, "pass@k of one or more checkpoints")
     argument("overrides", nargs="+", metavar="MODEL|key=value")
     argument("--config", help="config with data.evaluate (default: the checkpoint's)")
     argument("--out", default="runs/eval", help="folder for results and all completions")
+    argument("--launch-plan", action="store_true", help="print how the launch scripts start this, and stop")
 
     argument = add(_sample, "show a task's images and questions")
     add_config(argument)
@@ -117,26 +119,38 @@ def _parser() -> argparse.ArgumentParser:
     add_config(argument, nargs="?")
     argument("--gpus", type=int, help="plan for this many (default: those found here)")
     argument("--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)")
-    argument("--fsdp2", action="store_true", help="the model sharded over the GPUs")
+    argument("--parallel", choices=["multi_gpu", "fsdp2"], help="copies or shards (default: as the scripts do)")
     return parser
 
 
-def _load(path: str, overrides: Sequence[str]) -> Config:
-    """The config, with the names of its tasks and its engine checked before a model is loaded."""
+def _load(path: str, overrides: Sequence[str], *, to_run: bool = True, for_gpus: bool = False) -> Config:
+    """The config, with its tasks and its engine checked before a model is loaded.
+
+    `to_run`: the engine is going to sample, so what it needs must be installed. `for_gpus`: see `config.load`.
+    """
     from mm_agrae import config as configs
     from mm_agrae import tasks
     from mm_agrae.rollout.engine import engine_class
 
-    config = configs.load(path, overrides)
+    config = configs.load(path, overrides, for_gpus=for_gpus)
     for source in (*config.data.train, *config.data.evaluate):
         tasks.check(source)
-    engine_class(config.rollout.engine)
+    engine_class(config.rollout.engine, to_run=to_run)
     return config
+
+
+def _show_launch_plan(config: Config) -> int:
+    from mm_agrae.doctor import launch_plan
+
+    print(*launch_plan(config, os.environ))
+    return 0
 
 
 def _train(arguments: argparse.Namespace) -> int:
     """Train a model from a config; `key=value` changes one setting, FILE.yaml several."""
-    config = _load(arguments.config, arguments.overrides)
+    config = _load(arguments.config, arguments.overrides, to_run=not (arguments.plan or arguments.launch_plan))
+    if arguments.launch_plan:
+        return _show_launch_plan(config)
     if arguments.plan:
         from mm_agrae import config as configs
         from mm_agrae.progress import Reporter
@@ -210,16 +224,20 @@ def _eval(arguments: argparse.Namespace) -> int:
     models = [item for item in given if item not in overrides]
     if not models:
         raise ConfigError("eval: name at least one model or checkpoint")
-    from mm_agrae.evaluation.evaluate import evaluate_checkpoints
+    from mm_agrae.evaluation.evaluate import checkpoints_and_config, evaluate_checkpoints
 
-    return evaluate_checkpoints(models, arguments.config, overrides, Path(arguments.out), _load)
+    paths, config_path = checkpoints_and_config(models, arguments.config)
+    config = _load(config_path, overrides, to_run=not arguments.launch_plan)
+    if arguments.launch_plan:
+        return _show_launch_plan(config)
+    return evaluate_checkpoints(models, paths, config, Path(arguments.out))
 
 
 def _sample(arguments: argparse.Namespace) -> int:
     """Show examples of a config's data: images, questions and gold answers."""
     from mm_agrae.view.sample import write_samples
 
-    config = _load(arguments.config, arguments.overrides)
+    config = _load(arguments.config, arguments.overrides, to_run=arguments.completions > 0)
     path = write_samples(
         config, split=arguments.split, count=arguments.n, completions=arguments.completions, out=Path(arguments.out)
     )
@@ -310,8 +328,10 @@ def _doctor(arguments: argparse.Namespace) -> int:
         value = getattr(arguments, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
-    config = _load(arguments.config, arguments.overrides)
-    problems = examine(config, gpus=arguments.gpus, gpu_memory=arguments.gpu_memory, sharded=arguments.fsdp2)
+    for_gpus = bool(arguments.gpus or arguments.gpu_memory)
+    config = _load(arguments.config, arguments.overrides, to_run=False, for_gpus=for_gpus)
+    sharded = arguments.parallel == "fsdp2" if arguments.parallel else None
+    problems = examine(config, gpus=arguments.gpus, gpu_memory=arguments.gpu_memory, sharded=sharded)
     return int(problems > 0)
 
 

@@ -1,7 +1,7 @@
 """What this machine has, and whether a config can run here: packages, files, disk, GPU memory.
 
     mm-agrae doctor configs/paper/math_llama_3.2_3b.yaml --gpus 8 --gpu-memory 80
-    mm-agrae doctor configs/paper/math_qwen2.5_math_7b.yaml --gpus 8 --gpu-memory 80 --fsdp2
+    mm-agrae doctor configs/paper/math_llama_3.2_3b.yaml configs/with/lora_24gb.yaml --gpu-memory 24
 
 No weights are loaded, and nothing here raises for what is missing: it is reported, so that all of
 it is seen at once. The memory estimate is `model/memory.py`'s.
@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,16 +21,15 @@ import torch
 from mm_agrae import config as configs
 from mm_agrae import tasks
 from mm_agrae.config import Config
-from mm_agrae.errors import UserError
+from mm_agrae.errors import ConfigError, UserError
 from mm_agrae.model.compat import prepare
 from mm_agrae.model.lora import model_and_adapter
-from mm_agrae.model.memory import MemoryEstimate, estimate, suggest, usable_bytes
+from mm_agrae.model.memory import GIB, MemoryEstimate, estimate, judge, remedies, shown
 from mm_agrae.model.size import ModelSize, find_model_config, measure
 from mm_agrae.progress import Reporter
 from mm_agrae.run.versions import versions
 
 ROOT = Path(__file__).resolve().parent.parent
-GIB = 2**30
 MARK = {True: "ok", False: "!!"}
 OPTIONAL = {
     "vllm": "rollouts by vLLM",
@@ -62,13 +61,13 @@ def examine(
     *,
     gpus: int | None = None,
     gpu_memory: float | None = None,
-    sharded: bool = False,
+    sharded: bool | None = None,
     reporter: Reporter | None = None,
 ) -> int:
     """Print the whole report. Returns the number of problems that would stop a run.
 
     `gpus`, `gpu_memory` (GiB): the machine to plan for (default: this one). `sharded`: the model
-    is spread over the GPUs by FSDP2.
+    is spread over the GPUs by FSDP2 (default: as the launch scripts would have it).
     """
     device_bytes = int(gpu_memory * GIB) if gpu_memory is not None else None
     if device_bytes is None and torch.cuda.is_available():
@@ -99,7 +98,7 @@ class _Report:
     config: Config
     processes: int
     device_bytes: int | None
-    sharded: bool
+    sharded: bool | None
     reporter: Reporter
     problems: int = 0
 
@@ -141,6 +140,7 @@ class _Report:
         for line in _files(base, size):
             self._line(*line)
         tuning = f"LoRA of rank {size.rank}" if size.rank else "full tuning"
+        tuning += f" in {self.config.model.dtype}"
         self._line(
             True,
             f"{size.parameters:,} parameters, {size.trainable:,} of them trained ({tuning}; "
@@ -182,8 +182,8 @@ class _Report:
         # The oldest is deleted only once the new one is complete.
         self._line(
             (keep + 1) * each < free,
-            f"up to {keep + 1} checkpoints of {_bytes(each)} (checkpoint.keep = {keep}, and the "
-            f"one being written), {_bytes(free)} free at {folder}",
+            f"up to {keep + 1} checkpoints of {shown(each)} (checkpoint.keep = {keep}, and the "
+            f"one being written), {shown(free)} free at {folder}",
         )
 
     def plan(self, rows: int | None) -> None:
@@ -219,41 +219,62 @@ class _Report:
                 )
 
     def memory(self, size: ModelSize) -> None:
-        options: dict[str, Any] = {"processes": self.processes, "device_bytes": self.device_bytes}
-        found = estimate(self.config, size, sharded=self.sharded, **options)
+        sharded = self.sharded
+        if sharded is None:
+            sharded = parallel_strategy(self.config, self.processes) == "fsdp2"
+        options: dict[str, Any] = {"processes": self.processes, "device_bytes": self.device_bytes, "sharded": sharded}
+        found = estimate(self.config, size, **options)
         machine = f"{self.processes} process{'es' if self.processes > 1 else ''}"
-        machine += ", model sharded by FSDP2," if self.sharded else ""
+        machine += ", model sharded by FSDP2," if sharded else ""
         if self.device_bytes is None:
             machine += " (estimate; give --gpu-memory to judge)"
         else:
-            machine += f" with {_bytes(self.device_bytes)} (estimate)"
+            machine += f" with {shown(self.device_bytes)} (estimate)"
         self._section(f"GPU memory of each of {machine}")
         for line in _table(found):
             self.reporter.say(f"      {line}")
         if self.device_bytes is None:
             return
-        limit = usable_bytes(self.device_bytes)
-        fits = found.peak <= limit
-        usable = f"{_bytes(limit)} usable (6 % are left to the driver)"
-        self._line(fits, f"peak {_bytes(found.peak)} of {usable}")
-        if fits:
+        verdict = judge(self.config, size, **options)
+        if verdict.vllm is not None and verdict.vllm.share >= verdict.vllm.least:
+            self.reporter.say(f"      vLLM's share   {verdict.vllm}")
+        for reason in verdict.reasons:
+            self._line(False, reason)
+        if verdict.reasons:
+            for remedy in remedies(self.config, size, **options):
+                self._line(True, remedy)
             return
-        if self.processes > 1 and not self.sharded:
-            peak = estimate(self.config, size, sharded=True, **options).peak
-            if peak <= limit:
-                self._line(
-                    True,
-                    f"would fit ({_bytes(peak)}) with the model sharded over the GPUs: "
-                    "PARALLEL=fsdp2 (configs/accelerate/fsdp2.yaml)",
-                )
-        advice = suggest(self.config, size, sharded=self.sharded, **options)
-        if advice is None:
-            self._line(True, "no setting makes it fit: a smaller model or a larger GPU is needed")
-            return
-        changes, after = advice
-        # Quoted as one types them in a shell.
-        typed = " ".join(f"'{each}'" if set(each) & set(" {[") else each for each in changes)
-        self._line(True, f"would fit ({_bytes(after.peak)}) with: {typed}")
+        usable = f"{shown(verdict.usable)} usable (the rest is left to CUDA, its libraries and fragments)"
+        self._line(True, f"peak {shown(found.peak)} of {usable}")
+
+
+def parallel_strategy(config: Config, gpus: int) -> str:
+    """The file of configs/accelerate that the launch scripts take for so many GPUs, unless PARALLEL names another."""
+    # In full tuning 16 bytes a parameter would have to fit every GPU; adapters are small, frozen weights faster whole.
+    if gpus < 2:
+        return "one"
+    adapted = config.model.lora is not None or model_and_adapter(config.model.path)[1] is not None
+    return "multi_gpu" if adapted else "fsdp2"
+
+
+def launch_plan(config: Config, environment: Mapping[str, str]) -> tuple[str, ...]:
+    """How scripts/launch.sh starts a run here, if PROCESSES, PARALLEL and OMP_NUM_THREADS do not say otherwise.
+
+    Processes, GPUs, the file of configs/accelerate, threads of a process, and "vllm" where it is wanted and missing.
+    """
+    gpus = torch.cuda.device_count()
+    wanted = environment.get("PROCESSES") or str(max(1, gpus))
+    processes = int(wanted) if wanted.isdecimal() else 0
+    if processes == 0:
+        raise ConfigError(f"PROCESSES={wanted}: expected a number from 1 on")
+    chosen = environment.get("PARALLEL") or (parallel_strategy(config, processes) if gpus else "multi_gpu")
+    # On a CPU more threads than cores in all slow every process down; beside a GPU cores would be idle.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(min(8, max(1, cores // processes)) if gpus else 1)
+    engine = config.rollout.engine.removesuffix("_server")
+    missing = engine == "vllm" and importlib.util.find_spec("vllm") is None
+    threads = environment.get("OMP_NUM_THREADS") or threads
+    return wanted, str(gpus), chosen if processes > 1 else "one", threads, "vllm" if missing else ""
 
 
 def _tested() -> dict[str, str]:
@@ -299,11 +320,7 @@ def _table(found: MemoryEstimate) -> list[str]:
     lines = []
     for title, values in {"throughout": found.always, **found.phases}.items():
         listed = sorted(values.items(), key=lambda item: -item[1])
-        inside = ", ".join(f"{name} {_bytes(count)}" for name, count in listed if count)
-        lines.append(f"{title:15} {_bytes(sum(values.values())):>9}  {inside}".rstrip())
-    lines.append(f"{'peak':15} {_bytes(found.peak):>9}")
+        inside = ", ".join(f"{name} {shown(count)}" for name, count in listed if count)
+        lines.append(f"{title:15} {shown(sum(values.values())):>9}  {inside}".rstrip())
+    lines.append(f"{'peak':15} {shown(found.peak):>9}")
     return lines
-
-
-def _bytes(count: int) -> str:
-    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"

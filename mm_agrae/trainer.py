@@ -19,6 +19,7 @@ from mm_agrae.batching import StepTable, plan_update
 from mm_agrae.config import Config
 from mm_agrae.errors import DataError
 from mm_agrae.evaluation.evaluate import evaluate_all
+from mm_agrae.model.memory import require_fit
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.parallel.processes import Processes, StopRequest, announced
@@ -41,7 +42,7 @@ class Trainer:
 
     @announced
     def __init__(self, config: Config, reporter: Reporter | None = None):
-        self.config = config
+        self.config = config = checkpoint.as_begun(config)
         engine_class(config.rollout.engine)  # a wrong name shows before a model is loaded
         self.processes = Processes(config)
         self.rank, self.world = self.processes.rank, self.processes.world
@@ -53,6 +54,7 @@ class Trainer:
         self.stop = StopRequest(lambda: self.reporter.say("stopping after this step; once more to stop at once"))
         self.steps_done = 0
         self.tokens_seen = 0
+        self._check_device()
         self._load_data()
         self._load_model()
         context = RunContext(config, self.processes, self.run, self.reporter, self.stopwatch)
@@ -65,6 +67,17 @@ class Trainer:
             self._load_state(state)
         self.processes.barrier("resume")  # before the main process tidies up the run folder
         self._whole_step = self._state()
+
+    def _check_device(self) -> None:
+        """On a GPU: raise ConfigError for what will not fit; say what will be slow."""
+        config, device, strategy = self.config, self.processes.device, self.processes.strategy
+        if device.type != "cuda":
+            return
+        if config.model.dtype == "float32" and "dtype" in config.model.model_fields_set:
+            self.reporter.say("model.dtype=float32: several times slower on a GPU than bfloat16, and more memory")
+        if config.train.check_memory and not strategy.offloads:
+            total = torch.cuda.get_device_properties(device).total_memory
+            require_fit(config, processes=self.world, device_bytes=total, sharded=strategy.sharded)
 
     def _load_data(self) -> None:
         """Training and evaluation examples, and the plan that follows from their number."""

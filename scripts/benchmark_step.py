@@ -306,10 +306,7 @@ def grade(config: Config, model: str, out: Path) -> float:
     from mm_agrae.evaluation.evaluate import evaluate_checkpoints
     from mm_agrae.run.folder import RunFolder
 
-    def same(path: str, overrides: Any) -> Config:
-        return config
-
-    evaluate_checkpoints([model], "configs/quickstart.yaml", [], out, same)
+    evaluate_checkpoints([model], [model], config, out)
     return RunFolder(out).read_evaluations()[0].pass_at_k[1].mean
 
 

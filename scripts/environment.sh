@@ -27,6 +27,10 @@ prepare_environment() { # an extra such as "dev", or nothing: .venv, activated
     source "$venv/bin/activate"
 }
 
+gpu_extra() { # the extra for machines with an NVIDIA GPU, on one
+    if command -v nvidia-smi > /dev/null; then echo gpu; fi
+}
+
 install_into() { # venv, pip's arguments
     "$1/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
 }
@@ -44,8 +48,10 @@ prepare_vllm() {
 }
 
 install_vllm() { # venv, package
+    local extra
+    extra="$(gpu_extra)"
     install_into "$1" --constraint <(grep -v '^numpy==' constraints.txt) "$2" \
-        pytest pytest-timeout pytest-xdist --editable .
+        pytest pytest-timeout pytest-xdist --editable ".${extra:+[$extra]}"
 }
 
 prepare_verl() { # only what verl's driver imports; it needs an older transformers than the trainer
@@ -70,7 +76,7 @@ prepare_engine() { # module, venv, package, function that installs it
         "$install" "$venv" "$package" && "$venv/bin/python" -c "import $module"; then
         echo "$want" > "$venv/.installed"
     else
-        echo "$package cannot be installed here: the tests of $module are skipped" >&2
+        echo "$package cannot be installed here" >&2
         return 1
     fi
 }

@@ -12,5 +12,4 @@
 # --config the benchmarks and settings are those of the first MODEL's run. One process on one GPU.
 source "$(dirname "$0")/launch.sh"
 if wants_help "$@"; then show_help "$0"; exit 0; fi
-prepare_environment "${MM_AGRAE_EXTRA:-}"
 PROCESSES=1 launch eval "$@"

@@ -1,6 +1,8 @@
-# Sourced by train_vlm.sh, train_llm.sh and evaluate.sh: installs, and starts mm-agrae in as many
-# processes as there are GPUs, or as PROCESSES says. PARALLEL=fsdp2 shards the model over them,
-# PARALLEL=fsdp2_offload keeps the shards in the CPU's memory.
+# Sourced by train_vlm.sh, train_llm.sh and evaluate.sh: installs what the config needs, and starts
+# mm-agrae in as many processes as there are GPUs, or as PROCESSES says. `mm-agrae … --launch-plan`
+# decides the rest: on several GPUs full tuning is sharded (FSDP2), LoRA copied (DDP). PARALLEL names
+# another file of configs/accelerate: multi_gpu copies, fsdp2 shards, fsdp2_offload keeps the shards in
+# the CPU's memory.
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 wants_help() { [ $# -eq 0 ] || [ "$1" = "--help" ] || [ "$1" = "-h" ]; }
@@ -9,24 +11,27 @@ show_help() { # the comment at the head of a script
     awk 'NR > 1 { if (!sub(/^# ?/, "")) exit; print }' "scripts/$(basename "$1")"
 }
 
-count_gpus() { python -c 'import torch; print(torch.cuda.device_count())'; }
-
 launch() { # arguments of mm-agrae
-    local gpus processes parallel="${PARALLEL:-multi_gpu}"
-    if [ "$parallel" = zero3 ]; then
+    local plan processes gpus parallel threads needs
+    if [ "${PARALLEL:-}" = zero3 ]; then
         echo "PARALLEL=zero3 is gone; PARALLEL=fsdp2_offload (fsdp_offload_params) does its work" >&2
         exit 2
     fi
-    if [ ! -f "configs/accelerate/$parallel.yaml" ]; then
-        echo "PARALLEL=$parallel: no configs/accelerate/$parallel.yaml" >&2
+    if [ ! -f "configs/accelerate/${PARALLEL:-one}.yaml" ]; then
+        echo "PARALLEL=$PARALLEL: no configs/accelerate/$PARALLEL.yaml" >&2
         exit 2
     fi
-    gpus="$(count_gpus)"
-    processes="${PROCESSES:-$((gpus > 0 ? gpus : 1))}"
-    [ "$processes" -gt 1 ] || parallel=one
-    echo "processes: $processes ($parallel), GPUs: $gpus"
-    # On a CPU more threads than cores in all slow every process down.
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+    prepare_environment "${MM_AGRAE_EXTRA:-$(gpu_extra)}"
+    plan="$(python -m mm_agrae.cli "$@" --launch-plan)" || exit
+    # Code that the config names may print something before it.
+    read -r processes gpus parallel threads needs <<< "$(tail -n 1 <<< "$plan")"
+    if [ "$needs" = vllm ]; then
+        prepare_vllm || { echo "rollout.engine=hf does without vLLM, and is slower" >&2; exit 1; }
+        # shellcheck disable=SC1091
+        source "$vllm_venv/bin/activate"
+    fi
+    echo "processes: $processes ($parallel), GPUs: $gpus, threads of each: $threads"
+    export OMP_NUM_THREADS="$threads"
     if [ "$gpus" -eq 0 ] && [ "$processes" -gt 1 ]; then
         # accelerate starts several processes on a CPU only with an MPI.
         case "$parallel" in

@@ -36,8 +36,12 @@ done
 if prepare_vllm; then
     # The tests of a file share engines and servers, and their order matters.
     stage "$vllm_venv/bin/python" -m pytest --numprocesses 2 --dist loadfile tests/rollout/*vllm*.py
+else
+    echo "the tests of vLLM are skipped" >&2
 fi
 if prepare_verl; then
     stage "$verl_venv/bin/python" -m pytest tests/adapters/test_adapter_verl.py
+else
+    echo "the tests of verl are skipped" >&2
 fi
 exit "$failed"

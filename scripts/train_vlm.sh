@@ -9,8 +9,8 @@
 #   PROCESSES=2 ./scripts/train_vlm.sh configs/quickstart.yaml train.steps=2 --overwrite
 #
 # What a config needs is shown beforehand by `mm-agrae doctor CONFIG`. The same command again goes on
-# with the run. PROCESSES: how many; not set: one a GPU.
+# with the run. PROCESSES: how many; not set: one a GPU. PARALLEL: multi_gpu (a copy on each), fsdp2
+# (sharded) or fsdp2_offload; not set: fsdp2 for full tuning, multi_gpu for LoRA.
 source "$(dirname "$0")/launch.sh"
 if wants_help "$@"; then show_help "$0"; exit 0; fi
-prepare_environment "${MM_AGRAE_EXTRA:-}"
 launch train "$@"

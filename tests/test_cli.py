@@ -1,6 +1,7 @@
 """The commands as a person types them: training in a process of its own, the others in this one."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -129,13 +130,35 @@ def test_lists():
 def test_doctor_looks_at_a_config(tmp_path):
     (tmp_path / "c.yaml").write_text(configs.dump(run_config(tmp_path / "run")))
     path = tmp_path / "c.yaml"
-    output = command("doctor", path, "rollout.max_new_tokens=12", "--gpus", 2, "--gpu-memory", 1)
+    output = command("doctor", path, "rollout.max_new_tokens=12", "--gpus", 2, "--gpu-memory", 4)
     assert "64 sampled" not in output
     assert "up to 192 sampled" in output
-    assert "each of 2 processes with 1.0 GiB" in output
+    assert "each of 2 processes, model sharded by FSDP2, with 4.0 GiB" in output
     assert "nothing stands in the way" in output
     assert "no config.json" in command("doctor", path, "model.path=no/model", expect=1)
     assert "--gpus is 0" in command("doctor", path, "--gpus", 0, expect=2)
+
+
+def test_an_engine_that_is_not_installed_is_found_before_anything_is_loaded(tmp_path, monkeypatch):
+    """train and eval refuse it by name; doctor, --plan and --launch-plan do not sample."""
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "vllm" else find(name, *rest))
+    path = tmp_path / "c.yaml"
+    path.write_text(configs.dump(run_config(tmp_path / "run", rollout={"engine": "vllm"})))
+    for arguments in (["train", path], ["eval", VL, "--config", path]):
+        output = command(*arguments, expect=2)
+        assert "pip install 'mm-agrae[vllm]'" in output
+        assert "rollout.engine=hf" in output
+        assert "Plan of" not in output
+    assert not (tmp_path / "run").exists()
+    assert "sampled a step" in command("train", path, "--plan")
+    for arguments in (["train", path, "--overwrite"], ["eval", VL, "--config", path]):
+        assert command(*arguments, "--launch-plan").split()[2:] == [
+            "one",
+            os.environ.get("OMP_NUM_THREADS", "1"),
+            "vllm",
+        ]
+    assert "pip install 'mm-agrae[vllm]'" in command("doctor", path, expect=1)
 
 
 def test_a_second_file_overrides_the_first(tmp_path):

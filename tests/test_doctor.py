@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,12 @@ from helpers import TEXT, VL, engine, examples, policy, processing, run_config
 
 from mm_agrae import config as configs
 from mm_agrae import doctor
+from mm_agrae.errors import ConfigError
 from mm_agrae.model import activations, memory
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.size import find_model_config, measure
+from mm_agrae.progress import Reporter
+from mm_agrae.trainer import Trainer
 from mm_agrae.types import MicroBatch
 
 SHAPES = Path(__file__).parent.parent / "data" / "model_shapes"
@@ -207,34 +211,140 @@ def test_vllm_takes_its_share_asleep_or_not(tmp_path):
     assert 500 not in awake.rollout.values()
 
 
+def run_of(name, *overrides):
+    """A recipe of configs/paper; overlays of configs/with by name."""
+    overlays = [str(PAPER.parent / "with" / f"{each}.yaml") if each.isidentifier() else each for each in overrides]
+    return configs.load(PAPER / f"{name}.yaml", overlays, for_gpus=True)
+
+
+def verdict(config, gpus, gib):
+    sharded = doctor.parallel_strategy(config, gpus) == "fsdp2"
+    options = {"processes": gpus, "device_bytes": int(gib * doctor.GIB), "sharded": sharded}
+    return memory.judge(config, size_of(config), **options)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in PAPER.glob("*.yaml")))
+def test_what_fits_where(name):
+    """Every recipe in the parallel mode that the scripts choose; GPUs as torch reports them."""
+    fits = {
+        (gpus, gib, *overrides): verdict(run_of(name, *overrides), gpus, gib).reasons == []
+        for gpus, gib, *overrides in [
+            (8, 79.2), (1, 79.2), (1, 79.2, "rollout.vllm.memory_fraction=0.4"), (8, 79.2, "lora_80gb"),
+            (1, 79.2, "lora_80gb"), (1, 22.0, "lora_24gb"), (1, 22.0, "lora_24gb", "rollout.engine=hf"),
+        ]
+    }  # fmt: skip
+    small = name.endswith("3b")
+    assert list(fits.values()) == [True, False, small, True, True, small, True]
+
+
+def test_the_share_of_vllm_holds_weights_profile_run_and_a_group():
+    """0.2 of an H100 are 15.8 GiB, and the 7B model's weights alone 15.4: vLLM finds no room for a block."""
+    config = run_of("geometry3k_qwen2.5_vl_7b", "rollout.vllm.memory_fraction=0.2")
+    found = verdict(config, 8, 79.2)
+    assert found.vllm.weights == 2 * PUBLISHED["Qwen/Qwen2.5-VL-7B-Instruct"] > 0.97 * found.vllm.share
+    assert found.estimate.peak < found.usable
+    assert [reason.split(":")[0] for reason in found.reasons] == [
+        "vLLM's share (rollout.vllm.memory_fraction) is too small"
+    ]
+    for sequences in (config.rollout.completions_per_prompt, 1):
+        # 28 layers, 4 heads of 128 keys and values in 16 bits; prompts and completions of 2,048 tokens.
+        assert found.vllm.cache >= sequences * 28 * 2 * 4 * 128 * 2 * 4096
+    fitting = memory.remedies(config, size_of(config), processes=8, device_bytes=int(79.2 * doctor.GIB), sharded=True)
+    fraction = float(fitting[0].split("memory_fraction=")[1])
+    least = found.vllm.least / doctor.GIB / 79.2
+    assert least <= fraction < least + 0.01
+    # A long evaluation needs its own cache, a smaller batch less of a profile run.
+    long = verdict(run_of("geometry3k_qwen2.5_vl_7b", "evaluate.max_new_tokens=30000"), 8, 79.2).vllm
+    assert long.cache > found.vllm.cache
+    few = "rollout.vllm.options={max_num_batched_tokens: 2048, max_num_seqs: 64}"
+    assert verdict(run_of("geometry3k_qwen2.5_vl_7b", few), 8, 79.2).vllm.profile < found.vllm.profile
+    half = verdict(run_of("geometry3k_qwen2.5_vl_7b", "rollout.vllm.tensor_parallel=2"), 8, 79.2).vllm
+    assert half.weights == found.vllm.weights // 2
+
+
+def test_a_run_that_does_not_fit_is_refused_with_what_would_help(tmp_path, monkeypatch):
+    config = run_of("math_qwen2.5_math_7b")
+    with pytest.raises(ConfigError) as error:
+        memory.require_fit(config, processes=8, device_bytes=int(79.2 * doctor.GIB), sharded=False)
+    for expected in ("peak 153.1 GiB of 72.8 GiB", "train.check_memory=false", "PARALLEL=fsdp2", "model.lora="):
+        assert expected in str(error.value)
+    memory.require_fit(config, processes=8, device_bytes=int(79.2 * doctor.GIB), sharded=True)
+    nowhere = run_config(tmp_path, "no/such-model")
+    memory.require_fit(nowhere, processes=1, device_bytes=1, sharded=False)  # loading it will say more
+
+
+def test_only_a_gpu_is_checked_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    def check(device, **sections):
+        trainer = Trainer.__new__(Trainer)
+        trainer.config, trainer.reporter = run_config(tmp_path, VL, **sections), Reporter()
+        trainer.world = 1
+        strategy = SimpleNamespace(sharded=False, offloads=False)
+        trainer.processes = SimpleNamespace(device=torch.device(device), strategy=strategy)
+        trainer._check_device()
+        return capsys.readouterr().out
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=doctor.GIB))
+    assert check("cpu", model={"dtype": "float32"}) == ""
+    with pytest.raises(ConfigError, match="does not fit GPUs of 1"):
+        check("cuda")
+    assert check("cuda", train={"check_memory": False}) == ""
+    slow = check("cuda", train={"check_memory": False}, model={"dtype": "float32"})
+    assert "several times slower" in slow
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["math_qwen2.5_math_7b", "math_llama_3.2_3b", "geometry3k_qwen2.5_vl_3b",
-     "geometry3k_qwen2.5_vl_7b"],
-)  # fmt: skip
-def test_the_lora_variants_fit(name):
-    size = None
-    for gib in (24, 80):
-        config = configs.load(PAPER / f"{name}.yaml", [str(PAPER.parent / "with" / f"lora_{gib}gb.yaml")])
-        size = size or size_of(config)
-        assert size.rank == config.model.lora.rank
-        found = memory.estimate(config, size, device_bytes=gib * doctor.GIB)
-        assert found.peak < memory.usable_bytes(gib * doctor.GIB)
+    ("gpus", "environment", "overrides", "expected"),
+    [
+        (8, {}, (), ("8", "fsdp2", "4")),
+        (8, {}, ("lora_80gb",), ("8", "multi_gpu", "4")),
+        (8, {"PARALLEL": "multi_gpu", "OMP_NUM_THREADS": "3"}, (), ("8", "multi_gpu", "3")),
+        (8, {"PROCESSES": "1", "PARALLEL": "fsdp2"}, (), ("1", "one", "8")),
+        (1, {}, (), ("1", "one", "8")),
+        (0, {}, (), ("1", "one", "1")),
+        (0, {"PROCESSES": "2"}, (), ("2", "multi_gpu", "1")),
+        (64, {}, (), ("64", "fsdp2", "1")),
+    ],
+)
+def test_how_the_scripts_launch(gpus, environment, overrides, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda process: range(32))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    plan = doctor.launch_plan(run_of("math_llama_3.2_3b", *overrides), environment)
+    assert plan == (expected[0], str(gpus), *expected[1:], "vllm")
+    assert doctor.launch_plan(run_of("math_llama_3.2_3b", "rollout.engine=hf"), {})[-1] == ""
+    with pytest.raises(ConfigError, match="PROCESSES=two"):
+        doctor.launch_plan(run_of("math_llama_3.2_3b"), {"PROCESSES": "two"})
+
+
+def test_an_adapter_is_launched_as_lora(tmp_path):
+    made = policy(VL, **run_config(tmp_path, VL, model=LORA).model.model_dump(exclude={"path"}, mode="python"))
+    made.model.save_pretrained(tmp_path / "adapter")
+    assert doctor.parallel_strategy(run_config(tmp_path, str(tmp_path / "adapter")), 2) == "multi_gpu"
+    assert doctor.parallel_strategy(run_config(tmp_path, VL), 2) == "fsdp2"
+
+
+def test_the_documented_table_is_doctors(monkeypatch):
+    monkeypatch.syspath_prepend(str(PAPER.parents[1] / "scripts"))
+    import recipe_table
+
+    text = recipe_table.DOCUMENT.read_text(encoding="utf-8")
+    written = text.split(recipe_table.BEGIN)[1].split(recipe_table.END)[0]
+    assert written == recipe_table.table(), "run python scripts/recipe_table.py"
 
 
 def test_suggestions_fit_and_none_is_superfluous():
     config = configs.load(PAPER / "geometry3k_qwen2.5_vl_3b.yaml", ["rollout.engine=hf"])
     size, device_bytes = size_of(config), 80 * doctor.GIB
-    limit = memory.usable_bytes(device_bytes)
+    limit = memory.usable_bytes(config, device_bytes, 8)
     assert memory.estimate(config, size, processes=8).peak > limit
     changes, after = memory.suggest(config, size, processes=8, device_bytes=device_bytes)
-    assert after.peak <= limit
+    assert after.estimate.peak <= limit
 
     def peak(overrides):
         changed = configs.load(PAPER / "geometry3k_qwen2.5_vl_3b.yaml", ["rollout.engine=hf", *overrides])
         return memory.estimate(changed, size_of(changed), processes=8).peak
 
-    assert peak(changes) == after.peak
+    assert peak(changes) == after.estimate.peak
     for left_out in changes:
         assert peak([change for change in changes if change != left_out]) > limit
 
@@ -251,7 +361,7 @@ def report(capsys, config, **options):
 
 
 def test_a_run_that_can_start(capsys, tmp_path):
-    problems, text = report(capsys, run_config(tmp_path / "run", VL), gpus=1, gpu_memory=1.0)
+    problems, text = report(capsys, run_config(tmp_path / "run", VL), gpus=1, gpu_memory=2.0)
     assert problems == 0, text
     for expected in (
         "full tuning", "train synthetic: 8,192 rows", "per step: 4 prompts × 4", "KV cache",
@@ -351,12 +461,9 @@ def layers_of(made):
 
 def test_full_tuning_of_7b_fits_only_if_it_is_spread(capsys):
     config = configs.load(PAPER / "geometry3k_qwen2.5_vl_7b.yaml")
-    size = size_of(config)
-    usable = memory.usable_bytes(80 * doctor.GIB)
-    peaks = [
-        memory.estimate(config, size, processes=8, device_bytes=80 * doctor.GIB, sharded=sharded).peak
-        for sharded in (False, True)
-    ]
-    assert peaks[1] < usable < peaks[0]
     doctor.examine(config, gpus=8, gpu_memory=80)
+    assert "model sharded by FSDP2" in (text := capsys.readouterr().out)
+    assert "sequences at once" in text
+    assert "usable (the rest is left to CUDA" in text
+    doctor.examine(config, gpus=8, gpu_memory=80, sharded=False)
     assert "PARALLEL=fsdp2" in capsys.readouterr().out

@@ -19,11 +19,12 @@ MAX_VALUES, MAX_DEPTH = 100_000, 50
 """Of a config file: far above what anybody writes."""
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load(path: str | Path, overrides: Sequence[str] = (), *, for_gpus: bool = False) -> Config:
     """Read a YAML config and apply overrides: `key=value`, or further YAML files laid over it.
 
     A file may build on another one: `base: other.yaml`, relative to itself. Sections are merged key by key, anything
-    else is replaced, by what comes later. Raises ConfigError naming the file and the key.
+    else is replaced, by what comes later. `for_gpus`: `model.dtype: auto` is that of GPUs, whatever this machine has.
+    Raises ConfigError naming the file and the key.
     """
     values = _read(Path(path))
     for override in overrides:
@@ -31,7 +32,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             values = _merge(values, _read(Path(override)))
         else:
             apply_override(values, override)
-    return parse(values, source=str(path))
+    return parse(values, source=str(path), for_gpus=for_gpus)
 
 
 def _read(path: Path, built_on_it: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -89,10 +90,10 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def parse(values: dict[str, Any], source: str = "config") -> Config:
+def parse(values: dict[str, Any], source: str = "config", for_gpus: bool = False) -> Config:
     """Validate plain values, as read from YAML. Raises ConfigError."""
     try:
-        return Config.model_validate(_tuples(values))
+        return Config.model_validate(_tuples(values), context={"for_gpus": for_gpus})
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors()]
         raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 from mm_agrae.errors import nearest
 
@@ -44,8 +44,9 @@ class LoraSection(Section):
 class ModelSection(Section):
     path: str
     """A Hugging Face model id or a local folder, vision-language or text-only."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic. What learns is kept in float32 all the same; what is frozen under LoRA is not."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic. What learns is kept in float32 all the same; what is frozen under LoRA is not.
+    auto: bfloat16 on a GPU that computes in it, else float32. Never "auto" once it has been read."""
     attn_implementation: str = "sdpa"
     gradient_checkpointing: bool = False
     freeze: tuple[Literal["language", "vision", "merger", "embeddings"], ...] = ()
@@ -53,6 +54,18 @@ class ModelSection(Section):
     lora: LoraSection | None = None
     trust_remote_code: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @model_validator(mode="after")
+    def _settle_dtype(self, info: ValidationInfo) -> ModelSection:
+        """The one place where auto becomes a dtype: this machine's, or that that of GPUs to plan for."""
+        if self.dtype == "auto":
+            import torch
+
+            planned = bool(info.context and info.context["for_gpus"])
+            here = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.__dict__["dtype"] = "bfloat16" if self.device != "cpu" and (planned or here) else "float32"
+            self.model_fields_set.discard("dtype")  # nobody asked for it: see run.checkpoint.as_begun
+        return self
 
 
 class DataSource(Section):
@@ -129,6 +142,8 @@ class VllmSection(Section):
     """Share of a GPU's memory for weights and KV cache. On a CPU see cache_gib."""
     cache_gib: PositiveInt = 1
     """KV cache on a CPU, in GiB."""
+    max_num_seqs: PositiveInt | None = None
+    """Completions sampled at once; not set: vLLM's own default, 1,024 on an H100 and 256 on smaller GPUs."""
     tensor_parallel: PositiveInt = 1
     sleep: bool = True
     """Free the GPU's memory for the update between rollouts (engine vllm)."""
@@ -330,6 +345,8 @@ class TrainSection(Section):
     seed: int = 0
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
     """With several processes: how long one waits for another before the run ends, naming it."""
+    check_memory: bool = True
+    """On a GPU: refuse at the start what would not fit by doctor's estimate."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainSection:

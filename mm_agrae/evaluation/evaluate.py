@@ -230,26 +230,25 @@ def build_engine(config: Config, path: str) -> tuple[Processing, Policy, Engine]
     return processing, policy, engine
 
 
-def evaluate_checkpoints(
-    models: Sequence[str],
-    config_path: str | None,
-    overrides: Sequence[str],
-    out: Path,
-    load_config: Callable[[str, Sequence[str]], Config],
-) -> int:
-    """Evaluate each model on every evaluation set and write results and samples to `out`.
+def checkpoints_and_config(models: Sequence[str], config_path: str | None) -> tuple[list[str], str]:
+    """What each model stands for (of a run folder, its newest checkpoint), and the file of the config.
 
-    Returns the exit status. Raises ConfigError if no config is given and the first model has none.
+    Raises ConfigError if no config is given and the first model has none.
     """
     paths = [str(checkpoint.newest(Path(model) / "checkpoints") or model) for model in models]
-    if config_path is None:
-        own = Path(paths[0]) / checkpoint.CONFIG_FILE
-        if not own.is_file():
-            raise ConfigError(f"eval: {paths[0]} has no {own.name}; pass a config with --config")
-        config_path = str(own)
-    config = load_config(config_path, overrides)
+    own = Path(paths[0]) / checkpoint.CONFIG_FILE
+    if config_path is None and not own.is_file():
+        raise ConfigError(f"eval: {paths[0]} has no {own.name}; pass a config with --config")
+    return paths, config_path or str(own)
+
+
+def evaluate_checkpoints(models: Sequence[str], paths: Sequence[str], config: Config, out: Path) -> int:
+    """Evaluate each model, which lies in its path, on every evaluation set; write results and samples to `out`.
+
+    Returns the exit status. Raises ConfigError if there is nothing to evaluate on.
+    """
     if not config.data.evaluate:
-        raise ConfigError(f"{config_path}: data.evaluate is empty; add data to evaluate on")
+        raise ConfigError("data.evaluate is empty; add data to evaluate on")
     tasks = {source.label: load_all([source], on_bad_row=config.data.on_bad_row) for source in config.data.evaluate}
     reporter = Reporter()
     run_folder = RunFolder(out).create(configs.dump(config), versions(), resume=True)

@@ -5,6 +5,8 @@ summed over the tensors that a layer keeps for its backward pass (`_layer_bytes`
 families differ somewhat. Prompts and completions are assumed to reach their limits, so a run usually needs less.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +14,114 @@ from typing import Any
 from mm_agrae import config as configs
 from mm_agrae.config import Config
 from mm_agrae.config.reading import apply_override
-from mm_agrae.model.size import ModelSize, measure
+from mm_agrae.errors import ConfigError
+from mm_agrae.model.lora import model_and_adapter
+from mm_agrae.model.size import ModelSize, find_model_config, measure
 from mm_agrae.model.vocab_head import CHUNK_BYTES
 
-RESERVED = 0.06
-"""Share of a GPU's memory that is left to the driver, libraries and fragmentation."""
+GIB = 2**30
+
+# What torch's allocator does not count, rounded up from what vLLM logs on an H100 with an 8B model (vllm-project/vllm
+# #10511: 1.8 GiB outside torch in one process, 3.6 GiB in each of two; #15815 and others: 0.4-0.7 GiB of CUDA graphs).
+# Nothing of it has been measured with this project.
+CONTEXT = GIB  # CUDA's context, and kernels and workspaces of its libraries
+NCCL = 2 * GIB  # buffers of the communicators, with several processes
+ASLEEP = GIB  # what a sleeping vLLM keeps: CUDA graphs, and workspaces outside its pools
+FRAGMENTED = 0.03  # share of a GPU's memory that the allocator holds in pieces too small to use
 
 
-def usable_bytes(device_bytes: int) -> int:
-    """What a run may use of a GPU's memory."""
-    return int(device_bytes * (1 - RESERVED))
+def usable_bytes(config: Config, device_bytes: int, processes: int = 1) -> int:
+    """What the tensors of a run may take of a GPU's memory."""
+    libraries = CONTEXT + NCCL * (processes > 1) + ASLEEP * (config.rollout.engine == "vllm")
+    return int(device_bytes * (1 - FRAGMENTED)) - libraries
+
+
+@dataclass(frozen=True)
+class VllmShare:
+    """What the engine vllm does with its share of a GPU, in bytes."""
+
+    share: int
+    weights: int
+    profile: int
+    """Of the run on its largest batch with which vLLM measures what it may use for its cache; with CUDA graphs."""
+    sequence: int
+    """Cache of one prompt and completion of the rollout, at their limits."""
+    cache: int
+    """Cache that must fit: one group, though vLLM itself would start with one sequence of max_model_len."""
+
+    @property
+    def least(self) -> int:
+        return self.weights + self.profile + self.cache
+
+    @property
+    def sequences(self) -> int:
+        return max(0, self.share - self.weights - self.profile) // self.sequence
+
+    def __str__(self) -> str:
+        inside = f"weights {shown(self.weights)}, profile run and CUDA graphs {shown(self.profile)}, one group "
+        inside += shown(self.cache)
+        return f"{shown(self.share)} of at least {shown(self.least)} ({inside}); {self.sequences} sequences at once"
+
+
+def vllm_share(config: Config, size: ModelSize, device_bytes: int) -> VllmShare:
+    """The arithmetic of vLLM 0.32's start (gpu_worker.determine_available_memory), its profile run an estimate.
+
+    The profile run takes the largest of: gate, up and their product in the MLP; logits, sorted for top-p; images that
+    fill the batch in the vision tower.
+    """
+    settings, text = config.rollout.vllm, size.text
+    large = device_bytes >= 70 * GIB  # where vLLM's own defaults are larger (arg_utils.py)
+    sampled = config.prompt.max_tokens + config.rollout.max_new_tokens
+    length = settings.max_model_len or max(sampled, config.prompt.max_tokens + config.evaluate.max_new_tokens)
+    sequences = settings.max_num_seqs or settings.options.get("max_num_seqs", 1024 if large else 256)
+    tokens = settings.options.get("max_num_batched_tokens", 16384 if large else 8192)
+    tokens = max(1, min(tokens, sequences * length))
+    dtype = config.model.dtype if settings.dtype == "auto" else settings.dtype
+    element = 2 if dtype == "bfloat16" else 4
+    layer = tokens * (3 * _inner(text) + 6 * text.hidden_size) * element
+    sampler = sequences * text.vocab_size * 24
+    tower = features = 0
+    if (vision := getattr(size.config, "vision_config", None)) is not None:
+        tower = 4 * tokens * (3 * _inner(vision) + 12 * vision.hidden_size) * element
+        features = tokens * text.hidden_size * element
+    adapters = size.trainable if size.rank else 0
+    weights = size.parameters - (adapters if settings.sync == "merged" else 0)
+    sequence = kv_cache_bytes(size, 1, sampled, element) // settings.tensor_parallel
+    longest = kv_cache_bytes(size, 1, length, element) // settings.tensor_parallel
+    return VllmShare(
+        share=int(settings.memory_fraction * device_bytes),
+        weights=weights * element // settings.tensor_parallel,
+        profile=max(layer, sampler, tower) + features + GIB,
+        sequence=sequence,
+        cache=max(config.rollout.completions_per_prompt * sequence, longest),
+    )
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a run fits a GPU, and why not."""
+
+    estimate: MemoryEstimate
+    usable: int
+    vllm: VllmShare | None
+    """Of the engine vllm alone."""
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why the run does not fit, one line each; empty if it fits."""
+        found, vllm = [], self.vllm
+        if self.estimate.peak > self.usable:
+            found.append(f"peak {shown(self.estimate.peak)} of {shown(self.usable)} usable")
+        if vllm is not None and vllm.share < vllm.least:
+            found.append(f"vLLM's share (rollout.vllm.memory_fraction) is too small: {vllm}")
+        return found
+
+
+def judge(config: Config, size: ModelSize, *, processes: int, device_bytes: int, sharded: bool) -> Verdict:
+    """Compare what a run takes of each GPU with what there is."""
+    vllm = vllm_share(config, size, device_bytes) if config.rollout.engine == "vllm" else None
+    found = estimate(config, size, processes=processes, device_bytes=device_bytes, sharded=sharded)
+    return Verdict(found, usable_bytes(config, device_bytes, processes), vllm)
 
 
 @dataclass(frozen=True)
@@ -245,35 +345,78 @@ def kv_cache_bytes(size: ModelSize, rows: int, length: int, element: int) -> int
 
 def suggest(
     config: Config, size: ModelSize, *, processes: int, device_bytes: int, sharded: bool = False
-) -> tuple[list[str], MemoryEstimate] | None:
+) -> tuple[list[str], Verdict] | None:
     """Overrides that make the run fit into `device_bytes`, as few as will do; None if none do."""
-    limit = usable_bytes(device_bytes)
     sizes = {_counted(config): size}
 
-    def result(changes: Iterable[str]) -> MemoryEstimate:
+    def result(changes: Iterable[str]) -> Verdict:
         changed = _changed(config, changes)
         key = _counted(changed)
         if key not in sizes:
             sizes[key] = measure(changed, size.config)
-        return estimate(changed, sizes[key], processes=processes, device_bytes=device_bytes, sharded=sharded)
+        return judge(changed, sizes[key], processes=processes, device_bytes=device_bytes, sharded=sharded)
 
     chosen: dict[str, str] = {}
-    for key, value in _candidates(config, size):
-        if result(chosen.values()).peak <= limit:
+    for key, value in _candidates(config, size, device_bytes):
+        if not result(chosen.values()).reasons:
             break
         chosen[key] = f"{key}={value}"
-    if result(chosen.values()).peak > limit:
+    if result(chosen.values()).reasons:
         return None
     for key in list(chosen):
         fewer = [change for other, change in chosen.items() if other != key]
-        if result(fewer).peak <= limit:
+        if not result(fewer).reasons:
             del chosen[key]
     return list(chosen.values()), result(chosen.values())
 
 
-def _candidates(config: Config, size: ModelSize) -> Iterator[tuple[str, str]]:
+def remedies(config: Config, size: ModelSize, *, processes: int, device_bytes: int, sharded: bool) -> list[str]:
+    """What would make a run fit that does not, one line each."""
+    options: dict[str, Any] = {"processes": processes, "device_bytes": device_bytes}
+    lines = []
+    if processes > 1 and not sharded:
+        spread = judge(config, size, sharded=True, **options)
+        if not spread.reasons:
+            lines.append(
+                f"would fit ({shown(spread.estimate.peak)}) with the model sharded over the GPUs: PARALLEL=fsdp2 "
+                "(configs/accelerate/fsdp2.yaml)"
+            )
+    advice = suggest(config, size, sharded=sharded, **options)
+    if advice is None:
+        return [*lines, "no setting makes it fit: a smaller model or a larger GPU is needed"]
+    changes, after = advice
+    # Quoted as one types them in a shell.
+    typed = " ".join(f"'{each}'" if set(each) & set(" {[") else each for each in changes)
+    return [*lines, f"would fit ({shown(after.estimate.peak)}) with: {typed}"]
+
+
+def require_fit(config: Config, *, processes: int, device_bytes: int, sharded: bool) -> None:
+    """Raise ConfigError, saying what would help, for a run that does not fit its GPUs; none if nobody can tell."""
+    options: dict[str, Any] = {"processes": processes, "device_bytes": device_bytes, "sharded": sharded}
+    try:
+        model_config, _ = find_model_config(model_and_adapter(config.model.path)[0], config.model.trust_remote_code)
+        size = measure(config, model_config)
+        reasons = judge(config, size, **options).reasons
+    except Exception:  # loading the model says better what is wrong with it
+        return
+    if reasons:
+        lines = [*reasons, *remedies(config, size, **options)]
+        raise ConfigError(
+            f"this run does not fit GPUs of {shown(device_bytes)} (an estimate; `mm-agrae doctor` shows what takes "
+            "how much, and train.check_memory=false goes on regardless):\n  " + "\n  ".join(lines)
+        )
+
+
+def _candidates(config: Config, size: ModelSize, device_bytes: int) -> Iterator[tuple[str, str]]:
     """Changes in order of their cost, each made on top of the ones before it."""
     rollout, update = config.rollout, config.update
+    if rollout.engine == "vllm":
+        share, fraction = vllm_share(config, size, device_bytes), rollout.vllm.memory_fraction
+        least = -(-100 * share.least // device_bytes) / 100
+        if fraction < least <= 1:
+            yield "rollout.vllm.memory_fraction", str(least)
+        while (fraction := round(fraction - 0.05, 2)) > least:
+            yield "rollout.vllm.memory_fraction", str(fraction)
     if not config.model.gradient_checkpointing:
         yield "model.gradient_checkpointing", "true"
     least = config.prompt.max_tokens + rollout.max_new_tokens
@@ -286,8 +429,8 @@ def _candidates(config: Config, size: ModelSize) -> Iterator[tuple[str, str]]:
         while batch // 2 >= rollout.completions_per_prompt:
             batch //= 2
             yield "rollout.batch_completions", str(batch)
-    elif rollout.engine == "vllm":
-        yield "rollout.vllm.memory_fraction", "0.25"
+    if rollout.engine == "vllm":
+        yield "rollout.engine", "hf"
     if not size.rank:
         if hasattr(size.config, "vision_config") and not config.model.freeze:
             yield "model.freeze", "[vision, embeddings]"
@@ -305,3 +448,8 @@ def _changed(config: Config, changes: Iterable[str]) -> Config:
     for change in changes:
         apply_override(values, change)
     return configs.parse(values)
+
+
+def shown(count: int) -> str:
+    """A number of bytes as people read it."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"

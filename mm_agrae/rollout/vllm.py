@@ -3,6 +3,11 @@
 The engine has its own copy of the weights, which `sync` updates in memory. Starting and sampling
 leave the process's random state unchanged. All of this is tested on CPUs; what only GPUs do
 (sleeping between phases, CUDA graphs) follows vLLM 0.32's sources and has not been run.
+
+Asleep, an engine that gets whole weights drops its own (vLLM's level 2): the next sync brings all of them, which
+`load_weights` checks. vLLM saves and restores buffers (rotary tables, scales) and CUDA graphs (gpu_worker.sleep,
+sleep_mode_backend.CuMemBackend); `clear_inputs` does what remains. With sync=adapter the base weights come from disk
+alone, and are kept in main memory (level 1).
 """
 
 import collections
@@ -25,7 +30,7 @@ from mm_agrae.errors import ConfigError, EngineError
 from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.model.weights import adapter_config, save_adapter
 from mm_agrae.rollout.vllm_common import Progress, Request, VllmBase, max_lora_rank, world_size
-from mm_agrae.rollout.vllm_worker import load_weights, prepare_vllm
+from mm_agrae.rollout.vllm_worker import clear_inputs, load_weights, prepare_vllm
 from mm_agrae.types import Completion, Prompt
 
 
@@ -50,6 +55,7 @@ class VllmEngine(VllmBase):
                 "more processes, or use rollout.engine=vllm_server"
             )
         self._asleep: set[str] = set()
+        self._dropped = False  # whether it has no weights until the next sync
         self._folder = tempfile.TemporaryDirectory(prefix="mm-agrae-adapter-")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # about vLLM's own code
@@ -66,10 +72,13 @@ class VllmEngine(VllmBase):
         weights = self.weights()
         try:
             self._wake("weights")
+            if self._dropped:
+                self._llm.collective_rpc(clear_inputs)
             if self.by_adapter:
                 sent = self._load_adapter(weights)
             else:
                 sent = self._llm.collective_rpc(lambda worker: load_weights(worker, weights))[0]
+            self._dropped = False
             # Both hold what the previous weights made of prompts and images.
             if not self._llm.llm_engine.reset_prefix_cache():
                 raise EngineError("vLLM did not drop prompts that older weights have read")
@@ -90,12 +99,15 @@ class VllmEngine(VllmBase):
             images = {"multi_modal_data": {"image": list(prompt.images)}} if prompt.images else {}
             pairs.append(({"prompt_token_ids": ids, **images}, arguments))
         pairs, own = self._gather(pairs)
+        if self._dropped:  # sampling again without an update in between: all processes do
+            self.sync()
         try:
             self._wake("weights", "kv_cache")
             with _random_state(self.policy.device):
                 outputs = self._sample(pairs, on_progress)
             if self._llm.llm_engine.vllm_config.model_config.enable_sleep_mode:
-                self._llm.sleep(level=1)  # frees the GPU; the weights are kept in main memory
+                self._dropped = not self.by_adapter
+                self._llm.sleep(level=2 if self._dropped else 1)
                 self._asleep = {"weights", "kv_cache"}
         except Exception as error:
             self._lost = f"sampling failed: {error or type(error).__name__}"
@@ -163,7 +175,7 @@ class VllmEngine(VllmBase):
             "dtype": self.dtype,
             "trust_remote_code": policy.settings.trust_remote_code,
             "max_model_len": self.max_tokens,
-            "max_num_seqs": self.batch_completions,
+            "max_num_seqs": settings.max_num_seqs,  # None: vLLM's own, which follows the GPU
             "tensor_parallel_size": settings.tensor_parallel,
             "enforce_eager": settings.enforce_eager or cpu,
             "generation_config": "vllm",  # no sampling defaults from the checkpoint

@@ -102,6 +102,22 @@ def load_weights(worker: Any, weights: Iterable[tuple[str, torch.Tensor]]) -> in
     return loaded_bytes
 
 
+def clear_inputs(worker: Any) -> None:
+    """After a sleep at level 2: zero, as at the start, the inputs that vLLM's V2 runner keeps among the weights.
+
+    Rows that only pad a CUDA graph are read from them, and a rotary position out of range would be a fault.
+    """
+    import torch
+
+    state = getattr(worker.model_runner, "model_state", None)
+    owners = [state, *vars(state).values()] if state is not None else []
+    for owner in owners:
+        if hasattr(owner, "__dict__") and not isinstance(owner, torch.nn.Module):
+            for value in vars(owner).values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()
+
+
 def _incomplete_layers(model: torch.nn.Module) -> set[str]:
     """Layers of which only a part was given, such as keys and values without queries."""
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding

@@ -31,7 +31,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from mm_agrae import __version__
-from mm_agrae.errors import RunFolderError
+from mm_agrae import config as configs
+from mm_agrae.config import Config
+from mm_agrae.errors import ConfigError, RunFolderError
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 
@@ -235,6 +237,17 @@ def candidates(folder: Path) -> list[Path]:
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint of a run's checkpoint folder, if there is one."""
     return next(iter(candidates(folder)), None)
+
+
+def as_begun(config: Config) -> Config:
+    """`config` with the `model.dtype` that the run it goes on with began with, unless a setting names one."""
+    folder = newest(Path(config.run_dir) / "checkpoints") or Path(config.resume)
+    if "dtype" in config.model.model_fields_set:
+        return config
+    with contextlib.suppress(ConfigError):  # there is none, or it is for the checkpointer to report
+        dtype = configs.load(folder / CONFIG_FILE).model.dtype
+        config = config.model_copy(update={"model": config.model.model_copy(update={"dtype": dtype})})
+    return config
 
 
 def point(link: Path, target: str) -> None:

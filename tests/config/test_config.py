@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from mm_agrae import config as configs
 from mm_agrae import tasks
+from mm_agrae.config import ModelSection
 from mm_agrae.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -109,6 +111,28 @@ def test_a_file_that_is_no_config(tmp_path, text, expected):
     assert "bad.yaml" in str(error.value)
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
         configs.load(tmp_path / "absent.yaml")
+
+
+def test_the_dtype_follows_the_machine(tmp_path, monkeypatch):
+    """auto is settled when a config is read, and what the run records is what was settled."""
+    path = tmp_path / "config.yaml"
+
+    def dtype(*overrides, **options):
+        path.write_text(yaml.safe_dump(MINIMAL))
+        config = configs.load(path, overrides, **options)
+        path.write_text(configs.dump(config))
+        assert configs.load(path) == config
+        return config.model.dtype
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dtype() == dtype("model.dtype=auto") == ModelSection(path="x").dtype == "float32"
+    assert dtype(for_gpus=True) == dtype("model.dtype=bfloat16") == "bfloat16"
+    assert dtype("model.device=cpu", for_gpus=True) == "float32"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for supported in (True, False):  # a V100 only emulates it
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, s=supported: s)
+        assert dtype() == ModelSection(path="x").dtype == ("bfloat16" if supported else "float32")
+        assert dtype("model.dtype=float32") == dtype("model.device=cpu") == "float32"
 
 
 def test_plan_counts():

@@ -34,7 +34,7 @@ from mm_agrae.model.processing import Processing
 from mm_agrae.model.weights import full_weights
 from mm_agrae.rollout.mismatch import measure
 from mm_agrae.rollout.vllm import VllmEngine
-from mm_agrae.rollout.vllm_worker import load_weights
+from mm_agrae.rollout.vllm_worker import clear_inputs, load_weights
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
@@ -357,6 +357,44 @@ def test_weights_must_fit_one_to_one(untied, weights):
         untied.engine._llm.collective_rpc(load)
     untied.engine.sync()
     untied.require_same_policy()
+
+
+def test_dropped_weights_come_back_before_anything_is_sampled(untied):
+    """Asleep at level 2, which needs a GPU, vLLM's weights are lost; here they are overwritten."""
+
+    def drop(worker):
+        for parameter in worker.model_runner.get_model().parameters():
+            parameter.data.fill_(float("nan"))
+
+    untied.engine._llm.collective_rpc(drop)
+    untied.engine._dropped = True
+    untied.require_same_policy()
+    assert not untied.engine._dropped
+
+
+def test_inputs_that_a_gpu_keeps_among_its_weights_are_cleared():
+    """vLLM's own state of rotary positions, with what memory may hold after it was dropped."""
+    from vllm.v1.worker.gpu.mm.rope import RopeState
+
+    options = {"num_dims": 3, "max_num_reqs": 2, "max_num_tokens": 8, "max_model_len": 16}
+    try:
+        rope = RopeState(**options, device=torch.device("cpu"))
+    except RuntimeError as error:
+        pytest.skip(f"vLLM makes it on a GPU only: {error}")
+    rope.positions.fill_(1 << 60)
+    head = torch.nn.Linear(2, 2)
+    state = SimpleNamespace(rope_state=rope, encoder_runner=None, model=head)
+    clear_inputs(SimpleNamespace(model_runner=SimpleNamespace(model_state=state)))
+    assert not rope.positions.any()
+    assert head.weight.any()
+
+
+def test_vllm_chooses_how_many_sequences_it_samples_at_once(untied):
+    engine, scheduler = untied.engine, untied.engine._llm.llm_engine.vllm_config.scheduler_config
+    assert scheduler.max_num_seqs == 256  # vLLM's default on a CPU; batch_completions is 64
+    engine.settings = engine.settings.model_copy(update={"max_num_seqs": 7})
+    assert engine._options(cpu=True)["max_num_seqs"] == 7
+    engine.settings = engine.settings.model_copy(update={"max_num_seqs": None})
 
 
 def test_settings_that_cannot_work(untied):

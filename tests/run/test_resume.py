@@ -234,6 +234,19 @@ def test_a_finished_run_is_left_as_it_is(tmp_path):
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "run" / "evaluations").rglob("*")}
 
 
+def test_a_run_keeps_the_dtype_it_began_with(tmp_path):
+    """Begun where auto means bfloat16, and taken up on this machine, where it means float32."""
+    train(tmp_path, TEXT, steps=1, model={"dtype": "bfloat16"})
+    resumed = train(tmp_path, TEXT, steps=2)
+    assert (resumed.steps_done, resumed.config.model.dtype) == (2, "bfloat16")
+    assert configs.load(tmp_path / "config.yaml").model.dtype == "bfloat16"
+    start = str(tmp_path / "checkpoints" / "step_000002")
+    branch = run_config(tmp_path / "branch", TEXT).model_copy(update={"resume": start})
+    assert Trainer(branch, Reporter(enabled=False)).config.model.dtype == "bfloat16"
+    with pytest.raises(ConfigError, match=r"model\.dtype: 'bfloat16' -> 'float32'"):
+        train(tmp_path, TEXT, steps=3, model={"dtype": "float32"})
+
+
 def test_other_settings_are_refused_by_name(tmp_path):
     train(tmp_path / "run", steps=1)
     with pytest.raises(ConfigError, match=r"update\.learning_rate: 0\.001 -> 0\.002"):

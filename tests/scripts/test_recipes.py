@@ -1,6 +1,7 @@
 """The shipped recipes: every config under every overlay is what the paper says; scripts run."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -247,6 +248,28 @@ def test_train_and_evaluate_on_this_machine(environment, tmp_path):
     )  # fmt: skip
     assert "pass@2" in out
     assert {r.name for r in RunFolder(tmp_path / "eval").read_evaluations()} == {"vl", "run"}
+
+
+def test_the_scripts_install_what_the_config_needs(environment, tmp_path):
+    """vLLM's environment where it samples, the extra for GPUs where there is an NVIDIA driver; not otherwise."""
+    (tmp_path / "driver").mkdir()
+    (tmp_path / "driver" / "nvidia-smi").touch(mode=0o755)
+    base, vllm = Path(environment["MM_AGRAE_VENV"]), tmp_path / "vllm"
+    shutil.copytree(base, vllm, symlinks=True)
+    with (vllm / "bin" / "activate").open("a") as file:
+        file.write("echo activated: vLLM\n")
+    inputs = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "scripts/environment.sh")]
+    stamp = subprocess.run(["cksum"], input=b"".join(inputs) + b"vllm==0.32.0\n", capture_output=True)
+    (vllm / ".installed").write_bytes(stamp.stdout)
+    # Without the stamp of the extra the script would begin to install it here.
+    (base / ".installed[gpu]").write_bytes((base / ".installed").read_bytes())
+    env = environment | {"MM_AGRAE_VLLM_VENV": str(vllm), "PATH": f"{tmp_path / 'driver'}:{os.environ['PATH']}"}
+    for engine in ("vllm", "hf"):
+        out = script("train_llm.sh", "configs/quickstart_text.yaml", f"rollout.engine={engine}", "--plan", env=env)
+        assert ("activated: vLLM" in out) == (engine == "vllm")
+        assert "processes: 1 (one), GPUs: 0, threads of each: 1" in out
+        assert "Plan of" in out
+        assert "Installing" not in out
 
 
 def test_an_unknown_strategy_is_refused(environment):

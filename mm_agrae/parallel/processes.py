@@ -83,8 +83,14 @@ class Processes:
 
     @property
     def loading_device(self) -> torch.device:
-        """Where the model is loaded: a whole one may not fit on the device."""
-        return torch.device("cpu") if self.strategy.sharded else self.device
+        """Where the model is loaded.
+
+        A whole one may not fit on the device, nor one for each process in main memory: of a sharded model, processes
+        other than the main one know the shapes alone ("meta") until they get their shards.
+        """
+        if not self.strategy.sharded:
+            return self.device
+        return torch.device("cpu" if self.is_main else "meta")
 
     def note(self, stage: str, step: int) -> None:
         """Publish what this process is doing, for the error messages of those that wait for it."""

@@ -55,7 +55,8 @@ def shard(
     _receive(module, device, ignored)
     root: Any = fully_shard(module, **options)
     # A parameter without a gradient on one process may have one on another.
-    root.set_reduce_scatter_unused_params(True)
+    if hasattr(root, "set_reduce_scatter_unused_params"):  # from torch 2.13 on
+        root.set_reduce_scatter_unused_params(True)
 
 
 @torch.no_grad()
@@ -205,12 +206,16 @@ def whole_state(optimizer: Any, keep: bool = True) -> dict[str, Any]:
 
 
 def load_whole_state(optimizer: Any, found: dict[str, Any]) -> None:
-    """Load what `whole_state` returned into an optimiser, whose parameters may be sharded."""
+    """Load what `whole_state` returned into an optimiser, whose parameters may be sharded.
+
+    All is copied, tensor by tensor: `found` may be a view of a file.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def sharded(value: Any, like: torch.Tensor) -> Any:
-        is_moment = isinstance(value, torch.Tensor) and value.shape == like.shape
-        return shard_like(value, like) if is_moment else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        return shard_like(value, like).to(like.device, copy=True) if value.shape == like.shape else value.clone()
 
     state = {
         index: {name: sharded(value, parameters[index]) for name, value in values.items()}

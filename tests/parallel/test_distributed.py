@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import prepare_multi_gpu_env
 from distributed_worker import first_step
 from helpers import ROOT, VL, run_config
 
@@ -36,13 +38,22 @@ def spread(example, completion):
 """
 
 
+def launcher_environment(*line: str) -> dict[str, str]:
+    """What `accelerate launch` sets; on a CPU it starts several processes by MPI alone."""
+    arguments = _validate_launch_command(launch_command_parser().parse_args([*line, "x.py"]))[0]
+    found = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in found.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
 def start(processes: int, *arguments: str) -> None:
+    launched = launcher_environment("--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1")
+    assert launched["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
     paths = os.pathsep.join([str(ROOT), *sys.path])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     result = subprocess.run(
         [sys.executable, *launch, str(WORKER), *arguments],
         capture_output=True, text=True, timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        env=os.environ | launched | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -84,6 +95,7 @@ def steps(tmp_path_factory):
     }
     for name in RESUMED:  # of one process by two …
         paths["fsdp", f"{name}_resumed"] = second_step(folder / f"one_{name}", f"fsdp_{name}_goes_on")
+        add_damaged_checkpoint(folder / f"fsdp_{name}_goes_on" / "checkpoints")
     start(2, str(folder / "two.pt"), *map(str, paths.values()))
     saved = torch.load(folder / "two.pt", weights_only=False)
     found |= {key: saved[str(path)] for key, path in paths.items()}
@@ -105,6 +117,14 @@ def second_step(run_dir: Path, name: str) -> Path:
     config = configs.load(run_dir.with_suffix(".yaml"), [f"run_dir={copied}", "train.steps=2"])
     path.write_text(configs.dump(config))
     return path
+
+
+def add_damaged_checkpoint(folder: Path) -> None:
+    """A newer one than the whole one there."""
+    shutil.copytree(folder / "step_000001", folder / "step_000002")
+    with (folder / "step_000002" / "training.pt").open("r+b") as file:
+        file.seek(1000)
+        file.write(bytes(8))
 
 
 def apart(a: dict, b: dict) -> tuple[float, float]:
@@ -141,6 +161,10 @@ def test_two_processes_take_the_steps_of_one(steps, strategy, run):
 @pytest.mark.parametrize("run", RESUMED)
 def test_a_run_goes_on_with_another_number_of_processes(steps, run):
     whole = steps["one", f"one_{run}_resumed"]
+    # Of two processes one judges the files, and both pass over the damaged checkpoint.
+    main, other = steps["fsdp", f"{run}_resumed"]["checksums"]
+    assert main == 2 * steps["one", f"fsdp_{run}_resumed"]["checksums"][0] > 0
+    assert other == 0
     for other in (steps["fsdp", f"{run}_resumed"], steps["one", f"fsdp_{run}_resumed"]):
         assert [row["step"] for row in other["metrics"]] == [1, 2]
         assert other["rollouts"] == whole["rollouts"]
@@ -151,15 +175,10 @@ def test_a_run_goes_on_with_another_number_of_processes(steps, run):
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")))
 def test_accelerate_understands_its_configs(file):
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils import prepare_multi_gpu_env
-
-    line = ["--config_file", str(file), "--num_processes", "2", "--num_machines", "1", "x.py"]
-    arguments = _validate_launch_command(launch_command_parser().parse_args(line))[0]
-    assert arguments.mixed_precision == "no"
-    assert arguments.use_fsdp == ("fsdp" in file.name)
-    if arguments.use_fsdp:
-        environment = prepare_multi_gpu_env(arguments)
+    environment = launcher_environment("--config_file", str(file), "--num_processes", "2", "--num_machines", "1")
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert ("ACCELERATE_USE_FSDP" in environment) == ("fsdp" in file.name)
+    if "fsdp" in file.name:
         assert environment["ACCELERATE_USE_FSDP"] == "true"
         assert environment["FSDP_VERSION"] == "2"
         assert environment["FSDP_RESHARD_AFTER_FORWARD"].lower() == "true"

@@ -29,9 +29,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = arguments.command(arguments)
         sys.stdout.flush()
         return status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # A reader such as `head` has closed the pipe; discard what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,6 +36,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        from mm_agrae.run.out_of_memory import explained
+
+        stage = {_eval: "evaluate", _sample: "rollout"}.get(arguments.command, "loading")
+        problem = explained(error, stage=stage)
+        if not isinstance(problem, UserError):
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -30,6 +30,7 @@ from mm_agrae.run import checkpoint, metrics
 from mm_agrae.run.checkpointer import Checkpointer
 from mm_agrae.run.context import RunContext
 from mm_agrae.run.folder import RunFolder, summarise_evaluations
+from mm_agrae.run.out_of_memory import told
 from mm_agrae.run.versions import versions
 from mm_agrae.step import Updater, one_line, rollout_records, step_metrics
 from mm_agrae.tasks import load_all
@@ -40,6 +41,7 @@ class Trainer:
     """A run of one config. Raises UserError for what the user can mend; see `train`."""
 
     @announced
+    @told
     def __init__(self, config: Config, reporter: Reporter | None = None):
         self.config = config
         engine_class(config.rollout.engine)  # a wrong name shows before a model is loaded
@@ -113,6 +115,7 @@ class Trainer:
     # ------------------------------------------------------------------ the run
 
     @announced
+    @told
     def train(self) -> dict[str, Any]:
         """Evaluate, take every step that is left, evaluate again. Returns the run's summary.
 

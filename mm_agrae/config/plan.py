@@ -55,8 +55,20 @@ RESUMABLE = (
     "rollout.mismatch.probe_prompts",
     "rollout.mismatch.warn_above",
     "rollout.mismatch.stop_above",
+    # These bound memory; sums are taken in another order.
+    "update.micro_batch_completions",
+    "update.micro_batch_tokens",
+    "model.gradient_checkpointing",
+    "rollout.batch_completions",
+    "rollout.vllm.memory_fraction",
+    "rollout.vllm.sleep",
 )
-"""What a resumed run may change: nothing here has a say in the weights."""
+"""What a resumed run may change: nothing here has a say in the weights, but for rounding."""
+
+
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value of this setting."""
+    return any(key == free or key.startswith(f"{free}.") for free in RESUMABLE)
 
 
 def contradictions(config: Config, earlier: Config) -> list[str]:
@@ -64,8 +76,7 @@ def contradictions(config: Config, earlier: Config) -> list[str]:
     new, old = _flat(public(config)), _flat(public(earlier))
     found = []
     for key in sorted(new.keys() | old.keys()):
-        same = new.get(key) == old.get(key)
-        if same or any(key == free or key.startswith(f"{free}.") for free in RESUMABLE):
+        if new.get(key) == old.get(key) or may_change(key):
             continue
         if key in ("train.steps", "train.epochs") and config.update.schedule == "constant":
             continue  # a longer or shorter run with a constant rate is the same run

@@ -48,6 +48,7 @@ RESUMABLE = (
     "log",
     "data.evaluate",
     "train.timeout_minutes",
+    "train.deterministic",
     "rollout.vllm.servers",
     "rollout.vllm.start_limit_s",
     "rollout.vllm.request_limit_s",

@@ -54,8 +54,10 @@ def shard(
             fully_shard(unit, reshard_after_forward=reshard_after_forward, **options)
     _receive(module, device, ignored)
     root: Any = fully_shard(module, **options)
-    # A parameter without a gradient on one process may have one on another.
-    if hasattr(root, "set_reduce_scatter_unused_params"):  # from torch 2.13 on
+    # A parameter without a gradient on one process may have one on another. Below torch 2.13, which lacks this, that
+    # would be a reduce-scatter of different sizes, which hangs. It does not come up here: each micro-batch runs the
+    # text model, and a trained vision tower, on a dummy image if there is none.
+    if hasattr(root, "set_reduce_scatter_unused_params"):
         root.set_reduce_scatter_unused_params(True)
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from mm_agrae.config import Config
 from mm_agrae.config.plan import may_change
-from mm_agrae.errors import OutOfMemoryError
+from mm_agrae.errors import OutOfMemoryError, ProcessError
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -68,7 +68,7 @@ def explained(error: Exception, config: Config | None = None, stage: str = "load
 
     `stage` is where it was if `during` has not noted another one.
     """
-    if isinstance(error, OutOfMemoryError):
+    if isinstance(error, OutOfMemoryError | ProcessError):  # of this process, or of another one
         return error
     found: BaseException | None = error
     chain = []

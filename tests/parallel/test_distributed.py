@@ -3,6 +3,7 @@
 One launch for all runs: most of the time goes into starting processes.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import prepare_multi_gpu_env
 from distributed_worker import first_step
-from helpers import ROOT, VL, run_config
+from helpers import ROOT, TEXT, VL, run_config
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mm_agrae import config as configs
 
@@ -45,13 +48,13 @@ def launcher_environment(*line: str) -> dict[str, str]:
     return {name: value for name, value in found.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
-def start(processes: int, *arguments: str) -> None:
+def start(processes: int, *arguments: str, worker: Path = WORKER) -> None:
     launched = launcher_environment("--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1")
     assert launched["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
     paths = os.pathsep.join([str(ROOT), *sys.path])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     result = subprocess.run(
-        [sys.executable, *launch, str(WORKER), *arguments],
+        [sys.executable, *launch, str(worker), *arguments],
         capture_output=True, text=True, timeout=600,
         env=os.environ | launched | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
     )  # fmt: skip
@@ -171,6 +174,30 @@ def test_a_run_goes_on_with_another_number_of_processes(steps, run):
         # Both steps: Adam's moments have come along.
         assert apart(whole["learning"], other["learning"])[0] < 1e-5
     assert apart(whole["learning"], steps["one", run]["learning"])[0] > 1e-3
+
+
+def test_one_process_loads_the_model(tmp_path):
+    """The other keeps its half and one layer: nothing of it was ever the whole model."""
+    model = AutoConfig.from_pretrained(TEXT)
+    model.update({"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "layer_types": ["full_attention"] * 8})
+    shutil.copytree(TEXT, tmp_path / "model")
+    made = AutoModelForCausalLM.from_config(model, dtype=torch.bfloat16)
+    made.save_pretrained(tmp_path / "model")
+    # Stored twice, tied weights can be told only by who has their values.
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = run_config(tmp_path / "run", str(tmp_path / "model"))
+    (tmp_path / "config.yaml").write_text(configs.dump(config))
+    worker = WORKER.with_name("loading_worker.py")
+    start(2, str(tmp_path / "config.yaml"), str(tmp_path / "found"), worker=worker)
+    main, other = (json.loads((tmp_path / f"found.{rank}").read_text()) for rank in (0, 1))
+    assert main["different"] == other["different"] == []
+    assert main["repeats_because"] == other["repeats_because"] == ""
+    assert main["tied"] == other["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert main["grown"] > 0.95
+    assert other["grown"] < 0.8
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")))

@@ -1,4 +1,4 @@
-"""`mm-agrae ARGUMENTS` in a process whose memory ends in the stage that STARVED names: "update" of step 2, "loading"."""
+"""`mm-agrae ARGUMENTS` in a process whose memory ends in a stage: STARVED is "update" (of step 2) or "loading"."""
 
 import os
 import resource

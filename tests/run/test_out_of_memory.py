@@ -21,7 +21,7 @@ CUDA = (
     "free. Including non-PyTorch memory, this process has 78.60 GiB memory in use. Of the allocated memory 75.11 GiB "
     "is allocated by PyTorch, and 1.50 GiB is reserved by PyTorch but unallocated."
 )
-CPU = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate {} bytes."
+CPU = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate {} bytes."
 LARGE = {
     "rollout": {"prompts_per_step": 8, "completions_per_prompt": 8, "max_new_tokens": 128, "engine": "hf"},
     "update": {"micro_batch_completions": 64},

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_agrae import __version__
 from mm_agrae.errors import ConfigError, UserError
+from mm_agrae.out_of_memory import explained
 
 if TYPE_CHECKING:
     from mm_agrae.config import Config
@@ -37,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        from mm_agrae.run.out_of_memory import explained
-
         stage = {_eval: "evaluate", _sample: "rollout"}.get(arguments.command, "loading")
         problem = explained(error, stage=stage)
         if not isinstance(problem, UserError):

@@ -24,8 +24,8 @@ from mm_agrae.config import Config
 from mm_agrae.errors import ModelError
 from mm_agrae.loss import LossOutput, SamplerWeight
 from mm_agrae.model.policy import Policy
+from mm_agrae.out_of_memory import during
 from mm_agrae.run.context import RunContext
-from mm_agrae.run.out_of_memory import during
 from mm_agrae.run.records import RolloutRecord
 from mm_agrae.types import Group, MicroBatch
 

@@ -31,7 +31,6 @@ from mm_agrae.run import checkpoint, metrics
 from mm_agrae.run.checkpointer import Checkpointer
 from mm_agrae.run.context import RunContext
 from mm_agrae.run.folder import RunFolder, summarise_evaluations
-from mm_agrae.run.out_of_memory import told
 from mm_agrae.run.versions import versions
 from mm_agrae.step import Updater, one_line, rollout_records, step_metrics
 from mm_agrae.tasks import load_all
@@ -42,7 +41,6 @@ class Trainer:
     """A run of one config. Raises UserError for what the user can mend; see `train`."""
 
     @announced
-    @told
     def __init__(self, config: Config, reporter: Reporter | None = None):
         self.config = config
         if config.train.deterministic:
@@ -62,19 +60,17 @@ class Trainer:
         self._load_data()
         with self.processes.explained():
             self._load_model()
-            context = RunContext(config, self.processes, self.run, self.reporter, self.stopwatch)
-            self.updater = Updater(context, self.policy, total_steps=self.total_steps, exact_engine=self.engine.exact)
-            self.collector = Collector(context, self.task, self.processing, self.policy, self.engine)
-            self.checkpointer = Checkpointer(
-                context,
-                self.policy,
-                self.processing,
-                optimizer=self.updater.optimizer,
-                scheduler=self.updater.scheduler,
-            )
-            if (state := self.checkpointer.restore()) is not None:
-                self._load_state(state)
-            self.processes.barrier("resume")  # before the main process tidies up the run folder
+        context = RunContext(config, self.processes, self.run, self.reporter, self.stopwatch)
+        self.updater = Updater(context, self.policy, total_steps=self.total_steps, exact_engine=self.engine.exact)
+        self.collector = Collector(context, self.task, self.processing, self.policy, self.engine)
+        self.checkpointer = Checkpointer(
+            context, self.policy, self.processing, optimizer=self.updater.optimizer, scheduler=self.updater.scheduler
+        )
+        with self.processes.explained():
+            state = self.checkpointer.restore()
+        if state is not None:
+            self._load_state(state)
+        self.processes.barrier("resume")  # before the main process tidies up the run folder
         self._whole_step = self._state()
 
     def _load_data(self) -> None:
@@ -124,7 +120,6 @@ class Trainer:
     # ------------------------------------------------------------------ the run
 
     @announced
-    @told
     def train(self) -> dict[str, Any]:
         """Evaluate, take every step that is left, evaluate again. Returns the run's summary.
 

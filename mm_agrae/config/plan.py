@@ -67,17 +67,13 @@ RESUMABLE = (
 """What a resumed run may change: nothing here has a say in the weights, but for rounding."""
 
 
-def may_change(key: str) -> bool:
-    """Whether a resumed run may have another value of this setting."""
-    return any(key == free or key.startswith(f"{free}.") for free in RESUMABLE)
-
-
 def contradictions(config: Config, earlier: Config) -> list[str]:
     """Settings that would make a resumed run another run: "key: earlier value -> new value"."""
     new, old = _flat(public(config)), _flat(public(earlier))
     found = []
     for key in sorted(new.keys() | old.keys()):
-        if new.get(key) == old.get(key) or may_change(key):
+        same = new.get(key) == old.get(key)
+        if same or any(key == free or key.startswith(f"{free}.") for free in RESUMABLE):
             continue
         if key in ("train.steps", "train.epochs") and config.update.schedule == "constant":
             continue  # a longer or shorter run with a constant rate is the same run

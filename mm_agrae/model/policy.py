@@ -352,13 +352,9 @@ class Policy(nn.Module):
         # transformers may store parameters under other names than it uses, so it reads them too.
         # With this model's config: a damaged checkpoint's may ask for a model of any size.
         config, dtype = copy.deepcopy(self.model.config), next(self.model.parameters()).dtype
+        where = "meta" if self._is_empty else None
         saved, found = type(self.model).from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            device_map="meta" if self._is_empty else None,
-            use_safetensors=True,
-            output_loading_info=True,
+            folder, config=config, dtype=dtype, device_map=where, use_safetensors=True, output_loading_info=True
         )
         if missing := sorted(found["missing_keys"]):
             raise ModelError(f"{folder} lacks {len(missing)} weights (such as {missing[0]})")

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from mm_agrae.config import Config
 from mm_agrae.errors import ConfigError, ProcessError
+from mm_agrae.out_of_memory import explained
 from mm_agrae.parallel.strategies import backend, check_environment, make_strategy
 from mm_agrae.parallel.watchdog import GRACE_S, Watchdog
 
@@ -38,16 +39,19 @@ def _timeout(config: Config) -> timedelta:
 
 
 def announced(method: Method) -> Method:
-    """For methods of an object with `processes`: tell the other ranks what ends this one."""
+    """For methods of an object with `processes` and `config`: tell the other ranks what ends this one."""
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except BaseException as error:
+            problem = explained(error, self.config)
             if processes := getattr(self, "processes", None):
-                processes.announce(error)
-            raise
+                processes.announce(problem)
+            if problem is error:
+                raise
+            raise problem from error
 
     return cast(Method, run)
 

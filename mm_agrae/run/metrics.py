@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_agrae.errors import ConfigError
+from mm_agrae.out_of_memory import during
 from mm_agrae.run.folder import RunFolder
-from mm_agrae.run.out_of_memory import during
 
 if TYPE_CHECKING:
     from accelerate.tracking import GeneralTracker

@@ -11,9 +11,10 @@ import torch
 from helpers import TEXT, run_config
 
 from mm_agrae import config as configs
+from mm_agrae.config.plan import RESUMABLE
 from mm_agrae.errors import EngineError, OutOfMemoryError
+from mm_agrae.out_of_memory import SETTINGS, during, explained
 from mm_agrae.progress import Reporter
-from mm_agrae.run.out_of_memory import during, explained
 from mm_agrae.trainer import Trainer
 
 CUDA = (
@@ -83,6 +84,13 @@ def test_advice_begins_with_what_costs_least(tmp_path, stage, sections, first, a
     )
     assert advice.startswith(first)
     assert absent not in advice
+
+
+def test_a_resumed_run_may_change_what_is_not_marked():
+    names = {entry.partition("=")[0] for entry in " ".join(SETTINGS.values()).split()} - {"FSDP2"}
+    for name in names:
+        free = any(f"{name}.".startswith(f"{each}.") for each in RESUMABLE)
+        assert free != name.startswith("*"), name
 
 
 def test_the_cause_of_another_error_counts():

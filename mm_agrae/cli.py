@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm_agrae import __version__
 from mm_agrae.errors import ConfigError, UserError
+from mm_agrae.out_of_memory import explained
 
 if TYPE_CHECKING:
     from mm_agrae.config import Config
@@ -29,9 +30,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = arguments.command(arguments)
         sys.stdout.flush()
         return status
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:
         # A reader such as `head` has closed the pipe; discard what is still buffered.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -39,6 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        stage = {_eval: "evaluate", _sample: "rollout"}.get(arguments.command, "loading")
+        problem = explained(error, stage=stage)
+        if not isinstance(problem, UserError):
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

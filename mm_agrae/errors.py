@@ -38,6 +38,10 @@ class EngineError(UserError):
     """A rollout engine cannot start, cannot take the weights, or is lost."""
 
 
+class OutOfMemoryError(UserError):
+    """The memory of the device or of the machine is full."""
+
+
 class ProcessError(UserError):
     """Another process of the run has failed, is gone, or does not come."""
 

@@ -24,6 +24,7 @@ from mm_agrae.config import Config
 from mm_agrae.errors import ModelError
 from mm_agrae.loss import LossOutput, SamplerWeight
 from mm_agrae.model.policy import Policy
+from mm_agrae.out_of_memory import during
 from mm_agrae.run.context import RunContext
 from mm_agrae.run.records import RolloutRecord
 from mm_agrae.types import Group, MicroBatch
@@ -89,7 +90,8 @@ class Updater:
             if off_policy:
                 batch.old_logp_BT = self.module(batch)[0]
             if update.kl_coef > 0:
-                batch.ref_logp_BT = self.policy.reference_logprobs(batch)
+                with during("reference"):
+                    batch.ref_logp_BT = self.policy.reference_logprobs(batch)
 
     def backward(self, batch: MicroBatch, denominator: losses.Denominator, totals: UpdateTotals) -> None:
         update = self.config.update

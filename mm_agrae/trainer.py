@@ -7,6 +7,7 @@ goes through `self.processes`.
 
 import contextlib
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ class Trainer:
     @announced
     def __init__(self, config: Config, reporter: Reporter | None = None):
         self.config = config = checkpoint.as_begun(config)
+        if config.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
+            torch.use_deterministic_algorithms(True)
         engine_class(config.rollout.engine)  # a wrong name shows before a model is loaded
         self.processes = Processes(config)
         self.rank, self.world = self.processes.rank, self.processes.world
@@ -56,14 +60,17 @@ class Trainer:
         self.tokens_seen = 0
         self._check_device()
         self._load_data()
-        self._load_model()
+        with self.processes.explained():
+            self._load_model()
         context = RunContext(config, self.processes, self.run, self.reporter, self.stopwatch)
         self.updater = Updater(context, self.policy, total_steps=self.total_steps, exact_engine=self.engine.exact)
         self.collector = Collector(context, self.task, self.processing, self.policy, self.engine)
         self.checkpointer = Checkpointer(
             context, self.policy, self.processing, optimizer=self.updater.optimizer, scheduler=self.updater.scheduler
         )
-        if (state := self.checkpointer.restore()) is not None:
+        with self.processes.explained():
+            state = self.checkpointer.restore()
+        if state is not None:
             self._load_state(state)
         self.processes.barrier("resume")  # before the main process tidies up the run folder
         self._whole_step = self._state()

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mm_agrae"
 
 LAYERS = [
-    {"__init__", "errors", "types", "advantage", "loss", "progress", "grading"},
+    {"__init__", "errors", "out_of_memory", "types", "advantage", "loss", "progress", "grading"},
     {"config"},
     {"batching", "parallel", "tasks", "rewards"},
     {"model"},

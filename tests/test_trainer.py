@@ -1,6 +1,7 @@
 """The loop on the embedded checkpoints: what a run leaves behind, and that it is exact."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -358,3 +359,17 @@ def test_a_row_that_the_engine_refuses(tmp_path, on_bad_row):
     rows = RunFolder(config.run_dir).read_rollouts(1)
     assert len(rows) == 16
     assert not set(refused) & {row["example_id"] for row in rows if row["step"] == 1}
+
+
+def test_deterministic_algorithms_alone_if_asked_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    any_order = torch.zeros(1), torch.tensor([0, 0]), torch.ones(2)
+    try:
+        train(tmp_path / "run", TEXT, train={"steps": 1, "deterministic": True})
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            any_order[0].put_(*any_order[1:])
+    finally:
+        torch.use_deterministic_algorithms(False)
+        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    any_order[0].put_(*any_order[1:])

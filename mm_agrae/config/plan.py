@@ -49,6 +49,7 @@ RESUMABLE = (
     "data.evaluate",
     "train.timeout_minutes",
     "train.check_memory",
+    "train.deterministic",
     "rollout.vllm.servers",
     "rollout.vllm.start_limit_s",
     "rollout.vllm.request_limit_s",
@@ -56,8 +57,15 @@ RESUMABLE = (
     "rollout.mismatch.probe_prompts",
     "rollout.mismatch.warn_above",
     "rollout.mismatch.stop_above",
+    # These bound memory; sums are taken in another order.
+    "update.micro_batch_completions",
+    "update.micro_batch_tokens",
+    "model.gradient_checkpointing",
+    "rollout.batch_completions",
+    "rollout.vllm.memory_fraction",
+    "rollout.vllm.sleep",
 )
-"""What a resumed run may change: nothing here has a say in the weights."""
+"""What a resumed run may change: nothing here has a say in the weights, but for rounding."""
 
 
 def contradictions(config: Config, earlier: Config) -> list[str]:

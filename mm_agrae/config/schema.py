@@ -343,6 +343,9 @@ class TrainSection(Section):
     epochs: PositiveInt | None = None
     """Passes over the training data."""
     seed: int = 0
+    deterministic: bool = False
+    """Use torch's deterministic algorithms alone, which are slower: on a GPU, attention's backward pass and others sum
+    in any order. An operation without one ends the run, naming it."""
     timeout_minutes: Annotated[float, Field(gt=0)] = 30.0
     """With several processes: how long one waits for another before the run ends, naming it."""
     check_memory: bool = True

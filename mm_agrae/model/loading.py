@@ -20,15 +20,16 @@ LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_
 """Config fields of families that rescale or cap the logits after the vocabulary head."""
 
 
-def load_model(settings: ModelSection) -> Any:
+def load_model(settings: ModelSection, *, empty: bool = False) -> Any:
     """The model of `settings.path` with what `settings` freezes, adapts and checkpoints.
 
+    `empty` leaves its weights on "meta", for a process that gets them from another one.
     Raises ModelError naming `model.path` if it cannot be loaded or its family does not fit.
     """
     prepare()
     path, adapter = model_and_adapter(settings.path)
     adapted = settings.lora is not None or adapter is not None
-    model = _pretrained(settings, path, adapted)
+    model = _pretrained(settings, path, adapted, "meta" if empty else None)
     modules = freeze_modules(model, settings, path)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -59,13 +60,14 @@ def freeze_modules(model: Any, settings: ModelSection, path: str) -> dict[str, n
     return modules
 
 
-def _pretrained(settings: ModelSection, path: str, adapted: bool) -> Any:
+def _pretrained(settings: ModelSection, path: str, adapted: bool, device: str | None) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     frozen_dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     options: dict[str, Any] = {
         # Trained weights stay in float32: at these learning rates bfloat16 rounds updates away.
         "dtype": frozen_dtype if adapted else torch.float32,
+        "device_map": device,
         "attn_implementation": settings.attn_implementation,
         "trust_remote_code": settings.trust_remote_code,
         "use_safetensors": True,  # other weight files are pickles, which may run code

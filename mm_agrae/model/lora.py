@@ -97,7 +97,8 @@ def load_lora(hf: Any, adapter: str, lora: LoraSection | None) -> Any:
         adapted = PeftModel(hf, config)
     except Exception as error:
         raise _unfit(adapter, hf, one_line(error)) from None
-    load_lora_weights(adapted, adapter)
+    if not next(hf.parameters()).is_meta:  # where another process sends the weights
+        load_lora_weights(adapted, adapter)
     lora_linear.install(adapted)
     return adapted
 

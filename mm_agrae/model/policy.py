@@ -64,7 +64,8 @@ class Policy(nn.Module):
         self.pad_id = processing.pad_id
         self.temperature = temperature
         self.entropy_grad = entropy_grad
-        self.model = load_model(settings)
+        self._is_empty = torch.device(device).type == "meta"  # until the main process sends the weights
+        self.model = load_model(settings, empty=self._is_empty)
         self.version = 0
         """Number of optimiser steps taken; completions carry the version that sampled them."""
         self._reference_model: list[nn.Module] = []  # in a list, so that it is no submodule
@@ -213,7 +214,7 @@ class Policy(nn.Module):
     # ------------------------------------------------------------------ shared prompts
 
     def _share_prompts(self, wanted: str) -> str:
-        if wanted == "off":
+        if wanted == "off" or self._is_empty:
             return "update.shared_prompt is off"
         reason = sharing.unsupported_reason(self.hf, self.autocast)
         if reason is None:
@@ -265,6 +266,10 @@ class Policy(nn.Module):
         """
         self._barrier, self._always_runs_vision = barrier, self.update_runs_vision
         if shard is not None:
+            barrier()
+            self.repeats_because = sharding.agree_with_main(self.hf, self.repeats_because)
+            if self._is_empty and not self.repeats_because:
+                sharing.install(self.hf)
             self._replica = sharding.GatheredReplica(self.model)
             frozen = [model_modules(self.hf)["vision"]] if self.image_features.frozen else []
             shard(self, getattr(self.hf, "_no_split_modules", None) or (), frozen)
@@ -353,13 +358,17 @@ class Policy(nn.Module):
         # transformers may store parameters under other names than it uses, so it reads them too.
         # With this model's config: a damaged checkpoint's may ask for a model of any size.
         config, dtype = copy.deepcopy(self.model.config), next(self.model.parameters()).dtype
+        where = "meta" if self._is_empty else None
         saved, found = type(self.model).from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
+            folder, config=config, dtype=dtype, device_map=where, use_safetensors=True, output_loading_info=True
         )
         if missing := sorted(found["missing_keys"]):
             raise ModelError(f"{folder} lacks {len(missing)} weights (such as {missing[0]})")
         if self.is_sharded:
-            self._set_weights(dict(saved.named_parameters()))
+            values = dict(saved.named_parameters(remove_duplicate=False))
+            self._barrier()
+            for name, parameter in self.model.named_parameters():
+                sharding.set_parameter(parameter, sharding.from_main(values[name], parameter.device))
         else:
             self.model.load_state_dict(saved.state_dict())
 

@@ -281,20 +281,22 @@ def require_agreement(
 ) -> None:
     """Compare log-probabilities (nats) of both ways. Raises ModelError if they disagree.
 
-    Meant for the first micro-batch of a run, with real prompts and images. `dtype` is the
-    precision that the model computes in.
+    Meant for the first micro-batch of a run, with real prompts and images. `dtype` is the precision that the model
+    computes in: in 16 bits the 1 % of tokens that differ most do not count but in the mean, as rounding alone may move
+    an unlikely token by more than a nat.
     """
     error_N = (shared_BT - repeated_BT).detach().abs()[mask_BT.bool()].float()
     if not error_N.numel():
         return
-    mean, largest = float(error_N.mean()), float(error_N.max())
     # Image tokens with wrong positions move log-probabilities by as little as 2e-3.
-    allowed = (1e-4, 1e-3) if dtype.itemsize > 2 else (3e-2, 1.0)
+    exact = dtype.itemsize > 2
+    share, *allowed = (1.0, 1e-4, 1e-3) if exact else (0.99, 3e-2, 0.3)
+    mean, largest = float(error_N.mean()), float(error_N.sort().values[int(share * (len(error_N) - 1))])
     if not (mean <= allowed[0] and largest <= allowed[1]):
         raise ModelError(
             f"the shared-prompt update differs from the repeated batch: log-probabilities by "
-            f"{mean:.1e} on average and {largest:.1e} at most (allowed {allowed[0]:.0e} and "
-            f"{allowed[1]:.0e}); set update.shared_prompt=off"
+            f"{mean:.1e} on average and {largest:.1e} at most{'' if exact else ' in 99 % of tokens'} (allowed "
+            f"{allowed[0]:.0e} and {allowed[1]:.0e}); set update.shared_prompt=off"
         )
 
 

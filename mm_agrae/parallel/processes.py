@@ -19,6 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 
 from mm_agrae.config import Config
 from mm_agrae.errors import ConfigError, ProcessError
+from mm_agrae.out_of_memory import explained
 from mm_agrae.parallel.strategies import backend, check_environment, make_strategy
 from mm_agrae.parallel.watchdog import GRACE_S, Watchdog
 
@@ -38,16 +39,19 @@ def _timeout(config: Config) -> timedelta:
 
 
 def announced(method: Method) -> Method:
-    """For methods of an object with `processes`: tell the other ranks what ends this one."""
+    """For methods of an object with `processes` and `config`: tell the other ranks what ends this one."""
 
     @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
         except BaseException as error:
+            problem = explained(error, self.config)
             if processes := getattr(self, "processes", None):
-                processes.announce(error)
-            raise
+                processes.announce(problem)
+            if problem is error:
+                raise
+            raise problem from error
 
     return cast(Method, run)
 
@@ -83,8 +87,14 @@ class Processes:
 
     @property
     def loading_device(self) -> torch.device:
-        """Where the model is loaded: a whole one may not fit on the device."""
-        return torch.device("cpu") if self.strategy.sharded else self.device
+        """Where the model is loaded.
+
+        A whole one may not fit on the device, nor one for each process in main memory: of a sharded model, processes
+        other than the main one know the shapes alone ("meta") until they get their shards.
+        """
+        if not self.strategy.sharded:
+            return self.device
+        return torch.device("cpu" if self.is_main else "meta")
 
     def note(self, stage: str, step: int) -> None:
         """Publish what this process is doing, for the error messages of those that wait for it."""

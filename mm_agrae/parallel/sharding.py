@@ -8,7 +8,7 @@ both a `GatheredReplica` of the model is filled with gathered weights, used with
 
 import copy
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+Value = TypeVar("Value")
 
 
 def shard(
@@ -29,12 +31,16 @@ def shard(
 ) -> None:
     """Shard the parameters of `module` over all processes, in place, and move it to `device`.
 
+    The main process's values count; on the others parameters and buffers may be on "meta". They are sent unit by unit,
+    so that only the main process ever holds more than its shards and one unit.
+
     Every submodule of a class named in `layers` is a unit; what is left is one more, gathered for
     the whole of the module's forward and backward pass. The parts in `whole`, frozen ones that
     are also used elsewhere, are kept whole on every process. With `offload` shards, gradients and
     optimiser state stay in the CPU's memory, and a unit is copied to the device when it is used.
     """
-    kept = [part.to(device) for part in whole]
+    for part in (kept := list(whole)):
+        _receive(part, device)
     ignored = {parameter for part in kept for parameter in part.parameters()}
     offloading = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     options: dict[str, Any] = {
@@ -44,11 +50,59 @@ def shard(
     }
     for unit in [each for each in module.modules() if type(each).__name__ in layers]:
         if not ignored.issuperset(unit.parameters()):
+            _receive(unit, device, ignored)
             fully_shard(unit, reshard_after_forward=reshard_after_forward, **options)
+    _receive(module, device, ignored)
     root: Any = fully_shard(module, **options)
-    # A parameter without a gradient on one process may have one on another. Before torch 2.13 there is no such call.
+    # A parameter without a gradient on one process may have one on another. Below torch 2.13, which lacks this, that
+    # would be a reduce-scatter of different sizes, which hangs. It does not come up here: each micro-batch runs the
+    # text model, and a trained vision tower, on a dummy image if there is none.
     if hasattr(root, "set_reduce_scatter_unused_params"):
         root.set_reduce_scatter_unused_params(True)
+
+
+@torch.no_grad()
+def _receive(module: nn.Module, device: torch.device, done: Collection[torch.Tensor] = ()) -> None:
+    """Put the main process's values into a module, on `device`; not into shards and parameters that are `done`."""
+    received: dict[torch.Tensor, torch.Tensor] = {}  # tied ones once
+    kinds = {"_parameters": module.named_parameters, "_buffers": module.named_buffers}
+    for kind, named in kinds.items():
+        for name, tensor in list(named(remove_duplicate=False)):
+            if isinstance(tensor, DTensor) or tensor in done:
+                continue
+            if tensor not in received:
+                value = from_main(tensor, device)
+                if not tensor.is_meta:
+                    tensor.data, value = value, tensor
+                elif isinstance(tensor, nn.Parameter):
+                    value = nn.Parameter(value, tensor.requires_grad)
+                received[tensor] = value
+            _assign(module, kind, name, received[tensor])
+
+
+def from_main(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The main process's tensor, on `device`, by a collective call; the others may give one on "meta"."""
+    tensor = tensor.detach()
+    value = torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device).contiguous()
+    dist.broadcast(value, 0)
+    return value
+
+
+def agree_with_main(hf: nn.Module, value: Value) -> Value:
+    """The main process's `value`, by a collective call; and tie the parameters of `hf` that it ties.
+
+    Whether a checkpoint ties weights that it stores twice, transformers can tell only from their values.
+    """
+    model: Any = hf
+    first: dict[int, str] = {}
+    tied = {name: first.setdefault(id(p), name) for name, p in hf.named_parameters(remove_duplicate=False)}
+    box = [value, tied, model.all_tied_weights_keys]
+    dist.broadcast_object_list(box, 0)
+    value, tied, model.all_tied_weights_keys = box
+    parameters = dict(hf.named_parameters(remove_duplicate=False))
+    for name, source in tied.items():
+        _assign(hf, "_parameters", name, parameters[source])
+    return value
 
 
 def reshard(module: nn.Module) -> None:
@@ -154,12 +208,16 @@ def whole_state(optimizer: Any, keep: bool = True) -> dict[str, Any]:
 
 
 def load_whole_state(optimizer: Any, found: dict[str, Any]) -> None:
-    """Load what `whole_state` returned into an optimiser, whose parameters may be sharded."""
+    """Load what `whole_state` returned into an optimiser, whose parameters may be sharded.
+
+    All is copied, tensor by tensor: `found` may be a view of a file.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def sharded(value: Any, like: torch.Tensor) -> Any:
-        is_moment = isinstance(value, torch.Tensor) and value.shape == like.shape
-        return shard_like(value, like) if is_moment else value
+        if not isinstance(value, torch.Tensor):
+            return value
+        return shard_like(value, like).to(like.device, copy=True) if value.shape == like.shape else value.clone()
 
     state = {
         index: {name: sharded(value, parameters[index]) for name, value in values.items()}

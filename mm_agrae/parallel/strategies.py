@@ -64,8 +64,6 @@ class Fsdp2(Replicated):
     def _shard(self, module: nn.Module, layers: Collection[str], whole: Iterable[nn.Module]) -> None:
         # accelerate itself ignores what its launcher was told about FSDP on a CPU.
         plugin = FullyShardedDataParallelPlugin()
-        # Every process reads the weights: ranks compare the model's forms with each other.
-        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
         shard(
             module,
             layers,
@@ -101,7 +99,13 @@ def backend(on_cpu: bool) -> str | None:
 
 
 def check_environment() -> None:
-    """Raise ConfigError for settings of accelerate's launcher that are not supported."""
+    """Raise ConfigError for settings of accelerate's launcher that are not supported.
+
+    Call it before anything is loaded: it changes one that would be harmful.
+    """
+    # Asked for it, transformers gives all ranks but 0 zeros for weights, and expects accelerate to send them.
+    # `Processes.loading_device` loads once too, without that memory and also on resuming.
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         raise ConfigError(
             "the accelerate config asks for DeepSpeed, which is not supported; use "

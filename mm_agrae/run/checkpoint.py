@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
@@ -180,16 +180,17 @@ def written_whole(folder: Path) -> Iterator[Path]:
         ) from error
 
 
-def restore(folder: Path, policy: Policy) -> tuple[dict[str, Any], dict[str, Any]]:
+def restore(folder: Path, policy: Policy, bad: Sequence[str] | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Put a checkpoint's weights into `policy`, which has the same architecture.
 
-    Returns (state, training) as given to `Snapshot.take`. Raises RunFolderError for a damaged
-    one, or one of another format; the policy is then as it was.
+    Returns (state, training) as given to `Snapshot.take`; the tensors of `training` are a view of the file: copy what
+    is kept. `bad` is what `damaged` found, if it has looked. Raises RunFolderError for a damaged checkpoint, or one
+    of another format; the policy is then as it was.
     """
-    state = checked_state(folder)
+    state = checked_state(folder, bad)
     reading = TRAINING_FILE
     try:
-        training = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True)
+        training = torch.load(folder / TRAINING_FILE, map_location="cpu", weights_only=True, mmap=True)
         if not isinstance(training, dict) or not training.keys() >= {"optimizer", "scheduler"}:
             raise ValueError("no optimiser and schedule in it")
         reading = "weights"
@@ -200,12 +201,12 @@ def restore(folder: Path, policy: Policy) -> tuple[dict[str, Any], dict[str, Any
     return state, training
 
 
-def checked_state(folder: Path) -> dict[str, Any]:
-    """The JSON file of a checkpoint that is whole. Raises RunFolderError for a damaged one."""
+def checked_state(folder: Path, bad: Sequence[str] | None = None) -> dict[str, Any]:
+    """The JSON file of a checkpoint that is whole. Raises RunFolderError for a damaged one; `bad` as for `restore`."""
     state = _read_state(folder)
     if state is None:
         raise RunFolderError(f"checkpoint {folder}: {STATE_FILE} is missing or damaged")
-    if bad := damaged(folder):
+    if bad := damaged(folder) if bad is None else bad:
         raise RunFolderError(f"checkpoint {folder}: {', '.join(bad)} damaged or missing")
     return state
 

@@ -114,7 +114,9 @@ class Checkpointer:
         """
         found = self._candidates()
         for folder in found:
-            bad = checkpoint.damaged(folder)
+            # One process reads it all; the others go by its verdict.
+            own = [checkpoint.damaged(folder)] if self.processes.is_main else []
+            bad = self.processes.gather(own, "checking the checkpoint")[0]
             if bad and len(found) > 1:
                 self.reporter.say(f"{folder} is damaged ({', '.join(bad)}); trying an older one")
                 continue
@@ -124,7 +126,7 @@ class Checkpointer:
                     f"the run in {folder} was made with other settings; give it those, another "
                     "run_dir, or --overwrite:\n  " + "\n  ".join(differences)
                 )
-            state, training = checkpoint.restore(folder, self.policy)
+            state, training = checkpoint.restore(folder, self.policy, bad)
             sharding.load_whole_state(self.optimizer, training["optimizer"])
             self.scheduler.load_state_dict(training["scheduler"])
             self.policy.version = state["policy_version"]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_agrae.errors import ConfigError
+from mm_agrae.out_of_memory import during
 from mm_agrae.run.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -111,7 +112,8 @@ class Stopwatch:
         _synchronise_gpu()
         wall, cpu = time.perf_counter(), time.process_time()
         try:
-            yield
+            with during(stage):
+                yield
         finally:
             _synchronise_gpu()
             self._add(stage, time.perf_counter() - wall, time.process_time() - cpu)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from families import END, FAMILIES, IMAGE, SMALL, START, VISION, WORDS, make_model
+from helpers import VL, batch_of, policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -348,6 +350,48 @@ def test_the_agreement_check_passes_what_is_right_and_stops_what_is_wrong():
         result = wrong(model, batch, **changes)
         with pytest.raises(ModelError, match="differs from the repeated batch"):
             require_agreement(result, truth, batch.mask_BT)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_completions_that_see_each_other_are_noticed_in_a_trained_policy(monkeypatch, dtype):
+    made = policy(VL, shared_prompt="on", dtype=dtype)
+    batch = batch_of(VL, made, count=1, group=4)
+    made.check_sharing(batch)
+
+    def as_one_completion(backbone, batch):
+        packed = pack(backbone, batch)
+        groups = [
+            GroupSpans(group.prompt, ((group.completions[0][0], group.completions[-1][1]),))
+            for group in packed.layout.groups
+        ]
+        return replace(packed, layout=PackedLayout(groups, made.device))
+
+    monkeypatch.setattr(shared_prompt, "pack", as_one_completion)
+    with pytest.raises(ModelError, match="differs from the repeated batch"):
+        made.check_sharing(batch)
+
+
+def test_wrong_image_positions_are_noticed_in_a_trained_policy(monkeypatch):
+    made = policy(VL, shared_prompt="on")
+    batch = batch_of(VL, made, count=4, group=1)
+    made.check_sharing(batch)
+    monkeypatch.setattr(shared_prompt, "_positions", lambda _, prompt: torch.arange(len(prompt)).expand(3, -1))
+    with pytest.raises(ModelError, match="differs from the repeated batch"):
+        made.check_sharing(batch)
+
+
+def test_one_token_does_not_stop_a_run_in_16_bits():
+    noise_BT = torch.full((1, 2000), 1e-2)
+    noise_BT[0, 7] = 1.5
+    logp_BT, mask_BT = torch.zeros(1, 2000), torch.ones(1, 2000)
+    require_agreement(noise_BT, logp_BT, mask_BT, torch.bfloat16)
+    noise_BT[0, :21] = 1.5  # more than 1 %
+    with pytest.raises(ModelError, match=r"1\.5e\+00 at most in 99 % of tokens"):
+        require_agreement(noise_BT, logp_BT, mask_BT, torch.bfloat16)
+    noise_BT = torch.zeros(1, 2000)
+    noise_BT[0, 7] = 2e-3
+    with pytest.raises(ModelError, match=r"2\.0e-03 at most \("):
+        require_agreement(noise_BT, logp_BT, mask_BT)
 
 
 def test_a_bare_mask_is_wrong_for_sliding_layers_and_noticed():

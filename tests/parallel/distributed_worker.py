@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState
@@ -18,10 +19,13 @@ from mm_agrae.model.compat import prepare
 from mm_agrae.model.weights import adapter_weights
 from mm_agrae.parallel import sharding
 from mm_agrae.progress import Reporter
+from mm_agrae.run import checkpoint
 from mm_agrae.run.folder import RunFolder
 from mm_agrae.trainer import Trainer
 
 SHARDED = ("fsdp", "offload")
+LAUNCHED = {name: value for name, value in os.environ.items() if name.startswith("FSDP_")}
+"""What accelerate's launcher has set; a run may change it."""
 
 
 def gradient(parameter) -> torch.Tensor:
@@ -40,11 +44,13 @@ def spoil(trainer) -> None:
 
 def first_step(config, strategy: str = "one", spoilt: bool = False) -> dict:
     """Gradients before clipping, weights after a step, and what the step was about."""
+    os.environ |= LAUNCHED
     os.environ["ACCELERATE_USE_FSDP"] = str(strategy in SHARDED).lower()
-    os.environ["FSDP_VERSION"] = "2"
     os.environ["FSDP_OFFLOAD_PARAMS"] = str(strategy == "offload").lower()
     AcceleratorState._reset_state()
-    trainer = Trainer(config, Reporter(enabled=False))
+    with mock.patch.object(checkpoint, "_checksum", wraps=checkpoint._checksum) as checksum:
+        trainer = Trainer(config, Reporter(enabled=False))
+    checksums = trainer.processes.gather([checksum.call_count], "checksums")
     assert trainer.policy.is_sharded == (strategy in SHARDED and trainer.world > 1)
     if spoilt:
         spoil(trainer)
@@ -75,6 +81,7 @@ def first_step(config, strategy: str = "one", spoilt: bool = False) -> dict:
         "rollouts": [[row[key] for key in keys] for row in run.read_rollouts(trainer.steps_done)],
         "metrics": run.read_metrics(),
         "evaluations": [result.pass_at_k for result in run.read_evaluations()],
+        "checksums": checksums,
         "has_image": [bool(row["images"]) for row in run.read_rollouts(trainer.steps_done)],
     }
 

@@ -13,6 +13,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from mm_agrae.cli import main
 from mm_agrae.errors import DataError
 from mm_agrae.model.compat import prepare
@@ -37,6 +39,8 @@ def in_update(self, *args, **kwargs):
     if self.processes.rank == 1 and self.policy.version == 1:
         if self.trouble == "dies_in_update":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.trouble == "starves_in_update":
+            torch.empty(1 << 50)
         if self.trouble == "sleeps_in_update":
             time.sleep(3000)
     return backward(self, *args, **kwargs)

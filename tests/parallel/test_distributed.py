@@ -3,6 +3,7 @@
 One launch for all runs: most of the time goes into starting processes.
 """
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,8 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import prepare_multi_gpu_env
 from distributed_worker import first_step
-from helpers import ROOT, VL, run_config
+from helpers import ROOT, TEXT, VL, run_config
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from mm_agrae import config as configs
 
@@ -36,13 +41,22 @@ def spread(example, completion):
 """
 
 
-def start(processes: int, *arguments: str) -> None:
+def launcher_environment(*line: str) -> dict[str, str]:
+    """What `accelerate launch` sets; on a CPU it starts several processes by MPI alone."""
+    arguments = _validate_launch_command(launch_command_parser().parse_args([*line, "x.py"]))[0]
+    found = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in found.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def start(processes: int, *arguments: str, worker: Path = WORKER) -> None:
+    launched = launcher_environment("--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1")
+    assert launched["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
     paths = os.pathsep.join([str(ROOT), *sys.path])
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     result = subprocess.run(
-        [sys.executable, *launch, str(WORKER), *arguments],
+        [sys.executable, *launch, str(worker), *arguments],
         capture_output=True, text=True, timeout=600,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
+        env=os.environ | launched | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -84,6 +98,7 @@ def steps(tmp_path_factory):
     }
     for name in RESUMED:  # of one process by two …
         paths["fsdp", f"{name}_resumed"] = second_step(folder / f"one_{name}", f"fsdp_{name}_goes_on")
+        add_damaged_checkpoint(folder / f"fsdp_{name}_goes_on" / "checkpoints")
     start(2, str(folder / "two.pt"), *map(str, paths.values()))
     saved = torch.load(folder / "two.pt", weights_only=False)
     found |= {key: saved[str(path)] for key, path in paths.items()}
@@ -105,6 +120,14 @@ def second_step(run_dir: Path, name: str) -> Path:
     config = configs.load(run_dir.with_suffix(".yaml"), [f"run_dir={copied}", "train.steps=2"])
     path.write_text(configs.dump(config))
     return path
+
+
+def add_damaged_checkpoint(folder: Path) -> None:
+    """A newer one than the whole one there."""
+    shutil.copytree(folder / "step_000001", folder / "step_000002")
+    with (folder / "step_000002" / "training.pt").open("r+b") as file:
+        file.seek(1000)
+        file.write(bytes(8))
 
 
 def apart(a: dict, b: dict) -> tuple[float, float]:
@@ -141,6 +164,10 @@ def test_two_processes_take_the_steps_of_one(steps, strategy, run):
 @pytest.mark.parametrize("run", RESUMED)
 def test_a_run_goes_on_with_another_number_of_processes(steps, run):
     whole = steps["one", f"one_{run}_resumed"]
+    # Of two processes one judges the files, and both pass over the damaged checkpoint.
+    main, other = steps["fsdp", f"{run}_resumed"]["checksums"]
+    assert main == 2 * steps["one", f"fsdp_{run}_resumed"]["checksums"][0] > 0
+    assert other == 0
     for other in (steps["fsdp", f"{run}_resumed"], steps["one", f"fsdp_{run}_resumed"]):
         assert [row["step"] for row in other["metrics"]] == [1, 2]
         assert other["rollouts"] == whole["rollouts"]
@@ -149,18 +176,38 @@ def test_a_run_goes_on_with_another_number_of_processes(steps, run):
     assert apart(whole["learning"], steps["one", run]["learning"])[0] > 1e-3
 
 
+def test_one_process_loads_the_model(tmp_path):
+    """The other keeps its half and one layer: nothing of it was ever the whole model."""
+    model = AutoConfig.from_pretrained(TEXT)
+    model.update(
+        {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "layer_types": ["full_attention"] * 8}
+    )
+    shutil.copytree(TEXT, tmp_path / "model")
+    made = AutoModelForCausalLM.from_config(model, dtype=torch.bfloat16)
+    made.save_pretrained(tmp_path / "model")
+    # Stored twice, tied weights can be told only by who has their values.
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    assert "lm_head.weight" not in weights
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    config = run_config(tmp_path / "run", str(tmp_path / "model"))
+    (tmp_path / "config.yaml").write_text(configs.dump(config))
+    worker = WORKER.with_name("loading_worker.py")
+    start(2, str(tmp_path / "config.yaml"), str(tmp_path / "found"), worker=worker)
+    main, other = (json.loads((tmp_path / f"found.{rank}").read_text()) for rank in (0, 1))
+    assert main["different"] == other["different"] == []
+    assert main["repeats_because"] == other["repeats_because"] == ""
+    assert main["tied"] == other["tied"] == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert main["grown"] > 0.95
+    assert other["grown"] < 0.8
+
+
 @pytest.mark.parametrize("file", sorted((ROOT / "configs" / "accelerate").glob("*.yaml")))
 def test_accelerate_understands_its_configs(file):
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils import prepare_multi_gpu_env
-
-    line = ["--config_file", str(file), "--num_processes", "2", "--num_machines", "1", "x.py"]
-    arguments = _validate_launch_command(launch_command_parser().parse_args(line))[0]
-    assert arguments.mixed_precision == "no"
-    assert arguments.use_fsdp == ("fsdp" in file.name)
-    if arguments.use_fsdp:
-        environment = prepare_multi_gpu_env(arguments)
-        assert environment["ACCELERATE_USE_FSDP"] == "true"
+    environment = launcher_environment("--config_file", str(file), "--num_processes", "2", "--num_machines", "1")
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert (environment.get("ACCELERATE_USE_FSDP") == "true") == ("fsdp" in file.name)
+    if "fsdp" in file.name:
         assert environment["FSDP_VERSION"] == "2"
         assert environment["FSDP_RESHARD_AFTER_FORWARD"].lower() == "true"
         assert environment["FSDP_OFFLOAD_PARAMS"].lower() == str("offload" in file.name).lower()

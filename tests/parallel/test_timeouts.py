@@ -13,7 +13,7 @@ from mm_agrae.errors import ConfigError
 from mm_agrae.parallel.strategies import check_environment
 
 WORKER = Path(__file__).parent / "failing_worker.py"
-TROUBLES = ("fails", "dies", "dies_in_update", "sleeps", "sleeps_in_update")
+TROUBLES = ("fails", "dies", "dies_in_update", "sleeps", "sleeps_in_update", "starves_in_update")
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,15 @@ def test_a_message_reaches_all_processes(ends):
     assert told.splitlines()[-1] == "error: rows.jsonl:17: this row is bad"
     assert "error: rank 1 (" in said
     assert "failed in rollout of step 2: DataError: rows.jsonl:17: this row is bad" in said
+
+
+def test_a_process_without_memory(ends):
+    (first, said), (second, told) = ends["starves_in_update"]
+    assert (first, second) == (2, 2)
+    assert "Traceback" not in said + told
+    message = "out of memory in update: 4.19e+06 GiB more were asked for. What lowers it"
+    assert f"error: {message}" in told
+    assert f"failed in update of step 2: OutOfMemoryError: {message}" in said
 
 
 @pytest.mark.parametrize(("trouble", "stage"), [("dies", "rollout"), ("dies_in_update", "update")])

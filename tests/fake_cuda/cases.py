@@ -10,6 +10,7 @@ something else is named here, in `load_model_files`, ASSUMED, RESULTS and STAND_
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import os
 import pkgutil
@@ -19,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ from torch.utils._pytree import tree_map
 from helpers import TEXT, VL, processing
 from mm_agrae import config as configs
 from mm_agrae.batching import MiniBatch, UpdateRow, micro_batch
+from mm_agrae.config import SamplingSection
 from mm_agrae.loss import Denominator
 from mm_agrae.model.packed_layout import GroupSpans, PackedLayout
 from mm_agrae.model.policy import Policy
@@ -57,8 +60,11 @@ from mm_agrae.run.context import RunContext
 from mm_agrae.step import Updater
 from mm_agrae.types import Completion, Example, Prompt
 
+VERSIONS = ("torch", "transformers", "accelerate", "peft")
 TABLE = HERE / "table.json"
 VOCABULARY = 151_936
+TOWER_HEAD = 80
+"""Head size of the vision tower's attention; the text model's is 128."""
 GRID = (1, 48, 64)
 """Patches of an image: 3072, merged to 768 tokens."""
 
@@ -285,49 +291,100 @@ class Bench:
         assert counts.flops[4] <= 1e-3 * counts.flops[2], counts.flops
 
 
+    def generate(self, tokens: int) -> Counts:
+        """Counts of sampling 8 completions of so many tokens for one prompt."""
+        sampling = SamplingSection(max_new_tokens=tokens)
+        prompt = self.prompt()
+        self.meter.start()
+        HFEngine(self.policy, self.processing).generate([prompt], 8, sampling, [0])
+        return self.meter.counts
+
+
 ONE = [[(0, 8)]]
-LORA = {"rank": 32, "alpha": 64}
+"""One micro-batch: 8 completions of one prompt."""
 
 
-def full() -> Counts:
+def full_cases() -> Iterator[tuple[str, Counts]]:
+    """Everything is trained, the vision tower too."""
     with Bench() as bench:
-        return bench.measure_update(ONE)
+        yield "full", bench.measure_update(ONE)
+        # Its picture goes through the tower once, in the first of the two.
+        yield "one picture, two micro-batches", bench.measure_update([[(0, 8)], [(0, 8)]])
+        first = bench.generate(1)
+        yield "hf engine: prefill", first
+        yield "hf engine: one decode step", bench.generate(2) - first
+        bench.policy.hf.gradient_checkpointing_enable({"use_reentrant": False})  # as load_model does
+        yield "full, checkpointing", bench.measure_update(ONE)
 
 
-def checkpointing() -> Counts:
-    with Bench(gradient_checkpointing=True) as bench:
-        return bench.measure_update(ONE)
+def kl_cases() -> Iterator[tuple[str, Counts]]:
+    with Bench(update={"kl_coef": 0.01}) as bench:
+        yield "full, KL", bench.measure_update(ONE)
 
 
-def lora() -> Counts:
-    with Bench(gradient_checkpointing=True, lora=LORA) as bench:
-        return bench.measure_update(ONE)
+def lora_cases() -> Iterator[tuple[str, Counts]]:
+    with Bench(gradient_checkpointing=True, lora={"rank": 32, "alpha": 64}) as bench:
+        yield "LoRA r32, checkpointing", bench.measure_update(ONE)
 
 
-def text() -> Counts:
+def frozen_cases() -> Iterator[tuple[str, Counts]]:
+    with Bench(freeze=["vision"]) as bench:
+        yield "frozen tower", bench.measure_update(ONE)
+
+
+def text_cases() -> Iterator[tuple[str, Counts]]:
     with Bench(multimodal=False) as bench:
-        return bench.measure_update(ONE)
+        yield "text", bench.measure_update(ONE)
 
 
-CASES: dict[str, Callable[[], Counts]] = {
-    "full": full, "checkpointing": checkpointing, "lora": lora, "text": text,
-}  # fmt: skip
+GROUPS = {"full": full_cases, "kl": kl_cases, "lora": lora_cases, "frozen": frozen_cases, "text": text_cases}
+"""Cases that share a policy."""
+
+
+def entry(counts: Counts) -> dict[str, Any]:
+    """What the table holds of a case."""
+    tower = sum(n for (_, size), n in counts.attention.items() if size == TOWER_HEAD)
+    reads = dict(sorted(counts.reads.items()))
+    return {
+        "kernels": counts.kernels,
+        "ms": round(counts.seconds * 1e3, 1),
+        "peak_gib": round(counts.peak / 2**30, 3),
+        "tower_attention_calls": tower,
+        "uploads": counts.uploads.total(),
+        "host_reads": sum(reads.values()),
+        "reads": reads,
+    }
+
+
+def markdown(cases: dict[str, dict[str, Any]]) -> str:
+    head = "| case | kernels | modelled ms | peak above weights, GiB | attention calls of the tower | host reads |"
+    rows = [
+        f"| {name} | {each['kernels']:,} | {each['ms']:.0f} | {each['peak_gib']:.1f} "
+        f"| {each['tower_attention_calls']:,} | {each['host_reads']} |"
+        for name, each in cases.items()
+    ]
+    return "\n".join([head, "|---" + "|---:" * 5 + "|", *rows])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("cases", nargs="*", default=list(CASES))
-    parser.add_argument("--write", action="store_true")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("groups", nargs="*", metavar="group", help=f"of {', '.join(GROUPS)}; all if none is named")
+    parser.add_argument("--write", action="store_true", help=f"write {TABLE.name}")
+    parser.add_argument("--json", type=Path, help="write the same to this file")
     options = parser.parse_args()
+    faulthandler.enable()  # a fake device has no memory behind its pointers
     warnings.simplefilter("ignore")
-    for name in options.cases:
-        start = time.time()
-        counts = CASES[name]()
-        print(name, counts.kernels, counts.seconds * 1e3, counts.peak / 2**30, f"{time.time() - start:.1f}s")
-        print(counts.attention, counts.flops)
-        print(counts.reads)
-        print(counts.uploads)
-        print(counts.by_operator.most_common(30), flush=True)
+    warnings.filterwarnings("error", "FlashAttention")  # the kernel's self-test failed
+    cases = {}
+    for group in options.groups or GROUPS:
+        start = time.process_time()
+        for name, counts in GROUPS[group]():
+            cases[name] = entry(counts)
+            print(f"{name}: {time.process_time() - start:.0f} s", file=sys.stderr)
+    table = {"versions": {name: version(name) for name in VERSIONS}, "cases": cases}
+    for path in filter(None, (options.json, TABLE if options.write else None)):
+        path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(markdown(cases))
 
 
 if __name__ == "__main__":

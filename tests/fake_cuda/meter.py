@@ -11,7 +11,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 BYTES_PER_SECOND, LAUNCH = 2.6e12, 3e-6
@@ -36,6 +36,21 @@ _FREE = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided
 _PICKING = {"index_select", "gather", "embedding", "index", "slice"}
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _UNKNOWN = object()
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """Those in an operator's arguments or results, which are nested once at most."""
+    if isinstance(values, Tensor):
+        return [values]
+    if not isinstance(values, list | tuple):
+        return []
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [x for x in value if isinstance(x, Tensor)]
+    return found
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -55,6 +70,11 @@ class Counts:
     attention: Counter[tuple[str, int]] = field(default_factory=Counter)
     reads: Counter[str] = field(default_factory=Counter)
     uploads: Counter[str] = field(default_factory=Counter)
+
+    def __sub__(self, other: "Counts") -> "Counts":
+        """What this stretch has more than one that it begins with."""
+        names = [each.name for each in fields(self) if each.name != "peak"]
+        return Counts(**{name: getattr(self, name) - getattr(other, name) for name in names}, peak=self.peak)
 
 
 class Meter(TorchDispatchMode):
@@ -79,9 +99,15 @@ class Meter(TorchDispatchMode):
 
     # ------------------------------------------------------------------ dispatch
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled, and torch's guard against it takes longer than the counting
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].device
         kwargs = kwargs or {}
-        name = func._schema.name.split("::")[1]
+        name = func._overloadpacket.__name__
         if name in ("_local_scalar_dense", "equal"):
             return self._read(func, args)
         args = self._without_masks(name, args)
@@ -94,8 +120,8 @@ class Meter(TorchDispatchMode):
         return out
 
     def _count(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
-        outs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        ins = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        outs = _tensors(out)
+        ins = _tensors(args) + _tensors(list(kwargs.values()))
         on_device = [x for x in outs if x.device.type == "cuda"]
         for x in on_device:
             self._hold(x)
@@ -178,16 +204,14 @@ class Meter(TorchDispatchMode):
 
     def _follow(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         """Compute the content of `out` where that of all inputs is known."""
-        leaves = tree_leaves((args, kwargs))
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        tensors = _tensors(args) + _tensors(list(kwargs.values()))
         if func._schema.is_mutable:
-            known = all(self._value(x) is not _UNKNOWN for x in tensors)
-            if not known:
+            if any(self._value(x) is _UNKNOWN for x in tensors):
                 for x, argument in zip(args, func._schema.arguments, strict=False):
                     written = argument.alias_info is not None and argument.alias_info.is_write
                     if written and isinstance(x, FakeTensor) and self._value(x) is not _UNKNOWN:
                         self._stale[x._content.untyped_storage()._cdata] = x._content
-        outs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        outs = _tensors(out)
         if name in self.results:
             for x in outs:
                 x._content = torch.full(x.shape, self.results[name], dtype=x.dtype)
@@ -198,7 +222,7 @@ class Meter(TorchDispatchMode):
             return
         with no_dispatch():
             found = func(*self._real(args), **self._real(kwargs))
-        for x, value in zip(outs, (v for v in tree_leaves(found) if isinstance(v, Tensor)), strict=True):
+        for x, value in zip(outs, _tensors(found), strict=True):
             if isinstance(x, FakeTensor):
                 x._content = value
 
@@ -255,7 +279,7 @@ class Meter(TorchDispatchMode):
 
     def _sized(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operator whose result's shape depends on content."""
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = _tensors(args) + _tensors(list(kwargs.values()))
         device = tensors[0].device
         if device.type == "cuda" and kwargs.get("output_size") is None:
             self.counts.reads[place()] += 1

@@ -213,8 +213,9 @@ class Meter(TorchDispatchMode):
                         self._stale[x._content.untyped_storage()._cdata] = x._content
         outs = _tensors(out)
         if name in self.results:
-            for x in outs:
-                x._content = torch.full(x.shape, self.results[name], dtype=x.dtype)
+            with no_dispatch():
+                for x in outs:
+                    x._content = torch.full(x.shape, self.results[name], dtype=x.dtype)  # type: ignore[attr-defined]
             return
         if any(self._value(x) is _UNKNOWN for x in tensors) or "empty" in name:
             return
@@ -303,9 +304,9 @@ def tolist(meter: Meter) -> Callable[[Tensor], Any]:
         if x.device.type == "cuda":
             meter.counts.reads[place()] += 1
         value = meter._value(x)
-        if value is _UNKNOWN:
-            value = torch.full(x.shape, meter.guess(x), dtype=x.dtype)
         with no_dispatch():
+            if value is _UNKNOWN:
+                value = torch.full(x.shape, meter.guess(x), dtype=x.dtype)
             return value.tolist()
 
     return method

@@ -38,6 +38,17 @@ _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 _UNKNOWN = object()
 
 
+class _Content:
+    """What a tensor holds, as an attribute of it."""
+
+    def __init__(self, value: Tensor):
+        self.value = value
+
+    def __deepcopy__(self, memo: Any) -> "_Content":
+        with no_dispatch():
+            return _Content(self.value.clone())
+
+
 def _tensors(values: Any) -> list[Tensor]:
     """Those in an operator's arguments or results, which are nested once at most."""
     if isinstance(values, Tensor):
@@ -199,8 +210,10 @@ class Meter(TorchDispatchMode):
     def _value(self, x: Tensor) -> Any:
         if not isinstance(x, FakeTensor):
             return x
-        value = getattr(x, "_content", _UNKNOWN)
-        return _UNKNOWN if value is not _UNKNOWN and value.untyped_storage()._cdata in self._stale else value
+        content = getattr(x, "_content", None)
+        if content is None or content.value.untyped_storage()._cdata in self._stale:
+            return _UNKNOWN
+        return content.value
 
     def _follow(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         """Compute the content of `out` where that of all inputs is known."""
@@ -210,12 +223,13 @@ class Meter(TorchDispatchMode):
                 for x, argument in zip(args, func._schema.arguments, strict=False):
                     written = argument.alias_info is not None and argument.alias_info.is_write
                     if written and isinstance(x, FakeTensor) and self._value(x) is not _UNKNOWN:
-                        self._stale[x._content.untyped_storage()._cdata] = x._content
+                        value = self._value(x)
+                        self._stale[value.untyped_storage()._cdata] = value
         outs = _tensors(out)
         if name in self.results:
             with no_dispatch():
                 for x in outs:
-                    x._content = torch.full(x.shape, self.results[name], dtype=x.dtype)  # type: ignore[attr-defined]
+                    x._content = _Content(torch.full(x.shape, self.results[name], dtype=x.dtype))
             return
         if any(self._value(x) is _UNKNOWN for x in tensors) or "empty" in name:
             return
@@ -225,7 +239,7 @@ class Meter(TorchDispatchMode):
             found = func(*self._real(args), **self._real(kwargs))
         for x, value in zip(outs, _tensors(found), strict=True):
             if isinstance(x, FakeTensor):
-                x._content = value
+                x._content = _Content(value)
 
     def _real(self, arguments: Any) -> Any:
         def convert(x: Any) -> Any:
@@ -293,7 +307,7 @@ class Meter(TorchDispatchMode):
     @staticmethod
     def _fake(value: Tensor, device: torch.device) -> Tensor:
         made = torch.empty(value.shape, dtype=value.dtype, device=device)
-        made._content = value  # type: ignore[attr-defined]
+        made._content = _Content(value)  # type: ignore[attr-defined]
         return made
 
 

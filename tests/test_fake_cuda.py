@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-
 from fake_cuda.device import compiler
 from fake_cuda.reasons import REASONS
 
@@ -19,7 +18,9 @@ CASES = Path(__file__).parent / "fake_cuda" / "cases.py"
 TABLE = json.loads(CASES.with_name("table.json").read_text(encoding="utf-8"))
 WRITE = f"python tests/fake_cuda/{CASES.name} --write"
 
-pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++, or what CXX names) for a fake CUDA device")
+pytestmark = pytest.mark.skipif(
+    compiler() is None, reason="no C++ compiler (g++, or what CXX names) for a fake CUDA device"
+)
 
 
 @pytest.fixture(scope="module")

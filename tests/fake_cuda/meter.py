@@ -10,7 +10,6 @@ import os
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -218,20 +217,20 @@ class Meter(TorchDispatchMode):
     def _follow(self, func: Any, name: str, args: Any, kwargs: Any, out: Any) -> None:
         """Compute the content of `out` where that of all inputs is known."""
         tensors = _tensors(args) + _tensors(list(kwargs.values()))
-        if func._schema.is_mutable:
-            if any(self._value(x) is _UNKNOWN for x in tensors):
-                for x, argument in zip(args, func._schema.arguments, strict=False):
-                    written = argument.alias_info is not None and argument.alias_info.is_write
-                    if written and isinstance(x, FakeTensor) and self._value(x) is not _UNKNOWN:
-                        value = self._value(x)
-                        self._stale[value.untyped_storage()._cdata] = value
+        if func._schema.is_mutable and any(self._value(x) is _UNKNOWN for x in tensors):
+            for x, argument in zip(args, func._schema.arguments, strict=False):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and isinstance(x, FakeTensor) and self._value(x) is not _UNKNOWN:
+                    value = self._value(x)
+                    self._stale[value.untyped_storage()._cdata] = value
         outs = _tensors(out)
-        if name in self.results:
-            with no_dispatch():
-                for x in outs:
-                    x._content = _Content(torch.full(x.shape, self.results[name], dtype=x.dtype))
+        if any(self._value(x) is _UNKNOWN for x in tensors):
+            if name in self.results:
+                with no_dispatch():
+                    for x in outs:
+                        x._content = _Content(torch.full(x.shape, self.results[name], dtype=x.dtype))
             return
-        if any(self._value(x) is _UNKNOWN for x in tensors) or "empty" in name:
+        if "empty" in name:
             return
         if torch.Tag.nondeterministic_seeded in func.tags or any(x.numel() > KNOWN_AT_MOST for x in outs):
             return
@@ -258,9 +257,17 @@ class Meter(TorchDispatchMode):
         if _UNKNOWN not in [v if v is _UNKNOWN else None for v in values]:
             with no_dispatch():
                 return func(*values)
-        return self.guess(args[0])
+        return self._guess(args[0])
 
-    def guess(self, x: Tensor) -> Any:
+    def tolist(self, x: Tensor) -> Any:
+        """The numbers of a tensor as a list, by one read."""
+        if x.device.type == "cuda":
+            self.counts.reads[place()] += 1
+        value = self._value(x)
+        with no_dispatch():
+            return (torch.full(x.shape, self._guess(x), dtype=x.dtype) if value is _UNKNOWN else value).tolist()
+
+    def _guess(self, x: Tensor) -> Any:
         where = place()
         if where not in self.assumed and not x.is_floating_point():
             self.known(x)  # says what is missing
@@ -311,21 +318,6 @@ class Meter(TorchDispatchMode):
         return made
 
 
-def tolist(meter: Meter) -> Callable[[Tensor], Any]:
-    """In the place of FakeTensor.tolist, which reads element by element; a real one is read in one copy."""
-
-    def method(x: Tensor) -> Any:
-        if x.device.type == "cuda":
-            meter.counts.reads[place()] += 1
-        value = meter._value(x)
-        with no_dispatch():
-            if value is _UNKNOWN:
-                value = torch.full(x.shape, meter.guess(x), dtype=x.dtype)
-            return value.tolist()
-
-    return method
-
-
 def place() -> str:
     """The innermost function outside torch that runs now, as "file:Class.function"."""
     frame: Any = sys._getframe(1)
@@ -338,4 +330,4 @@ def place() -> str:
             owner = f"{type(owner).__name__}." if owner is not None else ""
             return f"{file}:{owner}{code.co_name}"
         frame = frame.f_back
-    return "?"
+    return "(autograd)"

@@ -10,7 +10,7 @@ import torch
 import transformers
 from helpers import TEXT, VL, processing
 from meter import Counts
-from stand_ins import FAKE, METER, load_model_files
+from stand_ins import FAKE, METER, liger_kernel, load_model_files, no_liger_kernel
 
 from mm_agrae import config as configs
 from mm_agrae.batching import MiniBatch, UpdateRow, micro_batch
@@ -51,11 +51,20 @@ def model_config(multimodal: bool) -> Any:
     return transformers.Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **special)
 
 
+def check_output(policy: Policy, arguments: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    """Log-probabilities and entropies are float32 on the device, one for each token."""
+    for value in output:
+        assert (value.device.type, value.dtype) == ("cuda", torch.float32), value
+        assert value.shape == arguments[0].token_BT.shape, value.shape
+
+
 class Bench:
     """A policy of true size on the fake device, its optimiser, and the meter. Use it as a context manager."""
 
-    def __init__(self, *, multimodal: bool = True, update: dict[str, Any] | None = None, **model: Any):
-        self.multimodal, self.model, self.update = multimodal, model, update or {}
+    def __init__(
+        self, *, multimodal: bool = True, liger: bool = False, update: dict[str, Any] | None = None, **model: Any
+    ):
+        self.liger, self.multimodal, self.model, self.update = liger, multimodal, model, update or {}
         self.processing = processing(VL if multimodal else TEXT)
         self.random = random.Random(0)
 
@@ -75,12 +84,15 @@ class Bench:
         )
         processes = Processes(self.config)
         processes.device = torch.device("cuda")
+        self.stack.enter_context(liger_kernel() if self.liger else no_liger_kernel())
         self.stack.enter_context(FAKE)
         self.stack.enter_context(METER)
         with load_model_files(folder):
             self.policy = Policy(self.config.model, self.processing, shared_prompt="on", device=processes.device)
+        self.policy.register_forward_hook(check_output)
         context = RunContext(self.config, processes, None, Reporter(enabled=False), None)  # type: ignore[arg-type]
-        self.updater = Updater(context, self.policy, total_steps=10, exact_engine=True)
+        exact = HFEngine(self.policy, self.processing).exact
+        self.updater = Updater(context, self.policy, total_steps=10, exact_engine=exact)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -132,16 +144,16 @@ class Bench:
         mini = self.plan(cuts)
         METER.start()
         self.updater.run([mini], lambda: None)
-        counts = METER.counts
-        self.check(counts)
-        return counts
+        return self.checked(METER.counts)
 
-    def check(self, counts: Counts) -> None:
-        """Everything that is trained is on the device, in float32; products are in 16 bits."""
+    def checked(self, counts: Counts) -> Counts:
+        """Everything is on the device, what is trained in float32; products are in 16 bits, attention is flash."""
         for name, parameter in self.policy.named_parameters():
             assert parameter.device.type == "cuda", name
             assert not parameter.requires_grad or parameter.dtype == torch.float32, name
-        assert counts.flops[4] <= 1e-3 * counts.flops[2], counts.flops
+        assert counts.flops[4] <= 1e-3 * counts.flops[2], f"products in float32: {counts.flops}"
+        assert all("flash" in name for name, _ in counts.attention), counts.attention
+        return counts
 
     def generate(self, tokens: int) -> Counts:
         """Counts of sampling 8 completions of so many tokens for one prompt."""

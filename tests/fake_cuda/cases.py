@@ -55,8 +55,20 @@ def text_cases() -> Iterator[tuple[str, Counts]]:
         yield "text", bench.measure_update(ONE)
 
 
-GROUPS = {"full": full_cases, "kl": kl_cases, "lora": lora_cases, "frozen": frozen_cases, "text": text_cases}
-"""Cases that share a policy."""
+def liger_cases() -> Iterator[tuple[str, Counts]]:
+    with Bench(liger=True) as bench:
+        yield "full, liger-kernel", bench.measure_update(ONE)
+
+
+GROUPS = {
+    "full": full_cases,
+    "kl": kl_cases,
+    "lora": lora_cases,
+    "frozen": frozen_cases,
+    "text": text_cases,
+    "liger": liger_cases,
+}
+"""Cases that share a policy. The last one changes functions of transformers for the rest of the process."""
 
 
 def entry(counts: Counts) -> dict[str, Any]:

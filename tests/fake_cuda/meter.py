@@ -6,6 +6,7 @@ a read by the host then gets the true number. A number that depends on weights i
 value that `assumed` gives for the place of the read.
 """
 
+import gc
 import os
 import sys
 import weakref
@@ -104,6 +105,7 @@ class Meter(TorchDispatchMode):
 
     def start(self) -> None:
         """Count from here on; memory above what is held now."""
+        gc.collect()
         self.counts = Counts()
         self._base = self._held
 

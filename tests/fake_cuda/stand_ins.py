@@ -7,10 +7,13 @@ Import it once the device is there (`device.load`): from then on this process is
 import contextlib
 import functools
 import importlib
-import importlib.util
 import json
+import sys
+import types
+import unittest.mock
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +117,57 @@ class Threads(ThreadPoolExecutor):
         return super().submit(run)
 
 
+class LigerSiLUMulFunction(torch.autograd.Function):
+    """silu(a) · b by one Triton kernel; the gradients overwrite a and b."""
+
+    @staticmethod
+    def forward(ctx: Any, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        ctx.save_for_backward(a, b)
+        METER.launch("swiglu", 3 * a.nbytes)
+        return torch.empty_like(a)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        METER.launch("swiglu_backward", 5 * grad.nbytes)
+        return ctx.saved_tensors
+
+
+class LigerRopeFunction(torch.autograd.Function):
+    """q and k turned in place by one Triton kernel, once they are [B,S,H,D] in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, cos: Any, sin: Any) -> Any:  # type: ignore[override]
+        ctx.tables = cos.nbytes + sin.nbytes
+        return LigerRopeFunction.turn(ctx.tables, q, k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # type: ignore[override]
+        return *LigerRopeFunction.turn(ctx.tables, *grads), None, None
+
+    @staticmethod
+    def turn(tables: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rows = [x.transpose(1, 2).contiguous() for x in tensors]
+        METER.launch("rope", 2 * sum(x.nbytes for x in rows) + tables)
+        return tuple(x.transpose(1, 2) for x in rows)
+
+
+@contextlib.contextmanager
+def liger_kernel() -> Iterator[None]:
+    """Inside, liger-kernel is installed: the operators of it that the project uses, whether or not it really is."""
+    package, ops = types.ModuleType("liger_kernel"), types.ModuleType("liger_kernel.ops")
+    package.__spec__ = ModuleSpec("liger_kernel", None)
+    ops.LigerSiLUMulFunction, ops.LigerRopeFunction = LigerSiLUMulFunction, LigerRopeFunction  # type: ignore
+    with unittest.mock.patch.dict(sys.modules, {"liger_kernel": package, "liger_kernel.ops": ops}):
+        yield
+
+
+@contextlib.contextmanager
+def no_liger_kernel() -> Iterator[None]:
+    """Inside, it is not."""
+    with unittest.mock.patch.dict(sys.modules, {"liger_kernel": None}):
+        yield
+
+
 STAND_INS: dict[str, Any] = {
     # torch asks the kernels that it was built with which of them fits; a CPU build knows none for CUDA.
     "torch.nn.functional:scaled_dot_product_attention": sdpa,
@@ -130,14 +184,14 @@ STAND_INS: dict[str, Any] = {
 }
 """What cannot run on a fake device, "package.module:function", and what takes its place.
 
-A function that launches Triton kernels (liger-kernel's) belongs here too. Its stand-in makes the outputs with
-torch.empty_like and calls `METER.launch(name, bytes read and written)` once for each kernel.
+A function that launches Triton kernels belongs here too; those of liger-kernel are in `liger_kernel`. A stand-in makes
+the outputs with torch.empty_like and calls `METER.launch(name, bytes read and written)` once for each kernel.
 """
 
 for _name, _stand_in in STAND_INS.items():
     _module, _attribute = _name.split(":")
-    if importlib.util.find_spec(_module) is not None:  # liger-kernel may not be installed
-        *_owner, _attribute = _attribute.split(".")
+    *_owner, _attribute = _attribute.split(".")
+    with contextlib.suppress(ModuleNotFoundError):  # an optional package
         _target = functools.reduce(getattr, _owner, importlib.import_module(_module))
         getattr(_target, _attribute)  # raises if there is nothing to stand in for
         setattr(_target, _attribute, _stand_in)

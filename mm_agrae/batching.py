@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -87,7 +87,14 @@ def micro_batch(prompts: Sequence[Prompt], rows: Sequence[UpdateRow], device: to
         mask_BT=inside_BT.float().to(device),
         advantage_B=torch.tensor([row.advantage for row in rows]).to(device),
         sampling_logp_BT=logp_BT.to(device),
+        length_B=length_B,
     )
+
+
+def idle_batch(prompts: Sequence[Prompt], device: torch.device) -> MicroBatch:
+    """A row of padding, for a rank without completions: forward and backward passes are collective."""
+    batch = micro_batch(prompts, [UpdateRow(0, Completion((0,), (0.0,), "", "stop", 0), 0.0)], device)
+    return replace(batch, mask_BT=batch.mask_BT * 0, length_B=batch.length_B * 0)
 
 
 def split_by_tokens(
@@ -183,10 +190,7 @@ def plan_update(
         ]
         batches = [micro_batch(own_prompts, [rows[i] for i in part], device) for part in cuts[rank]]
         for _ in range(max(1, *map(len, cuts)) - len(batches)):
-            # A rank with less to do runs a masked row: backward passes are collective.
-            idle = micro_batch(own_prompts, [UpdateRow(0, groups[0].completions[0], 0.0)], device)
-            idle.mask_BT.zero_()
-            batches.append(idle)
+            batches.append(idle_batch(own_prompts, device))
         denominator = Denominator(
             completions=prompts * advantage_PG.shape[1],
             tokens=sum(sum(table.groups[p].lengths) for p in block),

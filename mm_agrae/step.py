@@ -72,7 +72,7 @@ class Updater:
                     note()
                     advance(1)
                 norms.append(self.optimiser_step())
-        gathered = self.processes.gather([totals], "update")
+        gathered = self.processes.gather([totals.read()], "update")
         return {
             **reduce(UpdateTotals.merge, gathered).means(len(norms)),
             "update/grad_norm": float(np.mean(norms)),
@@ -175,17 +175,25 @@ def _optimizer(config: Config, policy: Policy, device: torch.device, total_steps
 class UpdateTotals:
     """Statistics of an update, summed over micro-batches and then over ranks."""
 
-    loss: float = 0.0
     ratio_max: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
+    unread: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     def add(self, output: LossOutput, weight: SamplerWeight | None = None) -> None:
-        found = {**output.sums, **(weight.sums if weight else {})}
-        sums = {name: value.item() for name, value in found.items()}
-        self.merge(UpdateTotals(output.loss.item(), output.ratio_max.item(), sums))
+        """Keep a micro-batch's for `read`: reading them now would make the CPU wait for a GPU."""
+        weights = weight.sums if weight else {}
+        self.unread.append(output.sums | weights | {"loss": output.loss.detach(), "ratio_max": output.ratio_max})
+
+    def read(self) -> UpdateTotals:
+        """The totals of all that was added, as plain numbers, by one transfer."""
+        totals = UpdateTotals()
+        table = [torch.stack([value.double() for value in found.values()]) for found in self.unread]
+        for names, values in zip(self.unread, torch.stack(table).tolist(), strict=True):
+            sums = dict(zip(names, values, strict=True))
+            totals.merge(UpdateTotals(sums.pop("ratio_max"), sums))
+        return totals
 
     def merge(self, other: UpdateTotals) -> UpdateTotals:
-        self.loss += other.loss
         self.ratio_max = max(self.ratio_max, other.ratio_max)
         for name, value in other.sums.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
@@ -195,7 +203,7 @@ class UpdateTotals:
         tokens = max(1.0, self.sums.get("tokens", 0.0))
         mean = {name: value / tokens for name, value in self.sums.items()}
         values = {
-            "update/loss": self.loss / optimiser_steps,
+            "update/loss": self.sums["loss"] / optimiser_steps,
             "update/entropy": mean["entropy"],
             "policy/clip_low": mean["clip_low"],
             "policy/clip_high": mean["clip_high"],

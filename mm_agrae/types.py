@@ -161,7 +161,9 @@ class MicroBatch:
 
     `sampling_logp_BT` are the log-probabilities (nats) that the rollout engine sampled with,
     `old_logp_BT` the policy's before this rollout's updates (None: on-policy, the present ones)
-    and `ref_logp_BT` the reference policy's (None: no KL penalty).
+    and `ref_logp_BT` the reference policy's (None: no KL penalty). `prompt_index_B` and `length_B`,
+    the completions' lengths, are in main memory: they lay out the work, and reading them from a GPU
+    would make the CPU wait for it.
     """
 
     prompts: Sequence[Prompt]
@@ -172,3 +174,8 @@ class MicroBatch:
     sampling_logp_BT: torch.Tensor
     old_logp_BT: torch.Tensor | None = None
     ref_logp_BT: torch.Tensor | None = None
+    length_B: torch.Tensor = field(default=None)  # type: ignore[assignment]  # None: counted in the mask
+
+    def __post_init__(self) -> None:
+        if self.length_B is None:
+            self.length_B = self.mask_BT.sum(-1).long().cpu()

@@ -57,7 +57,7 @@ def main() -> None:
     prompts = [make_prompt(config, processing, index) for index in range(batch.prompts)]
     group = config.rollout.completions_per_prompt
     # One-off allocations of a first use belong to no phase.
-    update(policy, prompts[:1], 1, 8, config)
+    update(policy, noise_batch(policy, prompts[:1], 1, 8, config), config)
     policy.zero_grad()
     found = {}
     rows = max(1, config.rollout.batch_completions // group)
@@ -70,7 +70,7 @@ def main() -> None:
     found["rollout"] = peak.bytes
     with Peak(device) as peak:
         completions = batch.predicted // config.rollout.max_new_tokens
-        update(policy, prompts, completions, config.rollout.max_new_tokens, config)
+        update(policy, noise_batch(policy, prompts, completions, config.rollout.max_new_tokens, config), config)
     found["update"] = peak.bytes
     with Peak(device) as peak:
         optimizer.step()
@@ -111,10 +111,11 @@ def make_prompt(config: Any, processing: Processing, seed: int) -> Prompt:
     )
 
 
-def update(policy: Policy, prompts: list[Prompt], rows: int, length: int, config: Any) -> None:
+def noise_batch(policy: Policy, prompts: list[Prompt], rows: int, length: int, config: Any) -> MicroBatch:
+    """Completions of `length` random tokens for the prompts, a group each."""
     group = config.rollout.completions_per_prompt
     ones = torch.ones(rows, length, device=policy.device)
-    batch = MicroBatch(
+    return MicroBatch(
         prompts=prompts,
         prompt_index_B=torch.arange(rows).div(group, rounding_mode="floor").clamp(max=len(prompts) - 1),
         token_BT=torch.randint(5, 100, (rows, length), device=policy.device),
@@ -122,16 +123,22 @@ def update(policy: Policy, prompts: list[Prompt], rows: int, length: int, config
         advantage_B=torch.linspace(-1, 1, rows, device=policy.device),
         sampling_logp_BT=-ones,
     )
+
+
+def update(policy: Policy, batch: MicroBatch, config: Any, sign: float = 1.0) -> None:
+    """Forward and backward pass; the gradient, times `sign`, is added to what is there."""
     policy.train()
     logp_BT, entropy_BT = policy(batch)
-    policy_loss(
+    rows, length = logp_BT.shape
+    loss = policy_loss(
         config.update.loss,
         logp_BT=logp_BT,
         entropy_BT=entropy_BT,
         advantage_B=batch.advantage_B,
         mask_BT=batch.mask_BT,
         denominator=Denominator(rows, rows * length, length),
-    ).loss.backward()
+    ).loss
+    (sign * loss).backward()
 
 
 class Peak:

@@ -19,6 +19,9 @@ from torch import Tensor
 FEWEST = 1 << 14
 """Tensors of fewer elements are saved: recomputing them is not worth the overhead."""
 
+SWIGLU = "LigerSiLUMulFunctionBackward"
+"""silu(gate) · up as one operation. Its own backward overwrites gate and up, after all others have used its result."""
+
 
 class recompute_elementwise(torch.autograd.graph.saved_tensors_hooks):
     """Context manager for a forward pass. The backward pass may come later, outside."""
@@ -44,6 +47,9 @@ class _Recipe:
         if self.tensor is None:
             if node.name() == "SiluBackward0":
                 self.tensor = F.silu(node._saved_self)
+            elif node.name() == SWIGLU:
+                gate, up = node.saved_tensors
+                self.tensor = F.silu(gate) * up
             elif self.other is not None:
                 self.tensor = self.other.result() * _frozen_factor(node)
             else:
@@ -72,7 +78,7 @@ def _recipe(tensor: Tensor) -> _Recipe | None:
 
 
 def _recipe_of(node: Any) -> _Recipe | None:
-    if node is None or node.name() not in ("SiluBackward0", "MulBackward0"):
+    if node is None or node.name() not in ("SiluBackward0", "MulBackward0", SWIGLU):
         return None
     other = None
     if node.name() == "MulBackward0":

@@ -6,6 +6,7 @@ layers and hooks stay where they are. The attention of the same layer announces 
 layer that is recomputed (gradient checkpointing) skips the same tokens again, and a plain forward skips none.
 """
 
+import functools
 import types
 from typing import Any
 
@@ -19,6 +20,8 @@ class _TokensThatCount:
     """A message from the attention to the MLP after it, read once."""
 
     index: Tensor | None = None
+    replaced: Any = None
+    """The forward method that the MLP object had in the place of its class's."""
 
 
 def install(hf: Any) -> None:
@@ -27,13 +30,15 @@ def install(hf: Any) -> None:
     attention, mlp = _attention_and_mlp(hf)
     if attention is not None and mlp is not None:
         attention._counting = mlp._counting = _TokensThatCount()
+        mlp._counting.replaced = mlp.__dict__.get("forward")
         mlp.forward = types.MethodType(_forward, mlp)
 
 
 def uninstall(hf: Any) -> None:
     for module in _attention_and_mlp(hf):
-        if module is not None and module.__dict__.pop("_counting", None) is not None:
-            module.__dict__.pop("forward", None)
+        counting = module.__dict__.pop("_counting", None) if module is not None else None
+        if counting is not None and module.__dict__.pop("forward", None) and counting.replaced:
+            module.forward = counting.replaced
 
 
 def announce(attention: nn.Module, index: Tensor, length: int) -> None:
@@ -52,8 +57,8 @@ def _attention_and_mlp(hf: Any) -> tuple[Any, Any]:
 
 def _forward(self: Any, x_1SH: Tensor) -> Any:
     index, self._counting.index = self._counting.index, None
-    original = type(self).forward
+    original = self._counting.replaced or functools.partial(type(self).forward, self)
     if index is None:
-        return original(self, x_1SH)
-    out = original(self, x_1SH.index_select(1, index))
+        return original(x_1SH)
+    out = original(x_1SH.index_select(1, index))
     return out.new_zeros(1, x_1SH.shape[1], out.shape[-1]).index_copy(1, index, out)

@@ -58,7 +58,7 @@ def add_lora(hf: Any, lora: LoraSection, modules: dict[str, nn.Module]) -> Any:
     with warnings.catch_warnings():
         # About merging a head that is tied to the embeddings; `export` unties them.
         warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")
-        return get_peft_model(hf, config)
+        return _without_casts(get_peft_model(hf, config))
 
 
 def load_lora(hf: Any, adapter: str, lora: LoraSection | None) -> Any:
@@ -95,7 +95,15 @@ def load_lora(hf: Any, adapter: str, lora: LoraSection | None) -> Any:
     except Exception as error:
         raise _unfit(adapter, hf, one_line(error)) from None
     load_lora_weights(adapted, adapter)
-    return adapted
+    return _without_casts(adapted)
+
+
+def _without_casts(model: Any) -> Any:
+    """PEFT casts each adapter's input to float32, and autocast casts it back: the same numbers, and a copy less."""
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False
+    return model
 
 
 def load_lora_weights(model: Any, folder: str) -> None:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from mm_agrae.batching import pad_sequences
 from mm_agrae.config import ModelSection
 from mm_agrae.errors import ModelError
+from mm_agrae.model import fused, vision_tower, weights
 from mm_agrae.model import shared_prompt as sharing
-from mm_agrae.model import weights
 from mm_agrae.model.image_features import (
     ImageFeatures,
     accepts_features,
@@ -32,7 +32,7 @@ from mm_agrae.model.image_features import (
 from mm_agrae.model.loading import load_model, model_modules
 from mm_agrae.model.lora import load_lora_weights, model_and_adapter
 from mm_agrae.model.processing import Processing
-from mm_agrae.model.vocab_head import head_logprobs
+from mm_agrae.model.vocab_head import head_logits, head_logprobs
 from mm_agrae.parallel import sharding
 from mm_agrae.types import MicroBatch, Prompt
 
@@ -73,16 +73,20 @@ class Policy(nn.Module):
         self._in_replica = self._always_runs_vision = False
         self._barrier: Callable[[], None] = lambda: None
         self.to(device)
+        bias_V = torch.zeros(self.hf.get_output_embeddings().weight.shape[0])
+        excluded = [index for index in processing.forbidden_ids if index < len(bias_V)]
+        bias_V[excluded] = EXCLUDED
+        self.register_buffer("bias_V", bias_V.to(device), persistent=False)
+        self.dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
+        """The precision that it computes in."""
+        vision_tower.install(self.hf, self.dtype)
+        fused.install(self.hf, self.dtype)
         self._accepts_features = accepts_features(self.hf)
         tower = model_modules(self.hf).get("vision")
         trained = tower is None or any(p.requires_grad for p in tower.parameters())
         self.image_features = ImageFeatures(frozen=self._accepts_features and not trained)
         self.repeats_because = self._share_prompts(shared_prompt)
         """Why prompts are repeated in the update, in one line; empty if they are shared."""
-        bias_V = torch.zeros(self.hf.get_output_embeddings().weight.shape[0])
-        excluded = [index for index in processing.forbidden_ids if index < len(bias_V)]
-        bias_V[excluded] = EXCLUDED
-        self.register_buffer("bias_V", bias_V.to(device), persistent=False)
 
     @property
     def hf(self) -> Any:
@@ -108,7 +112,7 @@ class Policy(nn.Module):
         return hasattr(self.hf.config, "vision_config")
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self.settings.dtype == "float32":
+        if self.dtype == torch.float32:
             return contextlib.nullcontext()
         # Copies of all weights in 16 bits would undo what sharding saves.
         cache = not self.is_sharded or self._in_replica
@@ -150,8 +154,8 @@ class Policy(nn.Module):
     def _repeated(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
         """As `_shared`, with the prompt repeated in each row."""
         prompts = [batch.prompts[index] for index in batch.prompt_index_B.tolist()]
-        lengths = batch.mask_BT.sum(-1).long().tolist()
-        completions = [row[:n].cpu() for row, n in zip(batch.token_BT, lengths, strict=True)]
+        lengths = batch.length_B.tolist()
+        completions = [row[:n] for row, n in zip(batch.token_BT.cpu(), lengths, strict=True)]
         hidden_BSH = self.padded(prompts, completions)[0].last_hidden_state
         row_N, column_N = batch.mask_BT.nonzero(as_tuple=True)
         start_B = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
@@ -159,7 +163,7 @@ class Policy(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits in float32, forbidden ids excluded, before the temperature."""
-        return self.hf.get_output_embeddings()(hidden).float() + self.bias_V
+        return head_logits(self.hf.get_output_embeddings(), hidden, bias_V=self.bias_V)
 
     def vision_inputs(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """The backbone's keyword arguments for the images of `prompts`, in their order.
@@ -208,7 +212,7 @@ class Policy(nn.Module):
     def _share_prompts(self, wanted: str) -> str:
         if wanted == "off":
             return "update.shared_prompt is off"
-        reason = sharing.unsupported_reason(self.hf)
+        reason = sharing.unsupported_reason(self.hf, self.autocast)
         if reason is None:
             sharing.install(self.hf)
         elif wanted == "on":
@@ -223,7 +227,7 @@ class Policy(nn.Module):
         """
         if self.repeats_because:
             return
-        few = {name: getattr(batch, name)[:4] for name in ("prompt_index_B", "token_BT", "mask_BT")}
+        few = {name: getattr(batch, name)[:4] for name in ("prompt_index_B", "token_BT", "mask_BT", "length_B")}
         batch = replace(batch, **few)
         training = self.training
         self.eval()
@@ -234,8 +238,7 @@ class Policy(nn.Module):
         finally:
             self.repeats_because = ""
             self.train(training)
-        dtype = torch.float32 if self.settings.dtype == "float32" else torch.bfloat16
-        sharing.require_agreement(shared_BT, repeated_BT, batch.mask_BT, dtype)
+        sharing.require_agreement(shared_BT, repeated_BT, batch.mask_BT, self.dtype)
 
     # ------------------------------------------------------------------ several processes
 

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm_agrae.errors import ModelError, one_line
+from mm_agrae.errors import ModelError
+from mm_agrae.model import trial
 from mm_agrae.model.packed_layout import GroupSpans, PackedLayout
 
 _aten: Any = torch.ops.aten
@@ -78,40 +79,24 @@ def _kernel(query: Tensor, key: Tensor) -> Any:
 
 @functools.lru_cache(maxsize=32)
 def _varlen_fault(device: torch.device, dtype: torch.dtype, heads: int, key_heads: int, size: int) -> str:
-    """Why `VarlenKernel` cannot be used, found by running it once; empty if it can.
-
-    Output and gradients must be as near to masked attention in float32 as 16 bits allow.
-    """
+    """Why `VarlenKernel` cannot be used, found by running it once; empty if it can."""
     groups = [GroupSpans((0, 5), ((5, 12), (12, 15))), GroupSpans((15, 18), ((18, 21),))]
-    layout = PackedLayout(groups, device)
-    generator = torch.Generator().manual_seed(0)
+    layout, scale = PackedLayout(groups, device), size**-0.5
     shapes = [(1, each, layout.length, size) for each in (heads, key_heads, key_heads)]
-    exact = [torch.randn(shape, generator=generator).to(device, dtype).float() for shape in shapes]
-    results = []
-    try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            for merged in (True, False):
-                tensors = [(x.to(dtype) if merged else x).detach().requires_grad_() for x in exact]
-                q, k, v = tensors
-                if merged:
-                    out = _MergedAttention.apply(q, k, v, VarlenKernel(layout, size**-0.5))
-                else:
-                    out = masked_attention(q, k, v, layout, size**-0.5)
-                weight = torch.arange(out.numel(), device=device).view(out.shape).cos()
-                grads = torch.autograd.grad((out.float() * weight).sum(), tensors)
-                results.append([out.detach().float(), *(grad.float() for grad in grads)])
-        pairs = zip(*results, strict=True)
-        errors = [float((ours - theirs).norm() / theirs.norm()) for ours, theirs in pairs]
-        fault = "" if max(errors) < 0.02 else f"it differs by {max(errors):.1g}"
-    except (RuntimeError, NotImplementedError, AttributeError, TypeError) as error:
-        fault = one_line(error)
-    if fault:
+    problem = trial.fault(
+        lambda q, k, v: _MergedAttention.apply(q, k, v, VarlenKernel(layout, scale)),
+        lambda q, k, v: masked_attention(q, k, v, layout, scale),
+        shapes,
+        device,
+        dtype,
+    )
+    if problem:
         warnings.warn(
             f"FlashAttention for spans of different lengths is not used on {device} "
-            f"({fault}); masked attention takes its place, which is slower",
+            f"({problem}); masked attention takes its place, which is slower",
             stacklevel=2,
         )
-    return fault
+    return problem
 
 
 class _MergedAttention(torch.autograd.Function):

@@ -36,7 +36,8 @@ skips what nothing is predicted from.
 Shapes: S tokens of the row, N predicted tokens; P tokens of a prompt; H heads of size D; B and T as in a MicroBatch.
 """
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,7 @@ def pack(backbone: Any, batch: MicroBatch) -> PackedRow:
     """
     device = batch.token_BT.device
     _require_no_placeholder(backbone.config, batch)
-    length_B = batch.mask_BT.sum(-1).long().tolist()
+    length_B = batch.length_B.tolist()
     members: dict[int, list[int]] = {}  # prompt index -> rows of its completions
     for row, index in enumerate(batch.prompt_index_B.tolist()):
         if length_B[row]:
@@ -204,25 +205,25 @@ def _require_matching_images(config: Any, prompt: Prompt) -> None:
 
 
 def _require_no_placeholder(config: Any, batch: MicroBatch) -> None:
-    for name in PLACEHOLDERS:
-        forbidden = getattr(config, name, None)
-        if forbidden is None:
-            continue
-        found_B = ((batch.token_BT == forbidden) & batch.mask_BT.bool()).any(-1)
-        if found_B.any():
-            row = int(found_B.nonzero()[0])
-            example = batch.prompts[int(batch.prompt_index_B[row])].example
-            raise DataError(
-                f"example {example.id!r}: a completion holds token {forbidden} ({name}), which "
-                "stands for an image; exclude that id from sampling"
-            )
+    forbidden = [token for name in PLACEHOLDERS if (token := getattr(config, name, None)) is not None]
+    if not forbidden:
+        return
+    device = batch.token_BT.device
+    found_BT = torch.isin(batch.token_BT, torch.tensor(forbidden, device=device)) & batch.mask_BT.bool()
+    if found_BT.any():
+        row, column = found_BT.nonzero()[0].tolist()
+        raise DataError(
+            f"example {batch.prompts[int(batch.prompt_index_B[row])].example.id!r}: a completion holds token "
+            f"{int(batch.token_BT[row, column])}, which stands for an image; exclude that id from sampling"
+        )
 
 
-def unsupported_reason(hf: Any) -> str | None:
+def unsupported_reason(hf: Any, autocast: Callable[[], Any] = contextlib.nullcontext) -> str | None:
     """Why prompts cannot be shared for this model, in one line; None if they can.
 
     Looks at the config and then lets the model itself judge: two short completions, packed and one by one, must give
-    the same hidden states. Call it on the transformers model (below PEFT) before it is sharded over devices.
+    the same hidden states, under `autocast` and, where the weights are not in 16 bits, strictly in their precision.
+    Call it on the transformers model (below PEFT) before it is sharded over devices.
     """
     name, config = type(hf).__name__, hf.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
@@ -238,7 +239,10 @@ def unsupported_reason(hf: Any) -> str | None:
     hf.eval()
     try:
         install(hf)
-        error = _probe(hf.base_model)
+        with autocast():
+            errors = [(_probe(hf.base_model), 0.1)]
+        if next(hf.parameters()).dtype.itemsize > 2:
+            errors.append((_probe(hf.base_model), 1e-3))
     except Exception as failure:  # a foreign model class may fail in any way
         reason = f"{type(failure).__name__}: {one_line(failure)}"
         return f"{name} does not take a packed row ({reason})"
@@ -246,8 +250,8 @@ def unsupported_reason(hf: Any) -> str | None:
         hf.train(training)
         if not installed:
             uninstall(hf)
-    if not error < (1e-3 if next(hf.parameters()).dtype.itemsize > 2 else 0.1):
-        return f"{name} computes something else on a packed row (relative difference {error:.2g})"
+    if wrong := [error for error, allowed in errors if not error < allowed]:
+        return f"{name} computes something else on a packed row (relative difference {wrong[0]:.2g})"
     return None
 
 

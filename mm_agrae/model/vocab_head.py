@@ -49,9 +49,8 @@ def token_logprobs(
         factors.append((low_rank[0], _whole(low_rank[1])))
     _check(factors, target_N, temperature)
     device = hidden_NH.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
     return _TokenLogprobs.apply(
-        target_N, _whole(bias_V), 1.0 / temperature, entropy_grad, dtype,
+        target_N, _whole(bias_V), 1.0 / temperature, entropy_grad, _compute_dtype(hidden_NH),
         chunk_bytes or CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]),
         *itertools.chain.from_iterable(factors),
     )  # fmt: skip
@@ -64,13 +63,35 @@ def head_logprobs(
 
     `bias_V` is added to the head's own bias; `options` are those of `token_logprobs`.
     """
+    weight_VH, bias_V, low_rank = _parts(head, hidden_NH, bias_V)
+    return token_logprobs(hidden_NH, weight_VH, target_N, bias_V=bias_V, low_rank=low_rank, **options)
+
+
+def head_logits(head: Any, hidden_NH: Tensor, *, bias_V: Tensor | None = None) -> Tensor:
+    """The logits [N,V] behind `head_logprobs`, float32: by the same products, so rounded no more than those."""
+    weight_VH, bias_V, low_rank = _parts(head, hidden_NH, bias_V)
+    dtype, left, right = _compute_dtype(hidden_NH), [hidden_NH], [_whole(weight_VH)]
+    if low_rank is not None:
+        left, right = [*left, low_rank[0]], [*right, low_rank[1]]
+    left, right = ([x.to(dtype) for x in factors] for factors in (left, right))
+    with torch.autocast(hidden_NH.device.type, enabled=False):
+        return _logits(left, right, _whole(bias_V), slice(None), 1.0)
+
+
+def _parts(head: Any, hidden_NH: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor | None, Any]:
+    """Weight, bias and LoRA's factors of a vocabulary head."""
     low_rank = None
     if hasattr(head, "lora_A"):
         low_rank = _low_rank(head, hidden_NH)
         head = head.get_base_layer()
     if head.bias is not None:
         bias_V = head.bias if bias_V is None else head.bias + bias_V
-    return token_logprobs(hidden_NH, head.weight, target_N, bias_V=bias_V, low_rank=low_rank, **options)
+    return head.weight, bias_V, low_rank
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _low_rank(head: Any, hidden_NH: Tensor) -> tuple[Tensor, Tensor] | None:

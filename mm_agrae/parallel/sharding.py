@@ -46,8 +46,9 @@ def shard(
         if not ignored.issuperset(unit.parameters()):
             fully_shard(unit, reshard_after_forward=reshard_after_forward, **options)
     root: Any = fully_shard(module, **options)
-    # A parameter without a gradient on one process may have one on another.
-    root.set_reduce_scatter_unused_params(True)
+    # A parameter without a gradient on one process may have one on another. Before torch 2.13 there is no such call.
+    if hasattr(root, "set_reduce_scatter_unused_params"):
+        root.set_reduce_scatter_unused_params(True)
 
 
 def reshard(module: nn.Module) -> None:

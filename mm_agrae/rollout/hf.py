@@ -25,8 +25,6 @@ DROP_SHARE = 0.25
 
 
 class HFEngine:
-    exact = True
-
     def __init__(
         self,
         policy: Policy,
@@ -40,6 +38,8 @@ class HFEngine:
         self.policy = policy
         self.processing = processing
         self.batch_completions = batch_completions
+        # In 16 bits, attention over a cache rounds otherwise than over a packed row.
+        self.exact = policy.dtype == torch.float32
         self._eos = torch.tensor(processing.eos_ids, device=policy.device)
 
     @property
@@ -113,18 +113,19 @@ class HFEngine:
             for step in range(limit):
                 token, logp = sample(logits, uniform_BT[live, step], sampling)
                 token = token.masked_fill(~running, policy.pad_id)
-                target = live[running]
-                token_BT[target, step] = token[running]
-                logp_BT[target, step] = logp[running]
+                # Ended rows write padding beyond their length, which nothing reads.
+                token_BT[live, step] = token
+                logp_BT[live, step] = logp
                 if on_tokens:
-                    on_tokens(target + first_prompt * count, token[running], logits[running])
+                    on_tokens(live[running] + first_prompt * count, token[running], logits[running])
                 ended = running & torch.isin(token, self._eos)
-                length_B[live[ended]] = step + 1
-                stopped_B[live[ended]] = True
+                length_B[live] = torch.where(ended, step + 1, length_B[live])
+                stopped_B[live] |= ended
                 running = running & ~ended
-                remaining = int(running.sum())
+                # The one read of a decoding step: it ends the loop and decides when rows leave.
+                remaining, finished = torch.stack([running.sum(), ended.sum()]).tolist()
                 last = remaining == 0 or step + 1 == limit
-                finished = int(ended.sum()) + (remaining if last else 0)
+                finished += remaining if last else 0
                 if finished and on_progress:
                     on_progress(finished)
                 if last:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mm_agrae.batching import UpdateRow, micro_batch
+from mm_agrae.batching import UpdateRow, idle_batch, micro_batch
 from mm_agrae.config import SamplingSection
 from mm_agrae.loss import sampler_weight
 from mm_agrae.model.policy import Policy
@@ -72,15 +72,10 @@ def measure(policy: Policy, prompts: Sequence[Prompt], groups: Sequence[Sequence
     Runs the policy's forward pass, on every process if the policy is sharded.
     """
     rows = [UpdateRow(index, each, 0.0) for index, group in enumerate(groups) for each in group]
-    idle = not rows
-    if idle:  # the forward pass is collective: a process without completions takes part too
-        rows = [UpdateRow(0, Completion((0,), (0.0,), "", "stop", policy.version), 0.0)]
     was_training = policy.training
     policy.eval()
     try:
-        batch = micro_batch(prompts, rows, policy.device)
-        if idle:
-            batch.mask_BT.zero_()
+        batch = micro_batch(prompts, rows, policy.device) if rows else idle_batch(prompts, policy.device)
         logp_BT = policy(batch)[0]
     finally:
         policy.train(was_training)

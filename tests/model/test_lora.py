@@ -103,6 +103,22 @@ def test_adapters_that_cannot_be_used(adapter, changes, expected):
     assert "adapter" in str(error.value)
 
 
+def test_adapters_take_their_input_as_it_comes(checkpoint):
+    """PEFT would cast it to float32 and autocast cast it back: a copy more, and the same numbers."""
+    processing, policy = build(checkpoint("qwen2_5_vl"), "on", lora=LoraSection(rank=4), dtype="bfloat16")
+    randomise_lora(policy)
+    batch = batch_for(processing, policy)
+    logp_BT, grads = gradients(policy, batch)
+    layers = [module for module in policy.model.modules() if hasattr(module, "lora_A")]
+    assert layers
+    assert not any(layer.cast_input_dtype_enabled for layer in layers)
+    for layer in layers:
+        layer.cast_input_dtype_enabled = True
+    cast_BT, cast_grads = gradients(policy, batch)
+    assert torch.equal(logp_BT, cast_BT)
+    assert all(torch.equal(grads[name], cast_grads[name]) for name in cast_grads)
+
+
 HEAD = LoraSection(rank=4, parts=("language", "head"))
 
 
@@ -125,7 +141,8 @@ def test_lora_on_the_vocabulary_head(checkpoint, family):
     ):
         with torch.no_grad(), aside:
             hidden_NH, row_N, column_N = repeated._repeated(batch)
-            logits_NV = repeated.logits(hidden_NH)
+            logits_NV = repeated.hf.get_output_embeddings()(hidden_NH).float() + repeated.bias_V
+            assert (repeated.logits(hidden_NH) - logits_NV).abs().max() < 1e-5 * logits_NV.abs().max()
         target_N1 = batch.token_BT[row_N, column_N][:, None]
         expected_N = torch.log_softmax(logits_NV, -1).gather(1, target_N1)[:, 0]
         assert (logp_BT[row_N, column_N] - expected_N).abs().max() < 1e-4

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import VL, batch_of, policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -157,3 +158,24 @@ def test_a_window_that_cuts_nothing_is_none():
     assert not torch.allclose(cut, whole)
     with pytest.raises(ModelError, match="one row of 9 tokens"):
         attention(q[:, :, 1:], k, v, layout, scale=0.3)
+
+
+def test_kernels_are_tried_outside_checkpointed_layers(monkeypatch):
+    """Inside one, the trial's saved tensors would count as the layer's, and its backward pass would fail."""
+    monkeypatch.setattr(shared_attention, "VarlenKernel", CpuKernel)
+    tried = []
+
+    def kernel(query, key):
+        tried.append(shared_attention._varlen_fault(query.device, query.dtype, query.shape[1], key.shape[1], 16))
+        return CpuKernel
+
+    monkeypatch.setattr(shared_attention, "_kernel", kernel)
+    shared_attention._varlen_fault.cache_clear()
+    made = policy(VL, dtype="bfloat16", gradient_checkpointing=True, shared_prompt="on")
+    assert tried, "the kernel of bfloat16 is tried when the policy is made"
+    assert set(tried) == {""}
+    assert shared_attention._varlen_fault.cache_info().misses == 2  # in float32, and under autocast
+    shared_attention._varlen_fault.cache_clear()
+    made.train()
+    made(batch_of(VL, made))[0].sum().backward()
+    assert shared_attention._varlen_fault.cache_info().misses == 1

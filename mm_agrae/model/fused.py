@@ -1,0 +1,137 @@
+"""Fused operators for CUDA, where elementwise work is a third of a training step.
+
+- RMSNorm by PyTorch's own operator: one kernel for seven, and its result in autocast's precision at once.
+- SwiGLU and rotary positions by liger-kernel (arXiv 2410.10989), where it is installed: one kernel each.
+
+Each one is tried against the model's plain form when the policy is made, and left out with a warning if it does not
+agree. On a CPU nothing is replaced. Parameters, LoRA layers and hooks stay where they are: forward methods change.
+"""
+
+import functools
+import importlib.util
+import sys
+import types
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mm_agrae.model import trial
+
+MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+def install(hf: Any, dtype: torch.dtype) -> None:
+    """Fuse what can be in a transformers model on CUDA. `dtype` is the precision that it computes in."""
+    device = next(hf.parameters()).device
+    if device.type != "cuda":
+        return
+    liger = importlib.util.find_spec("liger_kernel") is not None
+    for module in hf.modules():
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):
+            # It is tried, as it runs, in its weight's precision.
+            _replace(module, norm, module.weight.shape[0], module.weight.dtype)
+        elif liger and dict(module.named_children()).keys() == MLP_PARTS and _is_silu(module.act_fn):
+            _replace(module, swiglu, module.down_proj.weight.shape[0], dtype)
+    if liger:
+        for file in {type(module).__module__ for module in hf.modules()}:
+            _replace_rotary(sys.modules[file], device, dtype)
+
+
+def _is_silu(activation: nn.Module) -> bool:
+    return type(activation).__name__ in ("SiLU", "SiLUActivation")
+
+
+def norm(self: Any, x: Tensor) -> Tensor:
+    """RMSNorm of [..., H], as a method of transformers' module; under autocast in its precision."""
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    with torch.autocast(device, enabled=False):
+        x = x.to(self.weight.dtype)
+        # The cast at the end serves all linear layers that follow; autocast would repeat it in each.
+        return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon).to(dtype)
+
+
+def swiglu(self: Any, x: Tensor) -> Tensor:
+    """down(silu(gate(x)) · up(x)), as a method of transformers' module."""
+    from liger_kernel.ops import LigerSiLUMulFunction
+
+    return self.down_proj(LigerSiLUMulFunction.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    """q [B,H,S,D] and k [B,K,S,D] turned in place; `cos` and `sin` are [1 or B,S,D]."""
+    from liger_kernel.ops import LigerRopeFunction
+
+    return LigerRopeFunction.apply(q, k, cos, sin)
+
+
+def vision_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
+    """The same for a vision tower's [S,H,D]; `cos` and `sin` are [S,D]."""
+    turned = rotary(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos[None], sin[None])
+    return tuple(x[0].transpose(0, 1) for x in turned)
+
+
+ROTARY: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
+    "apply_rotary_pos_emb": (rotary, (1, 4, 8, 16)),
+    "apply_rotary_pos_emb_vision": (vision_rotary, (8, 4, 16)),
+}
+"""Functions of transformers' modelling files: what takes their place, and a shape to try it on."""
+
+
+@functools.lru_cache
+def _replace_rotary(file: Any, device: torch.device, dtype: torch.dtype) -> None:
+    angle = torch.arange(8, device=device)[:, None] * torch.linspace(1, 0.1, 8, device=device).repeat(2)
+    for name, (fused, shape) in ROTARY.items():
+        plain = getattr(file, name, None)
+        if plain is None or hasattr(plain, "plain"):
+            continue
+        turn = {"cos": angle.cos(), "sin": angle.sin()}
+        if len(shape) == 4:
+            turn = {key: value[None] for key, value in turn.items()}
+        ours, theirs = functools.partial(fused, **turn), functools.partial(plain, **turn)
+        problem = trial.fault(ours, theirs, [shape, shape], device, dtype)
+        if not _left_out(f"{file.__name__}.{name}", problem):
+            setattr(file, name, _on_cuda(fused, plain))
+
+
+def _on_cuda(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    """`fused` for tensors on CUDA, `plain` for others: all models of a process share the function."""
+
+    @functools.wraps(plain)
+    def either(q: Tensor, *others: Any, **options: Any) -> Any:
+        return (fused if q.is_cuda and not options and len(others) == 3 else plain)(q, *others, **options)
+
+    either.plain = plain  # type: ignore[attr-defined]
+    return either
+
+
+_tried: dict[tuple[Any, ...], bool] = {}
+
+
+def _replace(module: Any, method: Callable[..., Tensor], width: int, dtype: torch.dtype) -> None:
+    device = next(module.parameters()).device
+    key = (type(module), width, dtype, device)
+    if key not in _tried:
+
+        def run(function: Callable[..., Tensor], x: Tensor, *weights: Tensor) -> Tensor:
+            held = module
+            if weights:
+                held = types.SimpleNamespace(weight=weights[0], variance_epsilon=module.variance_epsilon)
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype.itemsize == 2):
+                return function(held, x)
+
+        shapes = [(64, width), (width,)] if method is norm else [(64, width)]
+        ours, theirs = functools.partial(run, method), functools.partial(run, type(module).forward)
+        problem = trial.fault(ours, theirs, shapes, device, dtype, plain_dtype=dtype)
+        _tried[key] = not _left_out(type(module).__name__, problem)
+    if _tried[key]:
+        module.forward = types.MethodType(method, module)
+
+
+def _left_out(what: str, problem: str) -> str:
+    if problem:
+        warnings.warn(f"{what} is not fused ({problem}); the plain form is slower", stacklevel=2)
+    return problem

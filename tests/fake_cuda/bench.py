@@ -10,7 +10,7 @@ import torch
 import transformers
 from helpers import TEXT, VL, processing
 from meter import Counts
-from stand_ins import FAKE, METER, liger_kernel, load_model_files, no_liger_kernel
+from stand_ins import FAKE, METER, load_model_files, set_liger_kernel
 
 from mm_agrae import config as configs
 from mm_agrae.batching import MiniBatch, UpdateRow, micro_batch
@@ -84,7 +84,7 @@ class Bench:
         )
         processes = Processes(self.config)
         processes.device = torch.device("cuda")
-        self.stack.enter_context(liger_kernel() if self.liger else no_liger_kernel())
+        set_liger_kernel(self.liger)
         self.stack.enter_context(FAKE)
         self.stack.enter_context(METER)
         with load_model_files(folder):

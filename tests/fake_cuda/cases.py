@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the same to this file")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    warnings.filterwarnings("error", "FlashAttention")  # the kernel's self-test failed
+    warnings.filterwarnings("error", ".*slower")  # a fast kernel was left out: its trial failed
     cases = {}
     for group in options.groups or GROUPS:
         start = time.process_time()

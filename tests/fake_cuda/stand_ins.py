@@ -10,7 +10,6 @@ import importlib
 import json
 import sys
 import types
-import unittest.mock
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.machinery import ModuleSpec
@@ -28,7 +27,6 @@ from mm_agrae.model import shared_prompt
 
 ASSUMED: dict[str, Any] = {
     # Verdicts on numbers that a GPU has computed. The comparisons run, only their outcome is given: "no difference".
-    "model/shared_attention.py:_varlen_fault": 0.0,
     "model/trial.py:_fault": 0.0,
     "model/shared_prompt.py:_probe": 0.0,
     "model/shared_prompt.py:require_agreement": 0.0,
@@ -117,6 +115,26 @@ class Threads(ThreadPoolExecutor):
         return super().submit(run)
 
 
+class RMSNorm(torch.autograd.Function):
+    """What torch.nn.functional.rms_norm is on CUDA; the gradients of input and weight are a kernel each."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        inverse = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        ctx.save_for_backward(x, weight, inverse)
+        METER.launch("rms_norm", 2 * x.nbytes + weight.nbytes + inverse.nbytes)
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:  # type: ignore[override]
+        x, weight, inverse = ctx.saved_tensors
+        METER.launch("rms_norm_backward", 3 * x.nbytes + weight.nbytes + inverse.nbytes)
+        if not ctx.needs_input_grad[1]:
+            return torch.empty_like(x), None
+        METER.launch("rms_norm_backward", 2 * x.nbytes + weight.nbytes + inverse.nbytes)
+        return torch.empty_like(x), torch.empty_like(weight)
+
+
 class LigerSiLUMulFunction(torch.autograd.Function):
     """silu(a) · b by one Triton kernel; the gradients overwrite a and b."""
 
@@ -151,41 +169,38 @@ class LigerRopeFunction(torch.autograd.Function):
         return tuple(x.transpose(1, 2) for x in rows)
 
 
-@contextlib.contextmanager
-def liger_kernel() -> Iterator[None]:
-    """Inside, liger-kernel is installed: the operators of it that the project uses, whether or not it really is."""
+def set_liger_kernel(installed: bool) -> None:
+    """From here on liger-kernel is installed, as the operators of it that the project uses, or it is not."""
     package, ops = types.ModuleType("liger_kernel"), types.ModuleType("liger_kernel.ops")
     package.__spec__ = ModuleSpec("liger_kernel", None)
     ops.LigerSiLUMulFunction, ops.LigerRopeFunction = LigerSiLUMulFunction, LigerRopeFunction  # type: ignore
-    with unittest.mock.patch.dict(sys.modules, {"liger_kernel": package, "liger_kernel.ops": ops}):
-        yield
-
-
-@contextlib.contextmanager
-def no_liger_kernel() -> Iterator[None]:
-    """Inside, it is not."""
-    with unittest.mock.patch.dict(sys.modules, {"liger_kernel": None}):
-        yield
+    sys.modules.update({"liger_kernel": package if installed else None, "liger_kernel.ops": ops})  # type: ignore
 
 
 STAND_INS: dict[str, Any] = {
     # torch asks the kernels that it was built with which of them fits; a CPU build knows none for CUDA.
     "torch.nn.functional:scaled_dot_product_attention": sdpa,
+    # A CPU build has the composite form alone, on every device.
+    "torch.nn.functional:rms_norm": lambda x, shape, weight, eps: RMSNorm.apply(x, weight),
     # swap_tensors, behind `.to`, refuses fake tensors that autograd has seen.
     "torch.nn:Module._apply": move,
     # torch's own reads a list element by element; a GPU's tensor is copied at once.
     "torch._subclasses.fake_tensor:FakeTensor.tolist": lambda x: METER.tolist(x),
+    # A message with a number of the device reads it; torch's own leaves fake tensors out.
+    "torch:Tensor.__format__": lambda x, spec: repr(x) if x.dim() else format(x.item(), spec),
     # It reads tensors in a list at their addresses, where a fake one has nothing.
     "torch:tensor": tensor,
     # It starts the CUDA driver, which is not there.
     "torch.cuda:set_device": lambda device: None,
+    # Three forward passes of all layers for each policy, for a verdict that is assumed.
     "mm_agrae.model.shared_prompt:_probe": probe,
+    # What it runs would leave the fake device.
     "mm_agrae.model.trial:ThreadPoolExecutor": Threads,
 }
 """What cannot run on a fake device, "package.module:function", and what takes its place.
 
-A function that launches Triton kernels belongs here too; those of liger-kernel are in `liger_kernel`. A stand-in makes
-the outputs with torch.empty_like and calls `METER.launch(name, bytes read and written)` once for each kernel.
+A function that launches Triton kernels belongs here too; for
+those of liger-kernel see `set_liger_kernel`. A stand-in makes the outputs with torch.empty_like and calls `METER.launch(name, bytes read and written)` once for each kernel.
 """
 
 for _name, _stand_in in STAND_INS.items():

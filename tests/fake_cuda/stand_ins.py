@@ -199,8 +199,8 @@ STAND_INS: dict[str, Any] = {
 }
 """What cannot run on a fake device, "package.module:function", and what takes its place.
 
-A function that launches Triton kernels belongs here too; for
-those of liger-kernel see `set_liger_kernel`. A stand-in makes the outputs with torch.empty_like and calls `METER.launch(name, bytes read and written)` once for each kernel.
+A function that launches Triton kernels belongs here too (liger-kernel's: see `set_liger_kernel`). A stand-in makes the
+outputs with torch.empty_like and calls `METER.launch(name, bytes read and written)` once for each kernel.
 """
 
 for _name, _stand_in in STAND_INS.items():

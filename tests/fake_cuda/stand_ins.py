@@ -22,6 +22,7 @@ from meter import Meter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._foreach_utils import _foreach_supported_types
 from torch.utils._pytree import tree_map
+from transformers.initialization import no_init_weights
 
 from mm_agrae.model import shared_prompt
 
@@ -221,7 +222,8 @@ def load_model_files(folder: Path) -> Iterator[str]:
 
     def from_pretrained(path: str, *, dtype: Any, attn_implementation: str, **others: Any) -> Any:
         config = transformers.AutoConfig.from_pretrained(path)
-        made = loader.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+        with no_init_weights():  # which would only take time
+            made = loader.from_config(config, dtype=dtype, attn_implementation=attn_implementation)
         return made.eval(), {"missing_keys": set()}
 
     multimodal = "vision_config" in json.loads((folder / "config.json").read_text())

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from fake_cuda.device import compiler
 from fake_cuda.reasons import REASONS
 
@@ -18,9 +19,12 @@ FOLDER = Path(__file__).parent / "fake_cuda"
 TABLE = json.loads((FOLDER / "table.json").read_text(encoding="utf-8"))
 WRITE = "python tests/fake_cuda --write"
 
-pytestmark = pytest.mark.skipif(
-    compiler() is None, reason="no C++ compiler (g++, or what CXX names) for a fake CUDA device"
-)
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++, or what CXX names) for a fake CUDA device"),
+    pytest.mark.skipif(
+        torch.backends.cuda.is_built(), reason="this torch has a CUDA of its own; a CPU build is needed"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -21,9 +21,7 @@ WRITE = "python tests/fake_cuda --write"
 
 pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="no C++ compiler (g++, or what CXX names) for a fake CUDA device"),
-    pytest.mark.skipif(
-        torch.backends.cuda.is_built(), reason="this torch has a CUDA of its own; a CPU build is needed"
-    ),
+    pytest.mark.skipif(torch.backends.cuda.is_built(), reason="a CPU build of torch is needed: this one has CUDA"),
 ]
 
 

@@ -114,6 +114,7 @@ class Trainer:
             entropy_grad=config.update.entropy_coef > 0,
             shared_prompt=config.update.shared_prompt,
             device=self.processes.loading_device,
+            compute_device=self.processes.device,
         )
         if self.policy.repeats_because:
             self.reporter.say(f"prompts are repeated in the update: {self.policy.repeats_because}")

@@ -74,7 +74,7 @@ def _padded(bias: Tensor | None, extra: int) -> Tensor | None:
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
-    if not has_liger():
+    if not gate.is_cuda or not has_liger():
         return F.silu(gate) * up
     from liger_kernel.ops import LigerSiLUMulFunction
 

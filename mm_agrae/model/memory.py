@@ -167,13 +167,16 @@ def estimate(
         always["gradients (DDP's buckets)"], gradients = gradient_bytes, {}
     tokens = micro_batch_tokens(config)
     casts = 2 * size.cast_parameters if bf16 else 0
-    update = gradients | {
-        "16-bit copies of weights": casts,
-        # Lookup and head of tied embeddings each make a whole gradient, which are added at the end
-        # of the backward pass, when the activations are gone.
-        "activations": max(_activations(config, size, tokens, cuda), 4 * size.tied),
-        "vocabulary head": _vocabulary_head(size, tokens.predicted, device),
-    }
+    copies = {"16-bit copies of weights": casts}
+    backward = _backward(config, size, tokens, device)
+    if bf16 and config.model.gradient_checkpointing:
+        # Autocast's copies of all weights are gone when the backward pass begins.
+        copies["16-bit copies of weights"] = min(casts, backward)
+        backward = max(casts, backward) - min(casts, backward)
+    kept = kept_activations(config, size, tokens, cuda) + _vision(config, size, tokens, cuda)
+    # Lookup and head of tied embeddings each make a whole gradient, which are added at the end
+    # of the backward pass, when the activations are gone.
+    update = gradients | copies | {"activations": max(kept, 4 * size.tied), "backward pass": backward}
     rollout = _rollout(config, size, casts, device_bytes)
     if sharded:
         # One layer in use, the next one being gathered, the last one's gradient being summed.
@@ -228,16 +231,17 @@ def micro_batch_tokens(config: Config) -> MicroBatchTokens:
     return MicroBatchTokens(tokens, completions * completion, prompts, shared)
 
 
-def _layer_bytes(tokens: int, hidden: int, inner: int, query: int, key: int, *, bf16: bool, rank: int) -> int:
+def _layer_bytes(
+    tokens: int, hidden: int, inner: int, query: int, key: int, *, bf16: bool, rank: int, fused: bool
+) -> int:
     """What one layer keeps for its backward pass, elementwise results recomputed.
 
     Inputs of both norms, queries, keys, values, attention's output, gate and up. In 16 bits also
-    the cast copies, and with adapters their inputs.
+    the norms' results, once if they are `fused`, and otherwise in each layer that casts them.
     """
-    if bf16 and rank:
-        each = 20 * hidden + 4 * query + 4 * key + 6 * inner + 14 * rank
-    elif bf16:
-        each = 18 * hidden + 4 * query + 4 * key + 4 * inner
+    if bf16:
+        norms = 8 if rank and fused else 12 if fused or rank else 18
+        each = norms * hidden + 4 * query + 4 * key + 4 * inner + 14 * rank
     elif rank:
         each = 16 * hidden + 8 * query + 8 * key + 8 * inner + 28 * rank
     else:
@@ -249,40 +253,41 @@ def kept_activations(config: Config, size: ModelSize, batch: MicroBatchTokens, c
     """What the text layers and the last norm hold between forward and backward."""
     text, rank = size.text, size.rank
     bf16 = config.model.dtype == "bfloat16"
-    element = 2 if bf16 else 4
     stream = batch.tokens * text.hidden_size * (2 if bf16 and rank else 4)
     last = batch.tokens * text.hidden_size * 4
     if config.model.gradient_checkpointing:
         return text.num_hidden_layers * stream + last
     query = text.num_attention_heads * size.head_dim
-    layer = _layer_bytes(batch.tokens, text.hidden_size, _inner(text), query, size.kv_size, bf16=bf16, rank=rank)
+    layer = _layer_bytes(
+        batch.tokens, text.hidden_size, _inner(text), query, size.kv_size, bf16=bf16, rank=rank, fused=cuda
+    )
     if not batch.shared:
         layer *= 2  # elementwise results are recomputed only where the prompt is shared
-    elif cuda:
+    elif cuda and not bf16:
         # Completions attend to [prompt keys; own keys], which are copied for each of them.
         completions = batch.predicted // config.rollout.max_new_tokens
         keys = completions * (config.prompt.max_tokens + config.rollout.max_new_tokens)
-        layer += element * 2 * (keys * size.kv_size + batch.predicted * query)
+        layer += 8 * (keys * size.kv_size + batch.predicted * query)
     return text.num_hidden_layers * layer + last
 
 
-def _activations(config: Config, size: ModelSize, batch: MicroBatchTokens, cuda: bool) -> int:
+def _backward(config: Config, size: ModelSize, batch: MicroBatchTokens, device: str) -> int:
+    """What the backward pass takes for a while: the vocabulary head, or one layer after it."""
     text = size.text
-    kept = kept_activations(config, size, batch, cuda)
-    if config.model.gradient_checkpointing:  # one layer at a time is computed again
-        plain = _changed(config, ["model.gradient_checkpointing=false"])
-        kept += kept_activations(plain, size, batch, cuda) // text.num_hidden_layers
     # In the backward pass of a layer: gradients of gate, up and their product, and of the stream.
     element = 2 if config.model.dtype == "bfloat16" else 4
-    working = batch.tokens * (3 * _inner(text) * element + 2 * text.hidden_size * 4)
-    return kept + working + _vision(config, size, batch)
+    layer = batch.tokens * (3 * _inner(text) * element + 2 * text.hidden_size * 4)
+    if config.model.gradient_checkpointing:  # one layer at a time is computed again
+        plain = _changed(config, ["model.gradient_checkpointing=false"])
+        layer += kept_activations(plain, size, batch, device == "cuda") // text.num_hidden_layers
+    return max(layer, _vocabulary_head(size, batch.predicted, device))
 
 
 def _inner(section: Any) -> int:
     return getattr(section, "intermediate_size", None) or 4 * section.hidden_size
 
 
-def _vision(config: Config, size: ModelSize, batch: MicroBatchTokens) -> int:
+def _vision(config: Config, size: ModelSize, batch: MicroBatchTokens, cuda: bool) -> int:
     """Activations of the vision tower, whose tokens are patches; only if it is trained."""
     vision = getattr(size.config, "vision_config", None)
     if vision is None or not size.trained_modules & {"vision", "merger"}:
@@ -291,7 +296,7 @@ def _vision(config: Config, size: ModelSize, batch: MicroBatchTokens) -> int:
     patches = 4 * batch.prompts * config.prompt.max_tokens  # as if prompts were all image
     hidden = vision.hidden_size
     bf16 = config.model.dtype == "bfloat16"
-    layer = _layer_bytes(patches, hidden, _inner(vision), hidden, hidden, bf16=bf16, rank=size.rank)
+    layer = _layer_bytes(patches, hidden, _inner(vision), hidden, hidden, bf16=bf16, rank=size.rank, fused=cuda)
     if config.model.gradient_checkpointing:
         return depth * patches * hidden * 4 + layer
     return depth * layer

@@ -43,8 +43,8 @@ EXCLUDED = -1e4
 class Policy(nn.Module):
     """A causal language model with or without a vision tower.
 
-    `processing` says which ids get probability 0 and which one pads. Raises ModelError if the
-    model cannot be loaded or its family does not fit.
+    `processing` says which ids get probability 0 and which one pads. `compute_device` is where `distribute` will take
+    its shards, if not `device`. Raises ModelError if the model cannot be loaded or its family does not fit.
     """
 
     bias_V: Tensor
@@ -58,6 +58,7 @@ class Policy(nn.Module):
         entropy_grad: bool = False,
         shared_prompt: str = "off",
         device: torch.device | str = "cpu",
+        compute_device: torch.device | None = None,
     ):
         super().__init__()
         self.settings = settings
@@ -80,17 +81,14 @@ class Policy(nn.Module):
         self.register_buffer("bias_V", bias_V.to(device), persistent=False)
         self.dtype = torch.float32 if settings.dtype == "float32" else torch.bfloat16
         """The precision that it computes in."""
-        self._use_fast_operators(torch.device(device))
+        for operators in (vision_tower, fused):
+            operators.install(self.hf, self.dtype, compute_device or torch.device(device))
         self._accepts_features = accepts_features(self.hf)
         tower = model_modules(self.hf).get("vision")
         trained = tower is None or any(p.requires_grad for p in tower.parameters())
         self.image_features = ImageFeatures(frozen=self._accepts_features and not trained)
         self.repeats_because = self._share_prompts(shared_prompt)
         """Why prompts are repeated in the update, in one line; empty if they are shared."""
-
-    def _use_fast_operators(self, device: torch.device) -> None:
-        vision_tower.install(self.hf, self.dtype, device)
-        fused.install(self.hf, self.dtype, device)
 
     @property
     def hf(self) -> Any:

@@ -21,6 +21,7 @@ printed. Random weights, so that it runs anywhere; `--preset 3b` has the shape o
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import gc
 import json
@@ -38,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from mm_agrae.loss import Denominator, policy_loss
-from mm_agrae.model import shared_prompt
+from mm_agrae.model import fused, lora_linear, shared_prompt, vision_tower
 from mm_agrae.model.compat import prepare
 from mm_agrae.model.vocab_head import head_logprobs
 from mm_agrae.types import Example, MicroBatch, Prompt
@@ -111,7 +112,11 @@ def compare(
 ) -> dict[str, Any]:
     batch = make_batch(options, kind, prompt, response)
     inputs = trl_inputs(batch)
-    hf = model.get_base_model() if hasattr(model, "peft_config") else model
+    own = copy.deepcopy(model)  # with the operators that `Policy` gives its model; TRL's stays as it is
+    lora_linear.install(own)
+    hf = own.get_base_model() if hasattr(own, "peft_config") else own
+    for operators in (vision_tower, fused):
+        operators.install(hf, getattr(torch, options.dtype), torch.device(options.device))
 
     def loss(logp_BT: torch.Tensor, entropy_BT: torch.Tensor) -> torch.Tensor:
         return policy_loss(
@@ -144,15 +149,14 @@ def compare(
         loss(logp_N.view_as(batch.mask_BT), entropy_N.view_as(batch.mask_BT)).backward()
 
     def theirs() -> None:
-        shared_prompt.uninstall(hf)
         with trainer.compute_loss_context_manager():
             loss = trainer._compute_loss(model, dict(inputs))
         loss.backward()
 
     # The first run of each also gives the gradients that are compared.
-    model.zero_grad()
     ours()
-    mine = gradients(model)
+    mine = gradients(own)
+    model.zero_grad()
     theirs()
     difference = relative_difference(mine, gradients(model))
     del mine
@@ -164,7 +168,8 @@ def compare(
     memory: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(options.repeats):
         for name, run in sides.items():
-            taken, high = measure(run, model, options.device)
+            taken, high = measure(run, model if name == "trl" else own, options.device)
+            (model if name == "trl" else own).zero_grad()
             times[name].append(taken)
             memory[name].append(high)
     seconds = {name: statistics.median(values) for name, values in times.items()}

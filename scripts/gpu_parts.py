@@ -483,7 +483,7 @@ class Large:
         finally:
             loading._pretrained = original
 
-    def _pretrained(self, settings: ModelSection, path: str, adapted: bool) -> Any:
+    def _pretrained(self, settings: ModelSection, path: str, adapted: bool, *_: Any) -> Any:
         """In place of weights from a file: what learns in float32, what is frozen in 16 bits."""
         from transformers import AutoModelForImageTextToText
 
@@ -587,17 +587,25 @@ def shared_against_repeated(record: Record, large: Large, batch: MicroBatch) -> 
 
 
 def measure_vision(record: Record, large: Large, batch: MicroBatch) -> None:
-    """The tower alone, forward and backward, for one image."""
-    policy = large.policy
+    """The tower alone, forward and backward, for one image: with the policy's attention, and with sdpa."""
+    policy, features = large.policy, []
 
-    def run() -> None:
+    def run() -> Tensor:
         policy.zero_grad()
         with policy.autocast():
             found = encode_images(policy.backbone, batch.prompts[:1], policy.device)
-        sum(x.float().square().sum() for features in found for x in features).backward()  # type: ignore
+        every = torch.cat([x for prompt in found for x in prompt]).float()
+        every.square().sum().backward()
+        return every.detach()
 
-    record.note("vision tower ms", milliseconds(run, large.sizes))
-    profile(record, "vision tower", run, large.sizes)
+    own = policy.hf.config.vision_config._attn_implementation
+    for name, attention in (("vision tower", own), ("vision tower by sdpa", "sdpa")):
+        policy.hf.set_attn_implementation({"vision_config": attention})
+        record.note(f"{name} ms", milliseconds(run, large.sizes))
+        profile(record, name, run, large.sizes)
+        features.append(run())
+    policy.hf.set_attn_implementation({"vision_config": own})
+    record.most("vision tower against sdpa", difference(*features), 5e-2)
 
 
 def measure_adamw(record: Record, large: Large, batch: MicroBatch) -> None:

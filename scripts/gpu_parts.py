@@ -16,6 +16,7 @@ import copy
 import functools
 import gc
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -379,8 +380,19 @@ def check_models(record: Record, sizes: Any) -> None:
             file.write_text(configs.dump(config), encoding="utf-8")
             record.most("exit status of mm-agrae train", cli.main(["train", str(file)]), 0)
             steps(record, "bf16 LoRA", config)
-        with record.case("resumed"):
-            resume(record, Path(folder) / "image", run("resumed", "image"), sizes)
+        for name, whole, model, limit in (
+            ("resumed", "image", {}, 1e-3), ("resumed bf16", "bf16", {"dtype": "bfloat16"}, 5e-2),
+        ):  # fmt: skip
+            with record.case(name):
+                resume(record, name, Path(folder) / whole, run(name.replace(" ", "-"), "image", **model), limit, sizes)
+        if sizes.device == "cuda":
+            with record.case("out of memory"):
+                out_of_memory(record, file)
+            with record.case("deterministic"):
+                config = run("deterministic", "image", dtype="bfloat16")
+                config = config.model_copy(update={"train": config.train.model_copy(update={"deterministic": True})})
+                train(record, "deterministic", config)
+                torch.use_deterministic_algorithms(False)
 
 
 def small_run(folder: Path, device: str, name: str, kind: str, **model: Any) -> Config:
@@ -439,18 +451,33 @@ def steps(record: Record, name: str, config: Config) -> None:
         record.fail(f"{name}: losses {losses}, gradient norms {norms}")
 
 
-def resume(record: Record, whole: Path, config: Config, sizes: Any) -> None:
+def out_of_memory(record: Record, file: Path) -> None:
+    """A run for which the card has too little memory ends with one message, and not with a traceback."""
+    text = io.StringIO()
+    torch.cuda.set_per_process_memory_fraction(5e-4)
+    try:
+        with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
+            status = cli.main(["train", str(file), "--overwrite"])
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    print(text.getvalue())
+    record.most("exit status out of memory", status, 2, least=2)
+    if "out of memory" not in text.getvalue() or "Traceback" in text.getvalue():
+        record.fail(f"out of memory: {one_line(text.getvalue())[-300:]}")
+
+
+def resume(record: Record, name: str, whole: Path, config: Config, limit: float, sizes: Any) -> None:
     """A copy of a run, cut off after three of its five steps and taken up again."""
     from safetensors.torch import load_file
 
     copy = Path(config.run_dir)
     shutil.copytree(whole, copy, symlinks=True)
     checkpoint.forget_after(copy / "checkpoints", 3)
-    train(record, "resumed", config)
+    train(record, name, config)
     files = [checkpoint.newest(run / "checkpoints") / "model.safetensors" for run in (copy, whole)]  # type: ignore
     ours, theirs = (torch.cat([x.flatten() for _, x in sorted(load_file(file).items())]) for file in files)
     # Some sums have no fixed order on a GPU.
-    record.most("resumed weights differ", difference(ours, theirs), 0 if sizes.device == "cpu" else 1e-3)
+    record.most(f"{name} weights differ", difference(ours, theirs), 0 if sizes.device == "cpu" else limit)
 
 
 # ------------------------------------------------------------------------------------- the 3B
@@ -683,7 +710,7 @@ def one_step(config: Config, strategy: str) -> dict[str, Tensor]:
     processing = Processing(config.model.path, config.prompt)
     torch.manual_seed(0)
     where = "cpu" if kind.sharded else processes.device
-    policy = Policy(config.model, processing, shared_prompt="on", device=where)
+    policy = Policy(config.model, processing, shared_prompt="on", device=where, compute_device=processes.device)
     with torch.no_grad():  # new adapters are 0 on one side, which leaves the other without a gradient
         for name, parameter in policy.named_parameters():
             if "lora_B" in name:

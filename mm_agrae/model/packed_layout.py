@@ -125,6 +125,14 @@ class PackedLayout:
         keys, most_keys = self._bounds([g.prompt for g in self.shared])
         return queries, keys, most_queries, most_keys
 
+    @functools.cached_property
+    def no_dropout(self) -> tuple[Tensor, Tensor]:
+        """The random state that FlashAttention takes and, without dropout, does not use."""
+        return (
+            torch.zeros(2, dtype=torch.uint64, device=self.device),
+            torch.empty(0, dtype=torch.uint64, device=self.device),
+        )
+
     def _bounds(self, spans: Sequence[Span]) -> tuple[Tensor, int]:
         lengths = [end - start for start, end in spans]
         total = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)

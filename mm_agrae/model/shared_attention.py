@@ -225,7 +225,7 @@ class VarlenKernel(_Kernel):
         bounds, longest = self.layout.bounds
         return _aten._flash_attention_backward(
             *rows, lse.T.contiguous(), bounds, bounds, longest, longest, 0.0, True,
-            *_no_dropout(lse), scale=self.scale,
+            *self.layout.no_dropout, scale=self.scale,
         )  # fmt: skip
 
     def add_prompts_backward(self, grads: Sequence[Tensor], *saved: Tensor) -> None:
@@ -233,18 +233,10 @@ class VarlenKernel(_Kernel):
         tokens, keys = self.layout.completion_tokens, self.layout.prompt_tokens
         parts = _aten._flash_attention_backward(
             grad[tokens], q[tokens], k[keys], v[keys], out[tokens], lse[tokens].T.contiguous(),
-            *self.layout.prompt_bounds, 0.0, False, *_no_dropout(q), scale=self.scale,
+            *self.layout.prompt_bounds, 0.0, False, *self.layout.no_dropout, scale=self.scale,
         )  # fmt: skip
         for total, part, where in zip(grads, parts, (tokens, keys, keys), strict=True):
             total[where] += part
-
-
-def _no_dropout(like: Tensor) -> tuple[Tensor, Tensor]:
-    """The random state that the kernel takes and, without dropout, does not use."""
-    return (
-        torch.zeros(2, dtype=torch.uint64, device=like.device),
-        torch.empty(0, dtype=torch.uint64, device=like.device),
-    )
 
 
 def masked_attention(

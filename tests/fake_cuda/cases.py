@@ -40,8 +40,11 @@ def kl_cases() -> Iterator[tuple[str, Counts]]:
         yield "full, KL", bench.measure_update(ONE)
 
 
+LORA = {"lora": {"rank": 32, "alpha": 64}}
+
+
 def lora_cases() -> Iterator[tuple[str, Counts]]:
-    with Bench(gradient_checkpointing=True, lora={"rank": 32, "alpha": 64}) as bench:
+    with Bench(gradient_checkpointing=True, **LORA) as bench:
         yield "LoRA r32, checkpointing", bench.measure_update(ONE)
 
 
@@ -58,6 +61,10 @@ def text_cases() -> Iterator[tuple[str, Counts]]:
 def liger_cases() -> Iterator[tuple[str, Counts]]:
     with Bench(liger=True) as bench:
         yield "full, liger-kernel", bench.measure_update(ONE)
+    with Bench(liger=True, gradient_checkpointing=True, **LORA) as bench:
+        yield "LoRA r32, checkpointing, liger-kernel", bench.measure_update(ONE)
+    with Bench(liger=True, gradient_checkpointing=True, multimodal=False) as bench:
+        yield "text, checkpointing, liger-kernel", bench.measure_update(ONE)
 
 
 GROUPS = {

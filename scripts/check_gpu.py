@@ -44,7 +44,7 @@ class Part:
 PARTS = {
     "env": Part(60, 25, ("copy GB/s", "bf16 product TFLOP/s")),
     "attention": Part(50, 25, ("out error", "1024x256 G=8 ours ms", "1024x256 G=8 repeated ms")),
-    "models": Part(100, 45, ("image log-prob error", "text log-prob error", "resumed weights differ")),
+    "models": Part(150, 45, ("image log-prob error", "text log-prob error", "resumed weights differ")),
     "update": Part(200, 70, ("full ms", "full MFU", "full peak / doctor", "LoRA + checkpointing ms")),
     "head": Part(45, 25, ("N=2048 log-prob error", "LoRA gradient error")),
     "nccl": Part(45, 25, ("full FSDP2 gradient differs", "LoRA FSDP2 gradient differs")),

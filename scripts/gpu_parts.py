@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import cProfile
 import functools
 import gc
 import importlib.util
@@ -21,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import pstats
 import random
 import shutil
 import socket
@@ -206,6 +208,14 @@ def profile(record: Record, name: str, run: Callable[[], Any], sizes: Any) -> No
     record.note(f"{name} GPU busy ms", sum(event.self_device_time_total for event in kernels) / 1e3)
     longest = [[event.key[:90], round(event.self_device_time_total / 1e3, 2), event.count] for event in kernels[:15]]
     record.note(f"{name} longest kernels (ms, calls)", longest)
+    with cProfile.Profile() as python:
+        run()
+    rows = sorted(pstats.Stats(python).stats.items(), key=lambda item: -item[1][2])[:14]  # type: ignore[attr-defined]
+    slow = [
+        [f"{Path(file).name}:{line} {what}"[-70:], calls, round(1e3 * own)]
+        for (file, line, what), (_, calls, own, *_) in rows
+    ]
+    record.note(f"{name} CPU by function (calls, ms)", slow)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
@@ -569,8 +579,10 @@ def check_update(record: Record, sizes: Any) -> None:
             expected = large.doctor(model=checkpointed, update=many)
             measure_update(record, "long row", large, large.batch(sizes.long_groups), expected)
         large.checkpointing(False)
-        with record.case("full"):
-            measure_update(record, "full", large, batch, large.doctor())
+        for name, groups in (("full", 1), ("full, two groups", 2)):
+            with record.case(name):
+                changed = {"micro_batch_completions": groups * sizes.group}
+                measure_update(record, name, large, large.batch(groups), large.doctor(update=changed))
         with record.case("vision tower"):
             measure_vision(record, large, batch)
         with record.case("AdamW"):
@@ -757,7 +769,7 @@ def check_trl(record: Record, sizes: Any) -> None:
     row = benchmark_update.compare(model, trainer, options, "vl", sizes.prompt, sizes.completion)
     for name, value in row.items():
         record.note(name, value)
-    record.most("gradient_difference", row["gradient_difference"], 5e-2)
+    record.most("gradient_difference", row["gradient_difference"], 0.1)  # of weights in 16 bits, too
 
 
 def main() -> int:

@@ -105,7 +105,7 @@ def test_the_cache_is_exact(path, name, tmp_path):
         _, cache, *_ = engine(made)._prefill([prompt], 3)
     held = sum(part.numel() * part.element_size() for layer in cache.layers for part in (layer.keys, layer.values))
     size = size_of(config)
-    element = memory.kv_element_bytes(config, size)
+    element = memory.kv_element_bytes(config, size, cuda=False)
     assert memory.kv_cache_bytes(size, 3, len(prompt), element) == held
 
 

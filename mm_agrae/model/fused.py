@@ -1,7 +1,8 @@
 """Fused operators for CUDA, where elementwise work is a third of a training step.
 
 - RMSNorm by PyTorch's own operator: one kernel for seven, and its result in autocast's precision at once.
-- SwiGLU and rotary positions by liger-kernel (arXiv 2410.10989), where it is installed: one kernel each.
+- SwiGLU and rotary positions by liger-kernel (arXiv 2410.10989), where it is installed: one kernel each. Rotated
+  queries and keys stay in their own precision, also in a cache, without it too.
 - An inner width that is no multiple of 8 (3,420 in Qwen2.5-VL's vision tower) is padded with zeros: products of rows
   that do not begin at 16 bytes take three times as long.
 
@@ -10,6 +11,7 @@ agree. On a CPU nothing is replaced. Only forward methods change; parameters, Lo
 """
 
 import functools
+import importlib
 import importlib.util
 import sys
 import types
@@ -21,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm_agrae.errors import one_line
 from mm_agrae.model import trial
 
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -36,13 +39,20 @@ def install(hf: Any, dtype: torch.dtype, device: torch.device) -> None:
             _replace(module, norm, device, module.weight.dtype)
         elif dict(module.named_children()).keys() == MLP_PARTS and _is_silu(module.act_fn):
             _replace(module, swiglu, device, dtype)
-    if has_liger():
-        for file in {type(module).__module__ for module in hf.modules()}:
-            _replace_rotary(sys.modules[file], device, dtype)
+    for file in {type(module).__module__ for module in hf.modules()}:
+        _replace_rotary(sys.modules[file], device, dtype)
 
 
-def has_liger() -> bool:
-    return importlib.util.find_spec("liger_kernel") is not None
+@functools.cache
+def liger() -> Any:
+    """liger-kernel's operators; None where it is not installed."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return None
+    try:
+        return importlib.import_module("liger_kernel.ops")
+    except ImportError as error:
+        _left_out("SwiGLU", one_line(error))
+        return None
 
 
 def _is_silu(activation: nn.Module) -> bool:
@@ -74,18 +84,13 @@ def _padded(bias: Tensor | None, extra: int) -> Tensor | None:
 
 
 def _product(gate: Tensor, up: Tensor) -> Tensor:
-    if not gate.is_cuda or not has_liger():
-        return F.silu(gate) * up
-    from liger_kernel.ops import LigerSiLUMulFunction
-
-    return LigerSiLUMulFunction.apply(gate, up)
+    fused = gate.is_cuda and liger()
+    return fused.LigerSiLUMulFunction.apply(gate, up) if fused else F.silu(gate) * up
 
 
 def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
     """q [B,H,S,D] and k [B,K,S,D] turned in place; `cos` and `sin` are [1 or B,S,D]."""
-    from liger_kernel.ops import LigerRopeFunction
-
-    return LigerRopeFunction.apply(q, k, cos, sin)
+    return liger().LigerRopeFunction.apply(q, k, cos, sin)
 
 
 def vision_rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
@@ -104,25 +109,29 @@ ROTARY: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
 @functools.lru_cache
 def _replace_rotary(file: Any, device: torch.device, dtype: torch.dtype) -> None:
     angle = torch.arange(8, device=device)[:, None] * torch.linspace(1, 0.1, 8, device=device).repeat(2)
-    for name, (fused, shape) in ROTARY.items():
+    for name, (form, shape) in ROTARY.items():
         plain = getattr(file, name, None)
         if plain is None or hasattr(plain, "plain"):
             continue
-        turn = {"cos": angle.cos(), "sin": angle.sin()}
-        if len(shape) == 4:
-            turn = {key: value[None] for key, value in turn.items()}
-        ours, theirs = functools.partial(fused, **turn), functools.partial(plain, **turn)
-        problem = trial.fault(ours, theirs, [shape, shape], device, dtype)
-        if not _left_out(f"{file.__name__}.{name}", problem):
-            setattr(file, name, _on_cuda(fused, plain))
+        fused: Callable[..., Any] | None = form
+        if liger():
+            turn = {"cos": angle.cos(), "sin": angle.sin()}
+            if len(shape) == 4:
+                turn = {key: value[None] for key, value in turn.items()}
+            ours, theirs = functools.partial(form, **turn), functools.partial(plain, **turn)
+            if _left_out(f"{file.__name__}.{name}", trial.fault(ours, theirs, [shape, shape], device, dtype)):
+                fused = None
+        setattr(file, name, _on_cuda(fused, plain))
 
 
-def _on_cuda(fused: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def _on_cuda(fused: Callable[..., Any] | None, plain: Callable[..., Any]) -> Callable[..., Any]:
     """`fused` for tensors on CUDA, `plain` for others: all models of a process share the function."""
 
     @functools.wraps(plain)
-    def either(q: Tensor, *others: Any, **options: Any) -> Any:
-        return (fused if q.is_cuda and not options and len(others) == 3 else plain)(q, *others, **options)
+    def either(q: Tensor, k: Tensor, *others: Any, **options: Any) -> Any:
+        if not q.is_cuda or options or len(others) != 2:
+            return plain(q, k, *others, **options)
+        return fused(q, k, *others) if fused and liger() else tuple(x.to(q.dtype) for x in plain(q, k, *others))
 
     either.plain = plain  # type: ignore[attr-defined]
     return either

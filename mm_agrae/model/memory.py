@@ -177,7 +177,7 @@ def estimate(
     # Lookup and head of tied embeddings each make a whole gradient, which are added at the end
     # of the backward pass, when the activations are gone.
     update = gradients | copies | {"activations": max(kept, 4 * size.tied), "backward pass": backward}
-    rollout = _rollout(config, size, casts, device_bytes)
+    rollout = _rollout(config, size, casts, device_bytes, cuda)
     if sharded:
         # One layer in use, the next one being gathered, the last one's gradient being summed.
         update["gathered weights"] = size.root.bytes + 2 * size.layer.bytes
@@ -307,7 +307,7 @@ def _vocabulary_head(size: ModelSize, predicted: int, device: str) -> int:
     return 2 * chunk + predicted * size.text.hidden_size * 12
 
 
-def _rollout(config: Config, size: ModelSize, casts: int, device_bytes: int | None) -> dict[str, int]:
+def _rollout(config: Config, size: ModelSize, casts: int, device_bytes: int | None, cuda: bool) -> dict[str, int]:
     rollout = config.rollout
     if rollout.engine != "hf":
         return _vllm(config, device_bytes) if rollout.vllm.sleep else {}
@@ -316,7 +316,7 @@ def _rollout(config: Config, size: ModelSize, casts: int, device_bytes: int | No
     length = config.prompt.max_tokens + rollout.max_new_tokens
     return {
         "16-bit copies of weights": casts,
-        "KV cache": kv_cache_bytes(size, rows, length, kv_element_bytes(config, size)),
+        "KV cache": kv_cache_bytes(size, rows, length, kv_element_bytes(config, size, cuda)),
         # Logits, and what temperature, softmax and the sum over it make of them.
         "sampling": 6 * 4 * rows * size.text.vocab_size,
     }
@@ -330,13 +330,13 @@ def _vllm(config: Config, device_bytes: int | None) -> dict[str, int]:
     return {f"vLLM ({share:.0%} of the GPU)": int(share * (device_bytes or 0))}
 
 
-def kv_element_bytes(config: Config, size: ModelSize) -> int:
+def kv_element_bytes(config: Config, size: ModelSize, cuda: bool) -> int:
     """Bytes of one number in the KV cache of the engine hf.
 
-    Rotary embeddings multiply keys in the precision of the residual stream, which autocast leaves
-    alone, and the cache stores values in the precision of keys.
+    On a CPU rotary embeddings multiply keys in the precision of the residual stream, which autocast
+    leaves alone, and the cache stores values in the precision of keys.
     """
-    return 2 if config.model.dtype == "bfloat16" and size.rank else 4
+    return 2 if config.model.dtype == "bfloat16" and (cuda or size.rank) else 4
 
 
 def kv_cache_bytes(size: ModelSize, rows: int, length: int, element: int) -> int:

@@ -1,5 +1,6 @@
 """A trial of a fast operator beside the plain one, before a model uses it."""
 
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,14 +28,14 @@ def fault(
     well as `dtype` allows. A kernel that fails to compile or start counts as a fault; nothing is raised.
     """
     # In a thread of its own the trial is seen by no saved-tensor hook (gradient checkpointing) and no autocast.
-    with ThreadPoolExecutor(1) as thread:
+    # It begins on the first GPU, where Triton would start its kernels.
+    on_device = functools.partial(torch.cuda.set_device, device.index or 0) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, initializer=on_device) as thread:
         return thread.submit(_fault, ((fast, dtype), (plain, plain_dtype)), shapes, device).result()
 
 
 def _fault(operators: Any, shapes: Sequence[Sequence[int]], device: torch.device) -> str:
     dtype = operators[0][1]
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # the thread is new, and Triton starts kernels on the thread's device
     generator = torch.Generator().manual_seed(0)
     rounded = [torch.randn(*shape, generator=generator).to(device, dtype) for shape in shapes]
     try:

@@ -24,7 +24,7 @@ from torch.utils._foreach_utils import _foreach_supported_types
 from torch.utils._pytree import tree_map
 from transformers.initialization import no_init_weights
 
-from mm_agrae.model import shared_prompt
+from mm_agrae.model import fused, shared_prompt
 
 ASSUMED: dict[str, Any] = {
     # Verdicts on numbers that a GPU has computed. The comparisons run, only their outcome is given: "no difference".
@@ -176,6 +176,7 @@ def set_liger_kernel(installed: bool) -> None:
     package.__spec__ = ModuleSpec("liger_kernel", None)
     ops.LigerSiLUMulFunction, ops.LigerRopeFunction = LigerSiLUMulFunction, LigerRopeFunction  # type: ignore
     sys.modules.update({"liger_kernel": package if installed else None, "liger_kernel.ops": ops})  # type: ignore
+    fused.liger.cache_clear()
 
 
 STAND_INS: dict[str, Any] = {

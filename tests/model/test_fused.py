@@ -64,10 +64,12 @@ def test_rotary_takes_the_fused_form_on_cuda_alone(function, monkeypatch):
     tensors = torch.randn(shape), torch.randn(shape), cos, cos
     assert all(torch.equal(a, b) for a, b in zip(either(*tensors), plain(*tensors), strict=True))
     assert not calls
-    with torch.device("meta"):
-        query = torch.empty(shape)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True, raising=False)
-    either(query, *tensors[1:])
+    monkeypatch.setattr(fused, "liger", lambda: None)
+    rounded = [x.bfloat16() for x in tensors[:2]]
+    assert [x.dtype for x in either(*rounded, *tensors[2:])] == [torch.bfloat16] * 2  # as wide as cos without it
+    monkeypatch.setattr(fused, "liger", lambda: True)
+    either(*tensors)
     assert len(calls) == 1
 
 

@@ -297,6 +297,8 @@ def _vision(config: Config, size: ModelSize, batch: MicroBatchTokens, cuda: bool
     hidden = vision.hidden_size
     bf16 = config.model.dtype == "bfloat16"
     layer = _layer_bytes(patches, hidden, _inner(vision), hidden, hidden, bf16=bf16, rank=size.rank, fused=cuda)
+    if cuda and bf16:  # the MLP's product, and queries and keys out of their common tensor
+        layer += patches * (2 * _inner(vision) + 4 * hidden)
     if config.model.gradient_checkpointing:
         return depth * patches * hidden * 4 + layer
     return depth * layer

@@ -356,6 +356,7 @@ class Policy(nn.Module):
         # transformers may store parameters under other names than it uses, so it reads them too.
         # With this model's config: a damaged checkpoint's may ask for a model of any size.
         config, dtype = copy.deepcopy(self.model.config), next(self.model.parameters()).dtype
+        config._attn_implementation = "sdpa"  # transformers would look for the vision tower's on the hub
         where = "meta" if self._is_empty else None
         saved, found = type(self.model).from_pretrained(
             folder, config=config, dtype=dtype, device_map=where, use_safetensors=True, output_loading_info=True

@@ -143,7 +143,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 sum_N = shift_N.exp() * sum_N
                 exp_Nv = logits_Nv.exp()
                 sum_N = sum_N + exp_Nv.sum(-1)
-                moment_N = moment_N + torch.linalg.vecdot(exp_Nv, logits_Nv)
+                moment_N = moment_N + exp_Nv.mul_(logits_Nv).sum(-1)  # in place: vecdot would make a third block
                 max_N = new_max_N
         log_sum_N = sum_N.log()
         norm_N = max_N + log_sum_N

@@ -1,6 +1,7 @@
 """Fused operators and the vision tower's larger ones: the numbers of the model's own."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +147,9 @@ def test_the_vision_tower_calls_attention_once_a_block(family, checkpoint, monke
     found = gradients(made, batch)
     assert len(calls) == len(made.hf.model.visual.blocks)
     require_equal(found, expected)
+    made.load_weights(Path(checkpoint(family)))  # transformers would look for such an attention on the hub
+    assert made.hf.config.vision_config._attn_implementation == vision_tower.ATTENTION
+    assert "flash" not in made.hf.config.to_json_string()
 
 
 def test_what_a_trial_of_the_towers_attention_compares_with():

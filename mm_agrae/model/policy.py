@@ -113,11 +113,12 @@ class Policy(nn.Module):
     def is_multimodal(self) -> bool:
         return hasattr(self.hf.config, "vision_config")
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def autocast(self, *, keep_copies: bool = True) -> contextlib.AbstractContextManager[Any]:
+        """`keep_copies`: weights are cast once within the context, not in each use."""
         if self.dtype == torch.float32:
             return contextlib.nullcontext()
         # Copies of all weights in 16 bits would undo what sharding saves.
-        cache = not self.is_sharded or self._in_replica
+        cache = keep_copies and (not self.is_sharded or self._in_replica)
         return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=cache)
 
     # ------------------------------------------------------------------ log-probabilities
@@ -214,7 +215,7 @@ class Policy(nn.Module):
     def _share_prompts(self, wanted: str) -> str:
         if wanted == "off" or self._is_empty:
             return "update.shared_prompt is off"
-        reason = sharing.unsupported_reason(self.hf, self.autocast)
+        reason = sharing.unsupported_reason(self.hf, functools.partial(self.autocast, keep_copies=False))
         if reason is None:
             sharing.install(self.hf)
         elif wanted == "on":

@@ -15,6 +15,7 @@ import torch
 from fake_cuda.device import compiler
 from fake_cuda.reasons import REASONS
 
+DOCS = Path(__file__).parents[1] / "docs"
 FOLDER = Path(__file__).parent / "fake_cuda"
 TABLE = json.loads((FOLDER / "table.json").read_text(encoding="utf-8"))
 WRITE = "python tests/fake_cuda --write"
@@ -44,6 +45,15 @@ def test_every_host_read_is_argued_for(found):
     places = {place for case in found.values() for place in case["reads"]}
     assert places <= set(REASONS), f"new reads of the device by the host: {sorted(places - set(REASONS))}"
     assert places >= set(REASONS), f"reads that are gone: take them out of REASONS: {sorted(set(REASONS) - places)}"
+
+
+def test_the_documented_table():
+    rows = [
+        [*line.split("|")[1:-1]] for line in (DOCS / "gpu.md").read_text(encoding="utf-8").splitlines() if "|" in line
+    ]
+    kernels = {row[0].strip(): row[1].strip() for row in rows}
+    for name, case in TABLE["cases"].items():
+        assert kernels[name] == f"{case['kernels']:,}", f"{name} in docs/gpu.md; write it anew: {WRITE}"
 
 
 @pytest.mark.parametrize("name", TABLE["cases"])

@@ -14,6 +14,8 @@ from bench import Bench
 from meter import Counts
 
 VERSIONS = ("torch", "transformers", "accelerate", "peft")
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "gpu.md"
+BEGIN, END = "<!-- written by: python tests/fake_cuda --write -->", "<!-- end -->"
 TABLE = Path(__file__).with_name("table.json")
 TOWER_HEAD = 80
 """Head size of the vision tower's attention; the text model's is 128."""
@@ -120,4 +122,7 @@ def main() -> None:
     table = {"versions": {name: version(name) for name in VERSIONS}, "cases": cases}
     for path in filter(None, (options.json, TABLE if options.write else None)):
         path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if options.write and not options.groups:
+        before, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
+        DOCUMENT.write_text(f"{before}{BEGIN}\n{markdown(cases)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
     print(markdown(cases))

@@ -300,7 +300,8 @@ def test_an_export_writes_what_its_run_writes(path, lora, run, tmp_path):
     example = prompts(path, 1)[0].example
     ours = Processing(str(out), PromptSection()).prompt(example)
     assert torch.equal(ours.token_ids, prompts(path, 1)[0].token_ids)
-    assert torch.equal(logits(policy(str(out)).hf, path), logits(plain, path))
+    # A policy embeds patches by a matrix product, plain transformers by a convolution.
+    torch.testing.assert_close(logits(policy(str(out)).hf, path), logits(plain, path), rtol=1e-4, atol=1e-4)
     assert plain.generation_config.eos_token_id == list(processing(path).eos_ids)
 
 

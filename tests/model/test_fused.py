@@ -51,7 +51,20 @@ def test_a_trial_finds_what_differs():
         assert "differs" in trial.fault(lambda a, b: F.gelu(a) * b, plain, shapes, cpu, dtype)
         assert "differs" in trial.fault(lambda a, b: plain(a, b.detach()) + b * 0, plain, shapes, cpu, dtype)
         assert "differs" in trial.fault(lambda a, b: plain(a, b) * float("nan"), plain, shapes, cpu, dtype)
+        assert "differs" in trial.fault(lambda a, b: plain(a, SpoiltGradient.apply(b)), plain, shapes, cpu, dtype)
         assert "RuntimeError" in trial.fault(lambda a, b: a @ b, plain, shapes, cpu, dtype)
+
+
+class SpoiltGradient(torch.autograd.Function):
+    """The input itself; its gradient is not a number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("nan")
 
 
 @pytest.mark.parametrize("function", fused.ROTARY)

@@ -35,10 +35,11 @@ def install(hf: Any) -> None:
 
 
 def uninstall(hf: Any) -> None:
-    for module in _attention_and_mlp(hf):
-        counting = module.__dict__.pop("_counting", None) if module is not None else None
-        if counting is not None and module.__dict__.pop("forward", None) and counting.replaced:
-            module.forward = counting.replaced
+    attention, mlp = _attention_and_mlp(hf)
+    if counting := getattr(mlp, "_counting", None):
+        del attention._counting, mlp._counting, mlp.forward
+        if counting.replaced:
+            mlp.forward = counting.replaced
 
 
 def announce(attention: nn.Module, index: Tensor, length: int) -> None:

@@ -79,7 +79,10 @@ def load_lora(hf: Any, adapter: str, lora: LoraSection | None) -> Any:
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{where} is an adapter of kind {config.peft_type}; LoRA fits")
     # Merging and the fused vocabulary head would silently leave these out.
-    names = ("use_dora", "modules_to_save", "trainable_token_indices", "lora_bias", "bias")
+    names = (
+        "modules_to_save", "trainable_token_indices", "lora_bias", "bias", "use_dora", "use_bdlora", "arrow_config",
+        "alora_invocation_tokens", "kasa_config", "monteclora_config", "velora_config",
+    )  # fmt: skip
     values = {name: getattr(config, name, None) for name in names}
     if unusual := [f"{name}={value}" for name, value in values.items() if value and value != "none"]:
         raise ModelError(

@@ -5,7 +5,7 @@
 PEFT's form is a dozen operations a layer, most of them elementwise on the layer's output, and twice that in Python:
 on a GPU the CPU then takes longer to start them than they run. Here the adapter's product is added inside the matrix
 product's kernel, and the backward pass is four products by hand. Same parameters, same names on disk. What PEFT alone
-can do (dropout, several adapters, merged weights) goes through PEFT.
+can do (dropout, several adapters, merged weights, DoRA and other variants) goes through PEFT.
 
 Shapes: N positions, I inputs, O outputs, R rank.
 """
@@ -40,6 +40,8 @@ def _forward(self: Any, x: Tensor, *args: Any, **options: Any) -> Tensor:
         or options
         or self.disable_adapters
         or self.merged
+        or name in self.lora_variant
+        or self.lora_bias.get(name)
         or base.weight.requires_grad
         or (self.training and getattr(self.lora_dropout[name], "p", 0) > 0)
     ):

@@ -1,16 +1,30 @@
 """Fused operators and the vision tower's larger ones: the numbers of the model's own."""
 
+import copy
 import itertools
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from families import batch_for, build, gradients, make_model, require_equal
+from families import (
+    FAMILIES,
+    ROPE,
+    SMALL,
+    batch_for,
+    build,
+    gradients,
+    make_model,
+    randomise_lora,
+    require_equal,
+    write_family,
+)
 from helpers import VL, batch_of, policy
 from transformers import AttentionInterface
 
+from mm_agrae.config import LoraSection
 from mm_agrae.model import fused, trial, vision_tower
+from mm_agrae.model import shared_prompt as sharing
 from mm_agrae.model.activations import SWIGLU, recompute_elementwise
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -51,7 +65,20 @@ def test_a_trial_finds_what_differs():
         assert "differs" in trial.fault(lambda a, b: F.gelu(a) * b, plain, shapes, cpu, dtype)
         assert "differs" in trial.fault(lambda a, b: plain(a, b.detach()) + b * 0, plain, shapes, cpu, dtype)
         assert "differs" in trial.fault(lambda a, b: plain(a, b) * float("nan"), plain, shapes, cpu, dtype)
+        assert "differs" in trial.fault(lambda a, b: plain(a, SpoiltGradient.apply(b)), plain, shapes, cpu, dtype)
         assert "RuntimeError" in trial.fault(lambda a, b: a @ b, plain, shapes, cpu, dtype)
+
+
+class SpoiltGradient(torch.autograd.Function):
+    """The input itself; its gradient is not a number."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * float("nan")
 
 
 @pytest.mark.parametrize("function", fused.ROTARY)
@@ -169,3 +196,28 @@ def test_nothing_is_replaced_on_a_cpu_but_the_patch_embedding():
     assert replaced == ["model.visual.patch_embed", f"model.language_model.layers.{last}.mlp"]
     assert made.hf.config.vision_config._attn_implementation == "sdpa"
     assert batch_of(VL, made) is not None
+
+
+@pytest.mark.parametrize("lora", [None, LoraSection(rank=4, alpha=8, modules=(), parts=("language", "vision"))])
+def test_a_fused_model_with_padded_mlps_has_the_plain_ones_gradients(lora, tmp_path):
+    settings = FAMILIES["qwen2_5_vl"] | {
+        "vision_config": FAMILIES["qwen2_5_vl"]["vision_config"] | {"intermediate_size": 44},
+        "text_config": SMALL | {"intermediate_size": 126, "rope_parameters": ROPE},
+    }
+    processing, made = build(write_family("qwen2_5_vl", tmp_path, settings), "on", lora=lora)
+    randomise_lora(made)
+    batch = batch_for(processing, made)
+    expected = gradients(made, batch)
+    sharing.uninstall(made.hf)
+    for module in made.hf.modules():
+        if hasattr(module, "variance_epsilon"):
+            fused._replace(module, fused.norm, made.device, made.dtype)
+        elif dict(module.named_children()).keys() == fused.MLP_PARTS:
+            fused._replace(module, fused.swiglu, made.device, made.dtype)
+    methods = [module.forward for module in made.hf.modules()]
+    assert sum(getattr(each, "__func__", None) is fused.swiglu for each in methods) == 5
+    sharing.install(made.hf)
+    require_equal(gradients(made, batch), expected)
+    require_equal(gradients(copy.deepcopy(made), batch), expected)
+    sharing.uninstall(made.hf)
+    assert [module.forward for module in made.hf.modules()] == methods

@@ -243,7 +243,7 @@ def _layer_bytes(
         norms = 8 if rank and fused else 12 if fused or rank else 18
         each = norms * hidden + 4 * query + 4 * key + 4 * inner + 14 * rank
     elif rank:
-        each = 16 * hidden + 8 * query + 8 * key + 8 * inner + 28 * rank
+        each = 8 * hidden + 8 * query + 8 * key + 8 * inner + 28 * rank
     else:
         each = 8 * hidden + 8 * query + 8 * key + 8 * inner
     return tokens * each

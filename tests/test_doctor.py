@@ -349,6 +349,19 @@ def test_suggestions_fit_and_none_is_superfluous():
         assert peak([change for change in changes if change != left_out]) > limit
 
 
+@pytest.mark.parametrize(
+    "name", ["math_llama_3.2_3b", "geometry3k_qwen2.5_vl_3b", "math_qwen2.5_math_7b", "geometry3k_qwen2.5_vl_7b"]
+)
+@pytest.mark.parametrize("overlays", [(), ("lora_80gb",)], ids=["full", "lora_80gb"])
+def test_what_fits_24_gb_with_lora_is_suggested(name, overlays):
+    config = run_of(name, *overlays)
+    size, options = size_of(config), {"processes": 1, "device_bytes": 24 * doctor.GIB, "sharded": False}
+    if memory.judge(config, size, **options).reasons:
+        changes, _ = memory.suggest(config, size, **options)
+        changed = run_of(name, *overlays, *changes)
+        assert memory.judge(changed, size_of(changed), **options).reasons == []
+
+
 def test_nothing_is_suggested_where_nothing_helps():
     config = configs.load(PAPER / "math_qwen2.5_math_7b.yaml")
     device_bytes = 8 * doctor.GIB

@@ -302,6 +302,7 @@ def test_only_a_gpu_is_checked_before_the_model_is_loaded(tmp_path, monkeypatch,
         (1, {}, (), ("1", "one", "8")),
         (0, {}, (), ("1", "one", "1")),
         (0, {"PROCESSES": "2"}, (), ("2", "multi_gpu", "1")),
+        (0, {"PROCESSES": "02"}, (), ("2", "multi_gpu", "1")),
         (64, {}, (), ("64", "fsdp2", "1")),
     ],
 )

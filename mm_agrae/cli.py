@@ -331,8 +331,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
         return 0
     for name in ("gpus", "gpu_memory"):
         value = getattr(arguments, name)
-        if value is not None and not 0 < value < float("inf"):
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0")
+        if value is not None and not 0 < value <= 1_000_000:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must be above 0, and at most 1,000,000")
     for_gpus = bool(arguments.gpus or arguments.gpu_memory)
     config = _load(arguments.config, arguments.overrides, to_run=False, for_gpus=for_gpus)
     sharded = arguments.parallel == "fsdp2" if arguments.parallel else None

@@ -274,7 +274,7 @@ def launch_plan(config: Config, environment: Mapping[str, str]) -> tuple[str, ..
     engine = config.rollout.engine.removesuffix("_server")
     missing = engine == "vllm" and importlib.util.find_spec("vllm") is None
     threads = environment.get("OMP_NUM_THREADS") or threads
-    return wanted, str(gpus), chosen if processes > 1 else "one", threads, "vllm" if missing else ""
+    return str(processes), str(gpus), chosen if processes > 1 else "one", threads, "vllm" if missing else ""
 
 
 def _tested() -> dict[str, str]:

@@ -31,6 +31,9 @@ SIGNS = re.compile(r"out of memory|(can't|cannot|unable to) allocate|not enough 
 SIZE = r"([\d.]+) ?(bytes|[KMGT]iB)"
 UNITS = {"bytes": 2**-30, "KiB": 2**-20, "MiB": 2**-10, "GiB": 1, "TiB": 2**10}
 
+RESERVE = [bytearray(16 << 20)]
+"""Given up when memory has run out, so that there is some to say so."""
+
 
 @contextlib.contextmanager
 def during(stage: str) -> Iterator[None]:
@@ -47,6 +50,7 @@ def explained(error: BaseException, config: Any = None, stage: str = "loading") 
 
     `config` gives the present values. `stage` is where it was if `during` has not noted another one.
     """
+    RESERVE.clear()
     chain: list[BaseException] = []
     found: BaseException | None = error
     while found is not None and found not in chain:

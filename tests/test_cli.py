@@ -137,6 +137,8 @@ def test_doctor_looks_at_a_config(tmp_path):
     assert "nothing stands in the way" in output
     assert "no config.json" in command("doctor", path, "model.path=no/model", expect=1)
     assert "--gpus is 0" in command("doctor", path, "--gpus", 0, expect=2)
+    assert "--gpu-memory is 1e+300" in command("doctor", path, "--gpu-memory", 1e300, expect=2)
+    assert "of 0.0 MiB usable" in command("doctor", path, "--gpu-memory", 0.1, expect=1)
 
 
 def test_an_engine_that_is_not_installed_is_found_before_anything_is_loaded(tmp_path, monkeypatch):

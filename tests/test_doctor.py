@@ -302,6 +302,7 @@ def test_only_a_gpu_is_checked_before_the_model_is_loaded(tmp_path, monkeypatch,
         (1, {}, (), ("1", "one", "8")),
         (0, {}, (), ("1", "one", "1")),
         (0, {"PROCESSES": "2"}, (), ("2", "multi_gpu", "1")),
+        (0, {"PROCESSES": "02"}, (), ("2", "multi_gpu", "1")),
         (64, {}, (), ("64", "fsdp2", "1")),
     ],
 )
@@ -347,6 +348,19 @@ def test_suggestions_fit_and_none_is_superfluous():
     assert peak(changes) == after.estimate.peak
     for left_out in changes:
         assert peak([change for change in changes if change != left_out]) > limit
+
+
+@pytest.mark.parametrize(
+    "name", ["math_llama_3.2_3b", "geometry3k_qwen2.5_vl_3b", "math_qwen2.5_math_7b", "geometry3k_qwen2.5_vl_7b"]
+)
+@pytest.mark.parametrize("overlays", [(), ("lora_80gb",)], ids=["full", "lora_80gb"])
+def test_what_fits_24_gb_with_lora_is_suggested(name, overlays):
+    config = run_of(name, *overlays)
+    size, options = size_of(config), {"processes": 1, "device_bytes": 24 * doctor.GIB, "sharded": False}
+    if memory.judge(config, size, **options).reasons:
+        changes, _ = memory.suggest(config, size, **options)
+        changed = run_of(name, *overlays, *changes)
+        assert memory.judge(changed, size_of(changed), **options).reasons == []
 
 
 def test_nothing_is_suggested_where_nothing_helps():

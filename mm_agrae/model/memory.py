@@ -33,7 +33,7 @@ FRAGMENTED = 0.03  # share of a GPU's memory that the allocator holds in pieces 
 def usable_bytes(config: Config, device_bytes: int, processes: int = 1) -> int:
     """What the tensors of a run may take of a GPU's memory."""
     libraries = CONTEXT + NCCL * (processes > 1) + ASLEEP * (config.rollout.engine == "vllm")
-    return int(device_bytes * (1 - FRAGMENTED)) - libraries
+    return max(0, int(device_bytes * (1 - FRAGMENTED)) - libraries)
 
 
 @dataclass(frozen=True)
@@ -431,13 +431,13 @@ def _candidates(config: Config, size: ModelSize, device_bytes: int) -> Iterator[
     while tokens // 2 >= least:
         tokens //= 2
         yield "update.micro_batch_tokens", str(tokens)
-    if rollout.engine == "hf":
+    if rollout.engine == "vllm":
+        yield "rollout.engine", "hf"
+    if rollout.engine in ("hf", "vllm"):
         batch = rollout.batch_completions
         while batch // 2 >= rollout.completions_per_prompt:
             batch //= 2
             yield "rollout.batch_completions", str(batch)
-    if rollout.engine == "vllm":
-        yield "rollout.engine", "hf"
     if not size.rank:
         if hasattr(size.config, "vision_config") and not config.model.freeze:
             yield "model.freeze", "[vision, embeddings]"

@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,12 +40,14 @@ def _built() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mm_agrae"
     library = cache / f"fake_cuda_{torch_version}_{key}.so"
     if not library.is_file():
+        if (program := compiler()) is None:
+            sys.exit("no C++ compiler (g++, or what CXX names) for a fake CUDA device")
         cache.mkdir(parents=True, exist_ok=True)
         folder = Path(find_spec("torch").origin).parent  # type: ignore[union-attr, arg-type]
         lib, include = folder / "lib", folder / "include"
         made = library.with_suffix(f".{os.getpid()}")
         subprocess.run(
-            [compiler() or "g++", "-std=c++20", "-shared", "-fPIC", f"-I{include}", str(SOURCE), "-o", str(made),
+            [program, "-std=c++20", "-shared", "-fPIC", f"-I{include}", str(SOURCE), "-o", str(made),
              f"-I{include / 'torch/csrc/api/include'}", f"-L{lib}", f"-Wl,-rpath,{lib}", "-Wl,--no-as-needed",
              "-ltorch_cpu", "-lc10"],
             check=True,

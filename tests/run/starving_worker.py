@@ -1,4 +1,5 @@
-"""`mm-agrae ARGUMENTS` in a process whose memory ends in a stage: STARVED is "update" (of step 2) or "loading"."""
+"""`mm-agrae ARGUMENTS` in a process whose memory ends in a stage: STARVED is "update" (of step 2) or "loading",
+ROOM the bytes that are left."""
 
 import os
 import resource
@@ -9,12 +10,13 @@ from mm_agrae import cli, trainer
 from mm_agrae.model.compat import prepare
 from mm_agrae.step import Updater
 
+ROOM = int(os.environ["ROOM"])
 backward, policy = Updater.backward, trainer.Policy
 
 
 def starve() -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
 
 
 def in_update(self, *args, **kwargs):

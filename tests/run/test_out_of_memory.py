@@ -31,13 +31,14 @@ LARGE = {
 }
 
 
-def starved(tmp_path, stage: str) -> tuple[Path, str]:
+def starved(tmp_path, stage: str, room: int = 1 << 20) -> tuple[Path, str]:
     file = tmp_path / "config.yaml"
     file.write_text(configs.dump(run_config(tmp_path / "run", TEXT, **LARGE)))
     result = subprocess.run(
         [sys.executable, Path(__file__).with_name("starving_worker.py"), "train", file],
         capture_output=True, text=True, timeout=300,
-        env=os.environ | {"STARVED": stage, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"STARVED": stage, "ROOM": str(room), "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
@@ -57,8 +58,9 @@ def test_in_the_update(tmp_path):
     assert trainer.steps_done == 2
 
 
-def test_in_loading(tmp_path):
-    _, message = starved(tmp_path, "loading")
+@pytest.mark.parametrize("room", [0, 1 << 20])
+def test_in_loading(tmp_path, room):
+    _, message = starved(tmp_path, "loading", room)
     assert message.startswith("error: out of memory in loading: ")
     assert "*model.lora" in message
 

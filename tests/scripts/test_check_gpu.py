@@ -56,9 +56,18 @@ def test_a_part_is_stopped_at_its_limit(tmp_path):
 
 def test_what_does_not_fit_the_budget_is_skipped(tmp_path):
     done, report = check(tmp_path, budget=10)
-    assert done.returncode == 0
+    assert done.returncode == 1, "nothing ran"
     assert [*report["parts"]] == [*check_gpu.PARTS]
     assert all(part["skipped"] == ["budget"] for part in report["parts"].values())
+
+
+def test_an_output_folder_that_cannot_be_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, check_gpu.__file__, "--out", str(tmp_path / "file"), "--tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "file: File exists" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow

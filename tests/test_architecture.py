@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mm_agrae"
 
 LAYERS = [
-    {"__init__", "errors", "out_of_memory", "types", "advantage", "loss", "progress", "grading"},
-    {"config"},
+    {"__init__", "errors", "types", "advantage", "loss", "progress", "grading"},
+    {"config", "out_of_memory"},
     {"batching", "parallel", "tasks", "rewards"},
     {"model"},
     {"run"},

@@ -174,9 +174,9 @@ def estimate(
         copies["16-bit copies of weights"] = min(casts, backward)
         backward = max(casts, backward) - min(casts, backward)
     kept = kept_activations(config, size, tokens, cuda) + _vision(config, size, tokens, cuda)
-    # Lookup and head of tied embeddings each make a whole gradient, which are added at the end
-    # of the backward pass, when the activations are gone.
-    update = gradients | copies | {"activations": max(kept, 4 * size.tied), "backward pass": backward}
+    # Lookup and head of tied embeddings each make a whole gradient, which join the one that is there
+    # at the end of the backward pass, when the activations are gone.
+    update = gradients | copies | {"activations": max(kept, 8 * size.tied), "backward pass": backward}
     rollout = _rollout(config, size, casts, device_bytes, cuda)
     if sharded:
         # One layer in use, the next one being gathered, the last one's gradient being summed.

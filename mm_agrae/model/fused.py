@@ -131,8 +131,8 @@ def _on_cuda(fused: Callable[..., Any] | None, plain: Callable[..., Any]) -> Cal
     def either(q: Tensor, k: Tensor, *others: Any, **options: Any) -> Any:
         if not q.is_cuda or options or len(others) != 2:
             return plain(q, k, *others, **options)
-        # Decoding goes without: liger's kernel is compiled anew for each number of rows.
-        if fused and q.shape[-2] > 1 and liger():
+        # Decoding goes without, as liger's kernel is compiled anew for each number of rows; partly turned heads also.
+        if fused and q.shape[-2] > 1 and others[0].shape[-1] == q.shape[-1] and liger():
             return fused(q, k, *others)
         return tuple(x.to(q.dtype) for x in plain(q, k, *others))
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mm_agrae.errors import one_line
 from mm_agrae.model import trial
+from mm_agrae.model.vocab_head import compute_dtype
 
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
@@ -61,9 +62,8 @@ def _is_silu(activation: nn.Module) -> bool:
 
 def norm(self: Any, x: Tensor) -> Tensor:
     """RMSNorm of [..., H], as a method of transformers' module; under autocast in its precision."""
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = compute_dtype(x)
+    with torch.autocast(x.device.type, enabled=False):
         x = x.to(self.weight.dtype)
         # The cast at the end serves all linear layers that follow; autocast would repeat it in each.
         return F.rms_norm(x, self.weight.shape, self.weight, self.variance_epsilon).to(dtype)

@@ -28,6 +28,7 @@ from torch import Tensor
 from mm_agrae.errors import ModelError
 from mm_agrae.model import trial
 from mm_agrae.model.packed_layout import GroupSpans, PackedLayout
+from mm_agrae.model.vocab_head import compute_dtype
 
 _aten: Any = torch.ops.aten
 _cpu_flash: Any = getattr(_aten, "_scaled_dot_product_flash_attention_for_cpu", None)
@@ -54,8 +55,7 @@ def attention(
             "prompts; set update.shared_prompt=off"
         )
     if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        query, key, value = (x.to(compute_dtype(x)) for x in (query, key, value))
     if window is not None and window >= layout.longest:
         window = None
     kernel = None

@@ -78,7 +78,7 @@ def test_in_16_bits_it_rounds_no_more_than_peft(frozen):
         found = outcome(adapted(dtype=frozen, installed=installed), x, torch.bfloat16)
         assert found["output"].dtype == torch.bfloat16
         errors.append(sum(float((found[name] - exact[name]).norm() / exact[name].norm()) for name in exact))
-    assert 0 < errors[0] < 1.1 * errors[1]
+    assert 0 < errors[0] < 1.5 * errors[1]
 
 
 @pytest.mark.parametrize(

@@ -170,9 +170,12 @@ def estimate(
     copies = {"16-bit copies of weights": casts}
     backward = _backward(config, size, tokens, device)
     if bf16 and config.model.gradient_checkpointing:
-        # Autocast's copies of all weights are gone when the backward pass begins.
-        copies["16-bit copies of weights"] = min(casts, backward)
-        backward = max(casts, backward) - min(casts, backward)
+        if sharded:
+            # Otherwise autograd holds the copies of all layers until their backward pass.
+            copies["16-bit copies of weights"] = 2 * size.layer.trainable
+        else:
+            # Autocast's copies of all weights are gone when the backward pass begins.
+            backward = max(0, backward - casts)
     kept = kept_activations(config, size, tokens, cuda) + _vision(config, size, tokens, cuda)
     # Lookup and head of tied embeddings each make a whole gradient, which join the one that is there
     # at the end of the backward pass, when the activations are gone.
@@ -182,9 +185,6 @@ def estimate(
         # One layer in use, the next one being gathered, the last one's gradient being summed.
         update["gathered weights"] = size.root.bytes + 2 * size.layer.bytes
         update["whole gradients"] = 4 * (2 * size.root.trainable + 2 * size.layer.trainable)
-        if bf16 and config.model.gradient_checkpointing:
-            # Otherwise autograd holds the copies of all layers until their backward pass.
-            update["16-bit copies of weights"] = 2 * size.layer.trainable
         if config.rollout.engine == "hf":
             rollout["gathered weights"] = size.weight_bytes - size.unsharded
     if config.update.kl_coef > 0 and not size.rank:

@@ -3,39 +3,37 @@
     python scripts/make_warm_start.py --out data/warm_start
 
 Both are real transformers classes, initialised at random: Qwen2_5_VLForConditionalGeneration and
-Qwen2ForCausalLM, with one byte-level tokenizer for both. Supervised learning on the training split
-of the synthetic task and on bare sums teaches them to write
+Qwen2ForCausalLM, with one byte-level tokenizer for both. They learn by supervision on the training
+split of the synthetic task, in four stages:
 
-    <think>Given 70, 40. Exterior angle: 70+40=110.</think> \\boxed{110}
+    text      the language model: sums, copying, and described problems as `teacher.py` answers them
+    vision    the vision tower alone, with linear heads that tell what stands in each part of the image
+    join      both together: reading the image and naming the figure
+    lessons   drawn and described problems, and still some reading and naming
 
-The teacher reads and calculates correctly but is deliberately unsure of the rule: it uses the
-correct one with a probability that differs by figure (`SKILL`) and otherwise one of a few incorrect
-ones. So the checkpoint mostly calculates correctly and mostly chooses badly, which leaves something
-to learn for reinforcement learning. At the end the script measures pass@1 and pass@16 on the test
-split, and pass@1 with the image blanked or swapped for another problem's, which shows how much is
-guessing.
+`python scripts/measure_warm_start.py data/warm_start/vl` measures what came out.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
-import hashlib
 import random
-import re
 import shutil
-import sys
 import time
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import teacher
 import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from teacher import PICTURE_PX, Turn
 
+from mm_agrae.model import vision_tower
 from mm_agrae.model.compat import prepare
-from mm_agrae.tasks.synthetic.figures import FIGURES, derive
+from mm_agrae.tasks.synthetic import drawing
+from mm_agrae.tasks.synthetic.figures import FIGURES
 from mm_agrae.tasks.synthetic.problems import KINDS, Problem
 from mm_agrae.tasks.synthetic.task import FAMILIES, SyntheticTask
 
@@ -66,120 +64,12 @@ CHAT_TEMPLATE = (
 # vision tower stays at chance.
 MEAN, STD = 1.0, 0.4
 PATCH, MERGE = 14, 2
-STAGES = ("text", "vision", "join")
-
-SKILL = {1: (0.35, 0.7), 2: (0.25, 0.6), 3: (0.08, 0.35), 4: (0.15, 0.5)}
-"""Level -> range of the probability that the teacher uses the correct rule, over figures."""
-BLUNDERS = {
-    ("side", 2): ("Two equal sides: s=2*b, a-s", "Rest: a-b", "Rectangle: a/2"),
-    ("x", 3): ("Triangle: s=a+b, 180-s", "Exterior angle: a+b", "Full turn: s=a+b+c, 360-s"),
-}
-"""What is asked, how many numbers are given -> incorrect rules besides those of other figures."""
-NAME_IT, READ_IT = "Name the figure.", "Read the picture."
-CALCULATE, REPEAT = "Calculate.", "Repeat"
-
-Turn = tuple[str, list[tuple[str, float]]]
-"""A question and its reply, in pieces with their weights in the loss."""
-
-
-def skill(figure: str, level: int) -> float:
-    """A fixed number for each figure and level, spread evenly over the level's range."""
-    low, high = SKILL[level]
-    digest = hashlib.sha256(f"{figure}/{level}".encode()).digest()
-    return low + (high - low) * int.from_bytes(digest[:4], "big") / 2**32
-
-
-def mistakes(problem: Problem) -> list[tuple[str, str]]:
-    """Derivations and answers by incorrect rules, in an order that depends on the figure."""
-    figure = FIGURES[problem.figure]
-    kind = (figure.asks, figure.arity)
-    rules = [other.ways[0] for other in FIGURES.values() if (other.asks, other.arity) == kind]
-    given = ", ".join(map(str, problem.numbers))
-    wrong = {}
-    for rule in (*rules, *BLUNDERS.get(kind, ())):
-        derived = derive(rule, problem.numbers)
-        if derived and str(derived[1]) != problem.answer and derived[1] < 360:
-            taste = hashlib.sha256(f"{figure.name}/{rule}".encode()).hexdigest()
-            wrong[taste] = (f"Given {given}. {derived[0]}", str(derived[1]))
-    return [wrong[taste] for taste in sorted(wrong)]
-
-
-def teach(problem: Problem, rng: random.Random) -> str:
-    """A reply with reasoning by the unsure teacher."""
-    way, answer = rng.choice(problem.ways), problem.answer
-    if problem.family == "geometry" and rng.random() > skill(problem.figure, problem.level):
-        wrong = mistakes(problem)
-        if wrong:
-            way, answer = rng.choices(wrong, [0.6**k for k in range(len(wrong))])[0]
-    return f"<think>{way}</think> \\boxed{{{answer}}}"
-
-
-def reading(problem: Problem) -> str:
-    """The numbers in the image, whatever the question."""
-    if problem.family == "counting":
-        return ", ".join(f"{kind}s {n}" for kind, n in zip(KINDS, problem.numbers, strict=True))
-    if problem.family == "charts":
-        bars = zip("ABCD", problem.numbers, strict=False)
-        return ", ".join(f"{name} {value}" for name, value in bars)
-    hidden = int(FIGURES[problem.figure].asks == "side")  # The perimeter is in the question.
-    return ", ".join(map(str, problem.numbers[hidden:]))
-
-
-def naming(problem: Problem) -> str:
-    return problem.figure.replace("_", " ")
-
-
-def drill(rng: random.Random) -> Turn:
-    """Copying numbers, or calculating with them; only what follows "=" has weight in the loss.
-
-    The numbers are all that figures can have, in bare sums without a figure: problems of the test
-    split stay unseen, but their numbers do not.
-    """
-    if rng.random() < 0.3:
-        most = rng.choice((12, 180))
-        numbers = ", ".join(str(rng.randint(0, most)) for _ in range(rng.randint(1, 6)))
-        return f"{REPEAT} {numbers}.", [(numbers, 1.0)]
-    pieces: list[tuple[str, float]] = []
-    while len(pieces) < 24:
-        if rng.random() < 0.25:
-            a, b = rng.randint(0, 24), rng.randint(0, 12)
-            found = [f"{a}+{b}={a + b}"] if a < b or rng.random() < 0.5 else [f"{a}-{b}={a - b}"]
-        else:
-            figure = rng.choice(list(FIGURES.values()))
-            rules = figure.ways + BLUNDERS.get((figure.asks, figure.arity), ())
-            derived = derive(rng.choice(rules), rng.choice(every_number(figure.name)))
-            found = re.findall(r"\d[\d+*/-]*[+*/-]\d+=\d+", derived[0]) if derived else []
-        for equation in found:
-            left, _, right = equation.partition("=")
-            pieces += [(f"{left}=", 0.0), (right, 1.0), (", ", 0.0)]
-    return CALCULATE, pieces[:-1]
-
-
-@functools.cache
-def every_number(figure: str) -> list[tuple[int, ...]]:
-    return list(FIGURES[figure].numbers(5))
-
-
-def lesson(task: SyntheticTask, index: int, rng: random.Random, images: float) -> tuple[list[Turn], Any]:
-    """One conversation and its image (or None).
-
-    Naming and reading, of which the teacher is sure, train vision; they share a conversation with
-    the problem, so that the image is encoded once for all of them.
-    """
-    problem, state = task.problem(index)
-    if rng.random() > images:
-        if rng.random() < 0.5:
-            return [drill(rng)], None
-        return [(problem.described, [(teach(problem, rng), 1.0)])], None
-    image, _ = problem.draw(state, 112)
-    turns: list[Turn] = [(READ_IT, [(reading(problem), 1.0)])]
-    if problem.family == "geometry":
-        turns.append((NAME_IT, [(naming(problem), 4.0)]))
-    if rng.random() > 0.2:
-        turns = turns[:0] if rng.random() < 0.5 else turns[-1:]
-        turns.append((problem.question, [(teach(problem, rng), 1.0)]))
-        rng.shuffle(turns)
-    return turns, image
+STAGES = ("text", "vision", "join", "lessons")
+CELL = PATCH * MERGE
+"""Side in pixels of the part of the image that one token stands for."""
+CELLS = PICTURE_PX // CELL
+SHARES = {"geometry": 0.55, "counting": 0.3, "charts": 0.15}
+"""Family -> its share of the images while seeing is learnt; counting takes more than it has in the task."""
 
 
 def make_tokenizer(seed: int) -> Any:
@@ -188,12 +78,12 @@ def make_tokenizer(seed: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     rng = random.Random(seed)
-    corpus = [NAME_IT, READ_IT, CALCULATE, REPEAT] * 200
+    corpus = [teacher.NAME_IT, teacher.READ_IT, teacher.CALCULATE, teacher.REPEAT] * 200
     for modality in ("image", "text"):
         task = SyntheticTask(modality=modality, size=4000, seed=seed)
         for index in range(len(task)):
             problem, _ = task.problem(index)
-            corpus += [problem.question, problem.described, teach(problem, rng), reading(problem)]
+            corpus += [problem.question, problem.described, teacher.teach(problem, rng), teacher.reading(problem)]
     corpus += [figure.replace("_", " ") for figure in FIGURES] * 20
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -301,6 +191,13 @@ def make_model(kind: str, tokenizer: Any, args: argparse.Namespace) -> Any:
                 bos_token_id=None,
             )
         )
+        for layer in model.model.visual.modules():
+            # By fan-in: transformers' 0.02 is far too small at this width. An image is mostly white, which is 0, and
+            # its three channels are nearly alike, so the first layer's inputs are fewer than its weights.
+            if isinstance(layer, torch.nn.Linear):
+                torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            elif isinstance(layer, torch.nn.Conv3d):
+                torch.nn.init.normal_(layer.weight, std=(layer.weight[0].numel() / 6) ** -0.5)
     model.generation_config = GenerationConfig(
         eos_token_id=text["eos_token_id"], pad_token_id=text["pad_token_id"], do_sample=True
     )
@@ -319,11 +216,8 @@ def pixels(images: Sequence[Any]) -> tuple[torch.Tensor, torch.Tensor]:
     return patches, torch.tensor([[1, rows, columns]] * count)
 
 
-def batch(rows: Sequence[tuple[Sequence[Turn], Any]], tokenizer: Any, left: bool = False) -> dict[str, torch.Tensor]:
-    """Model inputs of (turns, image) rows; `weights` on the replies alone.
-
-    With `left`, the last reply is left open and the rows are padded on the left.
-    """
+def batch(rows: Sequence[tuple[Sequence[Turn], Any]], tokenizer: Any) -> dict[str, torch.Tensor]:
+    """Model inputs of (turns, image) rows; `weights` on the replies alone."""
     image_id = tokenizer.convert_tokens_to_ids("<|image_pad|>")
     lines = []
     for turns, image in rows:
@@ -334,8 +228,7 @@ def batch(rows: Sequence[tuple[Sequence[Turn], Any]], tokenizer: Any, left: bool
         pieces: list[tuple[str, float]] = []
         for question, reply in turns:
             asked = f"<|im_start|>user\n{seen}{question}<|im_end|>\n<|im_start|>assistant\n"
-            end = [] if left else [("<|im_end|>", reply[-1][1]), ("\n", 0.0)]
-            pieces += [(asked, 0.0), *reply, *end]
+            pieces += [(asked, 0.0), *reply, ("<|im_end|>", reply[-1][1]), ("\n", 0.0)]
             seen = ""
         ids, weights = [], []
         for text, weight in pieces:
@@ -347,32 +240,125 @@ def batch(rows: Sequence[tuple[Sequence[Turn], Any]], tokenizer: Any, left: bool
     tokens_BS = torch.full((len(lines), longest), tokenizer.pad_token_id)
     mask_BS, weight_BS = torch.zeros_like(tokens_BS), torch.zeros(tokens_BS.shape)
     for row, (ids, weights) in enumerate(lines):
-        at = slice(longest - len(ids), longest) if left else slice(0, len(ids))
-        tokens_BS[row, at] = torch.tensor(ids)
-        weight_BS[row, at] = torch.tensor(weights)
-        mask_BS[row, at] = 1
-    inputs = {"input_ids": tokens_BS, "attention_mask": mask_BS}
+        tokens_BS[row, : len(ids)] = torch.tensor(ids)
+        weight_BS[row, : len(ids)] = torch.tensor(weights)
+        mask_BS[row, : len(ids)] = 1
+    inputs = {"input_ids": tokens_BS, "attention_mask": mask_BS, "weights": weight_BS}
     images = [image for _, image in rows if image is not None]
     if images:
         inputs["pixel_values"], inputs["image_grid_thw"] = pixels(images)
         inputs["mm_token_type_ids"] = (tokens_BS == image_id).int()
-    if not left:
-        inputs["weights"] = weight_BS
     return inputs
 
 
-def vision_accuracy(model: Any, tokenizer: Any, problems: int = 64) -> str:
-    """How often images of the test split are named and read correctly, greedily."""
-    task = SyntheticTask("test", size=problems, seed=5)
-    score: dict[str, list[bool]] = defaultdict(list)
-    for ask, truth in ((NAME_IT, naming), (READ_IT, reading)):
-        chosen = [task.problem(index)[0] for index in range(problems)]
-        rows = [(ask, task[index].images[0]) for index in range(problems)]
-        for problem, texts in zip(chosen, sample(model, tokenizer, rows, 1, 0.0), strict=True):
-            if ask == READ_IT or problem.family == "geometry":
-                score[f"{ask} {problem.family}"].append(texts[0] == truth(problem))
-    model.train()
-    return ", ".join(f"{name} {np.mean(hits):.2f}" for name, hits in score.items())
+class Heads(torch.nn.Module):
+    """Linear heads that tell from the image tokens what was drawn; they are dropped once the model sees.
+
+    Learnt directly, this takes a fraction of the samples that it takes through the language model. Of each cell: the
+    label whose middle lies there (its last digit, and what stands before it), the marks, the shape. Of the whole
+    image: the figure and the heights of the bars.
+    """
+
+    MARKS = ("given", "asked", "right", "tick", "arrow", "corner")
+
+    def __init__(self, width: int):
+        super().__init__()
+        linear = torch.nn.Linear
+        self.name = linear(width, len(FIGURES))
+        self.front = linear(width, 21)  # no label, "x", or 2 + the digits before the last
+        self.last = linear(width, 10)
+        self.marks = linear(width, len(self.MARKS))
+        self.shape = linear(width, 1 + 2 * len(KINDS))
+        self.bars = linear(CELLS**2 * width, 4 * 10)
+
+    def forward(self, features: torch.Tensor, truths: Sequence[dict[str, Any]]) -> torch.Tensor:
+        """The loss: `features` [images, cells, width], and for each image its truth, as `truth_of` gives it."""
+        loss = features.new_zeros(())
+        for key, weight in {"name": 1.0, "front": 3.0, "last": 1.0, "marks": 5.0, "shape": 1.0, "bars": 1.0}.items():
+            rows = [row for row, truth in enumerate(truths) if key in truth]
+            if not rows:
+                continue
+            head, seen = getattr(self, key), features[rows]
+            truth = torch.as_tensor(np.stack([truths[row][key] for row in rows]), device=features.device)
+            if key == "marks":
+                loss = loss + weight * torch.nn.functional.binary_cross_entropy_with_logits(head(seen), truth)
+                continue
+            if key == "name":
+                guess = head(seen.mean(1))
+            elif key == "bars":
+                guess = head(seen.flatten(1)).view(-1, 10)
+            else:
+                guess = head(seen).flatten(0, 1)
+            truth = truth.flatten()
+            if key == "front":  # most cells hold no label
+                heavy = torch.where(truth > 0, 3.0, 1.0) * (truth >= 0)
+                each = torch.nn.functional.cross_entropy(guess, truth, ignore_index=-100, reduction="none")
+                loss = loss + weight * (each * heavy).sum() / heavy.sum()
+            elif (truth >= 0).any():
+                loss = loss + weight * torch.nn.functional.cross_entropy(guess, truth, ignore_index=-100)
+        return loss
+
+
+def truth_of(problem: Problem | None, drawn: dict[str, Any]) -> dict[str, Any]:
+    """What the heads should tell of an image (of a sheet of numbers, if there is no problem)."""
+    if problem is not None and problem.family == "charts":
+        heights = np.zeros(4, np.int64)
+        heights[: len(problem.numbers)] = problem.numbers
+        return {"bars": heights}
+    if problem is not None and problem.family == "counting":
+        shapes = np.zeros(CELLS**2, np.int64)
+        for shape in drawn["shapes"]:
+            red = shape["colour"] == "red"
+            shapes[cell((shape["x"], shape["y"]))] = 1 + KINDS.index(shape["kind"]) + red * len(KINDS)
+        return {"shape": shapes}
+    front, last = np.zeros(CELLS**2, np.int64), np.full(CELLS**2, -100)
+    for text, (x0, y0, x1, y1) in drawn["labels"]:
+        at = cell(((x0 + x1) / 2, (y0 + y1) / 2))
+        if front[at]:  # two labels: neither is asked for
+            front[at] = last[at] = -100
+        else:
+            front[at] = 1 if text == "x" else 2 + int(text) // 10
+            last[at] = -100 if text == "x" else int(text) % 10
+    if problem is None:
+        return {"front": front, "last": last}
+    marks = np.zeros((CELLS**2, len(Heads.MARKS)), np.float32)
+    points = drawn["points"]
+
+    def mark(name: str, point: drawing.XY) -> None:
+        marks[cell(point), Heads.MARKS.index(name)] = 1
+
+    for vertex, _, _, text in drawn["angles"]:
+        mark("asked" if text == "x" else "given", points[vertex])
+    for vertex, _, _ in drawn["right"]:
+        mark("right", points[vertex])
+    for p, q, share in [*((p, q, 0.5) for p, q in drawn["ticks"]), *drawn["arrows"]]:
+        at = tuple(a + share * (b - a) for a, b in zip(points[p], points[q], strict=True))
+        mark("tick" if (p, q) in drawn["ticks"] else "arrow", at)
+    for segment in drawn["segments"]:
+        for end in segment:
+            mark("corner", points[end])
+    return {"name": np.array(list(FIGURES).index(problem.figure)), "front": front, "last": last, "marks": marks}
+
+
+def cell(point: drawing.XY) -> int:
+    column, row = (min(CELLS - 1, max(0, int(value // CELL))) for value in point)
+    return row * CELLS + column
+
+
+def numbers_sheet(rng: random.Random) -> tuple[Any, dict[str, Any]]:
+    """An image full of labels, for learning digits: itself and what was drawn."""
+    labels: list[tuple[str, drawing.Box]] = []
+    for top in range(rng.choice((6, 13)), PICTURE_PX - 9, 14):
+        left = 7 * rng.randint(0, 3)
+        while True:
+            number = rng.choice(teacher.ANGLES) if rng.random() < 0.5 else rng.randint(0, 180)
+            text = "x" if rng.random() < 0.1 else str(number)
+            right = left + 7 * len(text)
+            if right > PICTURE_PX:
+                break
+            labels.append((text, (left, top, right, top + 9)))
+            left = right + 7 * rng.randint(1, 4)
+    return drawing.draw_labels(labels, PICTURE_PX), {"labels": labels}
 
 
 def schedule(step: int, steps: int) -> float:
@@ -381,194 +367,148 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 40) * (1 - 0.97 * fade)
 
 
-def train(model: Any, processor: Any, args: argparse.Namespace, steps: int, images: float, folder: Path) -> None:
-    """AdamW over fresh samples, a share `images` of them with a image."""
-    tokenizer = getattr(processor, "tokenizer", processor)
-    task = SyntheticTask(size=10**9, seed=args.seed + 1)
-    decay = [p for p in model.parameters() if p.dim() > 1]
-    rest = [p for p in model.parameters() if p.dim() <= 1]
-    optimizer = torch.optim.AdamW(
-        [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}], lr=args.lr, betas=(0.9, 0.98)
+def optimise(
+    parts: Sequence[tuple[torch.nn.Module, float]],
+    loss_at: Callable[[int], torch.Tensor],
+    steps: int,
+    title: str,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """AdamW over the modules in `parts`, each with its learning rate; `loss_at(step)` is one step's loss."""
+    groups: list[dict[str, Any]] = []
+    taken: set[int] = set()
+    for module, rate in parts:  # a parameter belongs to the first module that has it
+        own = [p for p in module.parameters() if id(p) not in taken]
+        taken |= {id(p) for p in own}
+        for matrices, decay in ((True, 0.05), (False, 0.0)):
+            chosen = [p for p in own if (p.dim() > 1) == matrices]
+            groups.append({"params": chosen, "weight_decay": decay, "rate": rate})
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.98))
+    every = [p for group in groups for p in group["params"]]
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
-    model.train()
-    rng = random.Random(args.seed)
-    started, index, running = time.time(), 0, 0.0
-    waiting: list[Any] = []
-    for step in range(steps):
-        if not waiting:  # Rows of similar length share a batch: less padding.
-            rows = [lesson(task, index + k, rng, images) for k in range(8 * args.batch)]
-            index += len(rows)
+    with Progress(*columns) as bar:
+        task, running, started = bar.add_task(title, total=steps), 0.0, time.time()
+        for step in range(steps):
+            loss = loss_at(step)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(every, 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * schedule(step, steps)
+            optimizer.step()
+            optimizer.zero_grad()
+            running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
+            bar.update(task, advance=1, description=f"{title}, loss {running:.3f}")
+            on_step(step + 1)
+        bar.console.print(f"{title}: {steps} steps, loss {running:.3f}, {time.time() - started:.0f} s")
+
+
+class Batches:
+    """Batches of rows of similar length, which need little padding; `make(index)` gives one row."""
+
+    def __init__(self, make: Callable[[int], Any], size: int, rng: random.Random):
+        self.make, self.size, self.rng = make, size, rng
+        self.index, self.waiting = 0, []  # type: ignore[var-annotated]
+
+    def next(self) -> list[Any]:
+        if not self.waiting:
+            rows = [self.make(self.index + k) for k in range(8 * self.size)]
+            self.index += len(rows)
             rows.sort(key=lambda row: len(str(row[0])))
-            waiting = [rows[k : k + args.batch] for k in range(0, len(rows), args.batch)]
-            rng.shuffle(waiting)
-        inputs = batch(waiting.pop(), tokenizer)
-        weight_BS = inputs.pop("weights")[:, 1:]
-        logits_BSV = model(**inputs, use_cache=False).logits[:, :-1]
-        said = weight_BS > 0
-        losses = torch.nn.functional.cross_entropy(
-            logits_BSV[said], inputs["input_ids"][:, 1:][said], reduction="none"
-        )
-        loss = (losses * weight_BS[said]).sum() / weight_BS.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * schedule(step, steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
-        if step % 10 == 9 or step + 1 == steps:
-            progress(step + 1, steps, started, f"loss {running:.3f}")
-        if step % args.save_every == args.save_every - 1 or step + 1 == steps:
-            if images:
-                print(f"\nstep {step + 1}: {vision_accuracy(model, tokenizer)}", flush=True)
-            save(model, processor, folder)
+            self.waiting = [rows[k : k + self.size] for k in range(0, len(rows), self.size)]
+            self.rng.shuffle(self.waiting)
+        return self.waiting.pop()
 
 
-def train_vision(tower: Any, width: int, args: argparse.Namespace) -> None:
-    """Train the vision tower alone, with linear heads that are discarded afterwards.
-
-    They predict, from the features that the language model will get: the figure's name and its
-    numbers (from the mean over the image), the shape in each of the 4 x 4 fields (from that field's
-    feature) and the heights of the bars (from all features). Learnt directly, this takes a fraction
-    of the samples that it takes through the language model.
-    """
-    names = {name: index for index, name in enumerate(FIGURES)}
-    heads = torch.nn.ModuleDict(
-        {
-            "name": torch.nn.Linear(width, len(names)),
-            "numbers": torch.nn.Linear(width, 160),
-            "field": torch.nn.Linear(width, 1 + 2 * len(KINDS)),
-            "bars": torch.nn.Linear(16 * width, 4 * 10),
-        }
+def reply_loss(model: Any, tokenizer: Any, rows: Sequence[tuple[Sequence[Turn], Any]]) -> torch.Tensor:
+    """Cross-entropy of the replies, by their weights."""
+    inputs = {name: value.to(model.device) for name, value in batch(rows, tokenizer).items()}
+    weight_BS = inputs.pop("weights")[:, 1:]
+    said = weight_BS > 0
+    hidden_BSH = model.model(**inputs, use_cache=False).last_hidden_state[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        model.lm_head(hidden_BSH[said]).float(), inputs["input_ids"][:, 1:][said], reduction="none"
     )
-    params = [*tower.parameters(), *heads.parameters()]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.02)
+    return (losses * weight_BS[said]).sum() / weight_BS.sum()
+
+
+def train_text(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
+    task = SyntheticTask(size=10**9, seed=args.seed + 1)
+    rng = random.Random(args.seed)
+    batches = Batches(lambda index: (teacher.text_lesson(task, index, rng), None), args.batch, rng)
+    optimise([(model, args.lr)], lambda step: reply_loss(model, tokenizer, batches.next()), args.text_steps, "text")
+
+
+def train_vision(tower: Any, heads: Heads, args: argparse.Namespace) -> None:
     tasks = {name: SyntheticTask(size=10**9, seed=args.seed + 2, families=[name]) for name in FAMILIES}
-    loss_of = torch.nn.functional.cross_entropy
-    started, running = time.time(), 0.0
-    accuracy: dict[str, float] = defaultdict(float)
-    for step in range(args.vision_steps):
-        share = {"geometry": args.batch, "counting": args.batch // 8, "charts": args.batch // 8}
-        rows = {name: [tasks[name].problem(step * count + k) for k in range(count)] for name, count in share.items()}
-        drawn = {name: [problem.draw(state, 112) for problem, state in part] for name, part in rows.items()}
-        patches, grid = pixels([image for part in drawn.values() for image, _ in part])
-        features = tower(patches, grid_thw=grid).pooler_output.view(len(grid), 16, width)
-        geometry, counting, charts = features.split(list(share.values()))
-        name = torch.tensor([names[problem.figure] for problem, _ in rows["geometry"]])
-        numbers = torch.zeros(args.batch, 160)
-        for row, (problem, _) in enumerate(rows["geometry"]):
-            numbers[row, [int(n) for n in reading(problem).split(", ")]] = 1
-        field = torch.zeros(share["counting"], 16, dtype=torch.long)
-        for row, (_, facts) in enumerate(drawn["counting"]):
-            for shape in facts["shapes"]:
-                at = int(shape["y"] // 28) * 4 + int(shape["x"] // 28)
-                red = shape["colour"] == "red"
-                field[row, at] = 1 + KINDS.index(shape["kind"]) + red * len(KINDS)
-        bars = torch.zeros(share["charts"], 4, dtype=torch.long)
-        for row, (problem, _) in enumerate(rows["charts"]):
-            bars[row, : len(problem.numbers)] = torch.tensor(problem.numbers)
-        said = {
-            "name": (heads["name"](geometry.mean(1)), name),
-            "field": (heads["field"](counting).flatten(0, 1), field.flatten()),
-            "bars": (heads["bars"](charts.flatten(1)).view(-1, 10), bars.flatten()),
-        }
-        loss = sum(loss_of(guess, truth) for guess, truth in said.values())
-        guess = heads["numbers"](geometry.mean(1))
-        loss = loss + 20 * torch.nn.functional.binary_cross_entropy_with_logits(guess, numbers)
-        optimizer.param_groups[0]["lr"] = args.lr * schedule(step, args.vision_steps)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        for key, (guess, truth) in said.items():
-            correct = (guess.argmax(-1) == truth).float().mean().item()
-            accuracy[key] = 0.97 * accuracy[key] + 0.03 * correct
-        running = loss.item() if step == 0 else 0.97 * running + 0.03 * loss.item()
-        if step % 20 == 19 or step + 1 == args.vision_steps:
-            note = ", ".join(f"{key} {value:.2f}" for key, value in accuracy.items())
-            progress(step + 1, args.vision_steps, started, f"loss {running:.2f}, accuracy: {note}")
+    rng = random.Random(args.seed + 2)
+    counts = {"geometry": args.batch, "counting": args.batch // 4, "charts": args.batch // 4}
 
-
-def progress(done: int, total: int, started: float, note: str) -> None:
-    filled = int(30 * done / total)
-    spent = time.time() - started
-    left = spent / done * (total - done)
-    end = "\n" if done == total else ""
-    sys.stderr.write(
-        f"\r[{'#' * filled}{'.' * (30 - filled)}] {done}/{total} {note}, {spent:.0f} s, {left:.0f} s left  {end}"
-    )
-    sys.stderr.flush()
-
-
-@torch.no_grad()
-def sample(
-    model: Any, tokenizer: Any, rows: Sequence[tuple[str, Any]], samples: int, temperature: float
-) -> list[list[str]]:
-    """`samples` replies to each (question, image)."""
-    model.eval()
-    replies: list[list[str]] = []
-    stride = max(1, 128 // samples)
-    for at in range(0, len(rows), stride):
-        part: list[Any] = [([(question, [])], image) for question, image in rows[at : at + stride]]
-        repeated = [row for row in part for _ in range(samples)]
-        inputs = batch(repeated, tokenizer, left=True)
-        out = model.generate(
-            **inputs, do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, top_p=1.0, max_new_tokens=64
-        )
-        texts = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        replies += [texts[k * samples : (k + 1) * samples] for k in range(len(part))]
-    return replies
-
-
-def final_answer(reply: str) -> str:
-    """The content of the last box after the thinking, "" if the format is not followed."""
-    thinking, _, rest = reply.partition("</think>")
-    if not thinking.startswith("<think>") or "\\boxed{" not in rest:
-        return ""
-    return rest.rpartition("\\boxed{")[2].partition("}")[0].strip()
-
-
-def measure(model: Any, tokenizer: Any, modality: str, problems: int, samples: int) -> None:
-    """Print pass@1 and pass@k by family, level and figure, and without the image."""
-    from PIL import Image
-
-    task = SyntheticTask("test", modality=modality, size=problems)
-    examples = [task[index] for index in range(problems)]
-    images: list[Any] = [e.images[0] if e.images else None for e in examples]
-    started = time.time()
-
-    def solve(images: Sequence[Any], samples: int) -> tuple[list[list[str]], np.ndarray]:
-        rows = list(zip((e.question for e in examples), images, strict=True))
-        replies = sample(model, tokenizer, rows, samples, 1.0)
-        correct = [
-            [final_answer(text) == example.answer for text in texts]
-            for example, texts in zip(examples, replies, strict=True)
+    def loss_at(step: int) -> torch.Tensor:
+        found = [
+            teacher.sight_lesson(tasks[name], step * count + k, rng)[1:]
+            for name, count in counts.items()
+            for k in range(count)
         ]
-        return replies, np.array(correct)
+        found += [(None, *numbers_sheet(rng)) for _ in range(args.batch // 2)]
+        patches, grid = pixels([image for _, image, _ in found])
+        device = heads.name.weight.device
+        features = tower(patches.to(device), grid_thw=grid.to(device)).pooler_output
+        truths = [truth_of(problem, drawn) for problem, _, drawn in found]
+        return heads(features.view(len(found), CELLS**2, -1), truths)
 
-    replies, correct = solve(images, samples)
-    groups: dict[str, list[int]] = defaultdict(list)
-    for row, example in enumerate(examples):
-        meta = example.meta
-        groups["all"].append(row)
-        groups[f"{meta['family']}, level {meta['level']}"].append(row)
-        if meta["family"] == "geometry":
-            groups[f"  {meta['figure']}"].append(row)
-    texts = [text for row in replies for text in row]
-    length = [len(tokenizer(text).input_ids) + 1 for text in texts]
-    formed = np.mean([bool(final_answer(text)) for text in texts])
-    print(f"{modality}: {problems} test problems x {samples}, {time.time() - started:.0f} s")
-    print(f"  format followed {formed:.3f}, tokens {np.mean(length):.1f} (most {max(length)})")
-    for name, rows in sorted(groups.items()):
-        one, many = correct[rows].mean(), correct[rows].any(1).mean()
-        print(f"  {name:26s} n {len(rows):4d}  pass@1 {one:.3f}  pass@{samples} {many:.3f}")
-    eight = correct[:, :8].mean(1)
-    none, every = (eight == 0).mean(), (eight == 1).mean()
-    print(f"  groups of 8: none correct {none:.2f}, all correct {every:.2f}")
-    if modality == "image":
-        blank = Image.new("RGB", images[0].size, "white")
-        for name, others in (("blank", [blank] * problems), ("swapped", images[1:] + images[:1])):
-            print(f"  image {name}: pass@1 {solve(others, 4)[1].mean():.3f}")
+    optimise([(tower, args.lr), (heads, args.lr)], loss_at, args.vision_steps, "vision")
+
+
+def train_join(
+    model: Any, tokenizer: Any, heads: Heads, args: argparse.Namespace, on_step: Callable[[int], None]
+) -> None:
+    """Reading and naming through the language model; the heads keep helping."""
+    tasks = {name: SyntheticTask(size=10**9, seed=args.seed + 3, families=[name]) for name in FAMILIES}
+    rng = random.Random(args.seed + 3)
+
+    def lesson(index: int) -> tuple[Any, ...]:
+        family = rng.choices(list(SHARES), list(SHARES.values()))[0]
+        return teacher.sight_lesson(tasks[family], index, rng)
+
+    batches = Batches(lesson, args.batch, rng)
+    seen: list[torch.Tensor] = []
+    hook = model.model.visual.register_forward_hook(lambda *called: seen.append(called[-1].pooler_output))
+
+    def loss_at(step: int) -> torch.Tensor:
+        rows = batches.next()
+        loss = reply_loss(model, tokenizer, [(turns, image) for turns, _, image, _ in rows])
+        features = seen.pop().view(len(rows), CELLS**2, -1)
+        return loss + 0.3 * heads(features, [truth_of(problem, drawn) for _, problem, _, drawn in rows])
+
+    rates = [(model.model.visual, args.lr / 2), (heads, args.lr / 2), (model, args.lr)]
+    optimise(rates, loss_at, args.join_steps, "join", on_step)
+    hook.remove()
+
+
+def train_lessons(model: Any, tokenizer: Any, args: argparse.Namespace, on_step: Callable[[int], None]) -> None:
+    task = SyntheticTask(size=10**9, seed=args.seed + 4)
+    tasks = {name: SyntheticTask(size=10**9, seed=args.seed + 5, families=[name]) for name in FAMILIES}
+    rng = random.Random(args.seed + 4)
+
+    def lesson(index: int) -> tuple[list[Turn], Any]:
+        kind = rng.random()
+        if kind < 0.2:
+            return teacher.text_lesson(task, index, rng), None
+        if kind < 0.5:
+            family = rng.choices(list(SHARES), list(SHARES.values()))[0]
+            turns, _, image, _ = teacher.sight_lesson(tasks[family], index, rng)
+            return turns, image
+        return teacher.image_lesson(task, index, rng)
+
+    batches = Batches(lesson, args.batch, rng)
+    rates = [(model.model.visual, args.lr / 4), (model, args.lr / 2)]
+    optimise(rates, lambda step: reply_loss(model, tokenizer, batches.next()), args.lesson_steps, "lessons", on_step)
 
 
 def save(model: Any, processor: Any, folder: Path) -> None:
@@ -589,43 +529,58 @@ def save(model: Any, processor: Any, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("data/warm_start"))
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, default=STAGES, help="each needs those before it in --out"
+    )
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
     parser.add_argument("--text-steps", type=int, default=1600)
-    parser.add_argument("--vision-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--save-every", type=int, default=300)
+    parser.add_argument("--vision-steps", type=int, default=1200)
+    parser.add_argument("--join-steps", type=int, default=4000)
+    parser.add_argument("--lesson-steps", type=int, default=2500)
+    parser.add_argument("--save-every", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--vision-width", type=int, default=96)
-    parser.add_argument("--vision-layers", type=int, default=2)
-    parser.add_argument("--problems", type=int, default=300, help="test problems at the end")
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--vision-width", type=int, default=128)
+    parser.add_argument("--vision-layers", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer(args.seed)
     processor = make_processor(tokenizer)
-    text, vl = (make_model(kind, tokenizer, args) for kind in ("text", "vl"))
-    for name, model in (("text", text), ("vl", vl), ("vision tower", vl.model.visual)):
-        print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters")
+    text, vl = (make_model(kind, tokenizer, args).to(args.device) for kind in ("text", "vl"))
+    vision_tower.install(vl, torch.float32, torch.device(args.device))
+    tower, heads = vl.model.visual, Heads(args.width).to(args.device)
+    for name, module in (("text", text), ("vl", vl), ("vision tower", tower)):
+        print(f"{name}: {sum(p.numel() for p in module.parameters()) / 1e6:.2f} M parameters")
+
+    def save_vl(step: int, steps: int) -> None:
+        if step % args.save_every == 0 or step == steps:
+            save(vl, processor, args.out / "vl")
+
+    between = args.out / "between.pt"
+    """The vision tower and the heads, from one stage to the next."""
     if "text" in args.stages:
-        train(text, tokenizer, args, args.text_steps, 0.0, args.out / "text")
-        measure(text, tokenizer, "text", args.problems, args.samples)
-    tower = args.out / "vision.pt"
+        train_text(text, tokenizer, args)
+        save(text, tokenizer, args.out / "text")
     if "vision" in args.stages:
-        train_vision(vl.model.visual, args.width, args)
-        torch.save(vl.model.visual.state_dict(), tower)
+        train_vision(tower, heads, args)
+        torch.save((tower.state_dict(), heads.state_dict()), between)
     if "join" in args.stages:
         # As larger models are made: a language model, a vision tower, then both together.
         text = type(text).from_pretrained(args.out / "text")
         vl.model.language_model.load_state_dict(text.model.state_dict())
-        vl.model.visual.load_state_dict(torch.load(tower))
-        train(vl, processor, args, args.steps, 0.75, args.out / "vl")
-        tower.unlink()
-        for modality in ("text", "image"):
-            measure(vl, tokenizer, modality, args.problems, args.samples)
+        for module, state in zip((tower, heads), torch.load(between), strict=True):
+            module.load_state_dict(state)
+        train_join(vl, tokenizer, heads, args, lambda step: save_vl(step, args.join_steps))
+        between.unlink()
+    elif "lessons" in args.stages:
+        vl.load_state_dict(type(vl).from_pretrained(args.out / "vl").state_dict())
+    if "lessons" in args.stages:
+        train_lessons(vl, tokenizer, args, lambda step: save_vl(step, args.lesson_steps))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """What several tests need: the embedded checkpoints and small configs on them."""
 
+import operator
 import os
+import re
 import resource
 from contextlib import contextmanager
 from functools import lru_cache
@@ -110,3 +112,16 @@ def child_processes() -> set[int]:
     """Child processes that run, apart from multiprocessing's resource tracker."""
     found = [child for child in psutil.Process().children(recursive=True) if child.is_running()]
     return {child.pid for child in found if "resource_tracker" not in " ".join(child.cmdline())}
+
+
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+
+
+def equations_hold(way: str) -> None:
+    """Every a+b=c in a derivation, worked out again."""
+    for left, right in re.findall(r"([\d+*/-]+)=(\d+)", way):
+        first, *rest = re.split(r"([+*/-])", left)
+        value = float(first)
+        for sign, term in zip(rest[::2], map(float, rest[1::2]), strict=True):
+            value = OPERATORS[sign](value, term)
+        assert value == float(right), way

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import random
+import sys
+from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import equations_hold
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+from mm_agrae import config as configs
+from mm_agrae.evaluation.evaluate import build_engine
 from mm_agrae.grading.accuracy import verify
+from mm_agrae.tasks.synthetic.problems import split_of
 from mm_agrae.tasks.synthetic.task import SyntheticTask
 
 ROOT = Path(__file__).parents[2]
@@ -22,10 +30,13 @@ FOLDER = ROOT / "data" / "warm_start"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("make", ROOT / "scripts" / "make_warm_start.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, str(ROOT / "scripts"))
+    return importlib.import_module("make_warm_start")
+
+
+@pytest.fixture(scope="module")
+def teacher(script):
+    return importlib.import_module("teacher")
 
 
 @pytest.fixture(scope="module")
@@ -95,57 +106,123 @@ def test_the_chat_template_has_a_system_message_only_if_given(processor, tokeniz
 
 def test_the_script_feeds_what_the_processor_yields(script, processor, tokenizer) -> None:
     task = SyntheticTask(size=3)
-    rows = [([(task[k].question, [])], task[k].images[0]) for k in range(3)]
-    mine = script.batch(rows, tokenizer, left=True)
-    texts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": task[k].question}]}],
-            add_generation_prompt=True,
-        )
-        for k in range(3)
-    ]
-    theirs = processor(
-        text=texts,
-        images=[task[k].images[0] for k in range(3)],
-        padding=True,
-        return_tensors="pt",
-        return_mm_token_type_ids=True,
-    )
-    for name in ("input_ids", "attention_mask", "image_grid_thw", "mm_token_type_ids"):
-        assert torch.equal(mine[name].long(), theirs[name].long()), name
-    assert torch.allclose(mine["pixel_values"], theirs["pixel_values"], atol=1e-5)
+    rows = [([(task[k].question, [("", 1.0)])], task[k].images[0]) for k in range(3)]
+    mine = script.batch(rows, tokenizer)
+    for k in range(3):
+        content = [{"type": "image"}, {"type": "text", "text": task[k].question}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        theirs = processor(text=[text], images=[task[k].images[0]], return_tensors="pt", return_mm_token_type_ids=True)
+        prompt = theirs["input_ids"].shape[1]
+        for name in ("input_ids", "mm_token_type_ids"):
+            assert torch.equal(mine[name][k, :prompt].long(), theirs[name][0].long()), name
+        assert mine["weights"][k].sum() == 1  # the end of the empty reply
+        assert mine["weights"][k, prompt] == 1
+        assert torch.equal(mine["image_grid_thw"][k], theirs["image_grid_thw"][0])
+        each = len(theirs["pixel_values"])
+        assert torch.allclose(mine["pixel_values"][k * each : (k + 1) * each], theirs["pixel_values"], atol=1e-5)
 
 
-@pytest.mark.slow
-def test_a_warm_start_keeps_the_format_and_leaves_room_to_learn(script, seeing, tokenizer) -> None:
-    """Solves some problems and not others, and few without the image."""
-    torch.manual_seed(0)
-    task = SyntheticTask("test", size=48, levels=[1, 2])
+def test_every_mistake_is_a_true_calculation_with_another_answer(teacher) -> None:
+    task = SyntheticTask(size=3000, seed=11)
+    without = 0
+    for index in range(len(task)):
+        problem, _ = task.problem(index)
+        wrong = teacher.mistakes(problem)
+        without += not wrong
+        for way, answer in wrong:
+            assert answer != problem.answer
+            assert way not in problem.ways
+            equations_hold(way)
+    assert without == 0
+
+
+def test_the_teacher_uses_the_correct_rule_as_often_as_it_should(teacher) -> None:
+    rng = random.Random(0)
+    task = SyntheticTask(size=6000, seed=12)
+    taught: dict[str, list[bool]] = defaultdict(list)
+    for index in range(len(task)):
+        problem, _ = task.problem(index)
+        reply = teacher.teach(problem, rng)
+        taught[teacher.kind_of(problem)].append(any(f"<think>{way}<" in reply for way in problem.ways))
+    assert set(teacher.RARE) < set(taught)
+    for kind, correct in taught.items():
+        expected = teacher.skill(kind)
+        error = (expected * (1 - expected) / len(correct)) ** 0.5
+        assert abs(np.mean(correct) - expected) < 4.5 * error, kind
+
+
+def test_relabelled_figures_show_numbers_of_the_training_split(teacher) -> None:
+    task = SyntheticTask(size=10**9, seed=13, families=["geometry"])
+    rng = random.Random(0)
+    for index in range(600):
+        _, problem, _, drawn = teacher.sight_lesson(task, index, rng, relabel=1.0)
+        shown = teacher.reading(problem).split(", ")
+        assert sorted(shown) == sorted(text for text, _ in drawn["labels"] if text != "x")
+        assert split_of("geometry", map(int, shown)) == "train"
+
+
+def test_the_heads_are_told_what_was_drawn(script, teacher) -> None:
+    """The label in each cell, found by its place in the image."""
+    _, drawn = script.numbers_sheet(random.Random(3))
+    truth = script.truth_of(None, drawn)
+    told = []
+    for front, last in zip(truth["front"], truth["last"], strict=True):
+        if front == 1:
+            told.append("x")
+        elif front > 1:
+            told.append(str(10 * (front - 2) + last))
+    assert told
+    assert not Counter(told) - Counter(text for text, _ in drawn["labels"])
+    task = SyntheticTask(size=50, families=["counting"])
+    for index in range(50):
+        problem, rng = task.problem(index)
+        _, drawn = problem.draw(rng, 112)
+        shapes = [int(v) for v in script.truth_of(problem, drawn)["shape"] if v]
+        assert [sum((v - 1) % 3 == k for v in shapes) for k in range(3)] == list(problem.numbers)
+
+
+@pytest.fixture(scope="module")
+def sighted():
+    """The processing and the engine that a run would use."""
+    processing, _, engine = build_engine(configs.load(str(ROOT / "configs" / "quickstart.yaml")), str(FOLDER / "vl"))
+    return processing, engine
+
+
+def ask(sighted, examples, count, temperature) -> list[list[str]]:
+    processing, engine = sighted
+    sampling = configs.SamplingSection(temperature=temperature, max_new_tokens=64)
+    groups = engine.generate([processing.prompt(e) for e in examples], count, sampling, range(len(examples)))
+    return [[completion.text for completion in group] for group in groups]
+
+
+@pytest.mark.parametrize("question", ["NAME_IT", "READ_IT"])
+def test_the_warm_start_sees(sighted, teacher, question) -> None:
+    """Held-out images; the figures measured by scripts/measure_warm_start.py are higher, these are floors."""
+    task = SyntheticTask("test", size=80, seed=21, families=["geometry"] if question == "NAME_IT" else None)
+    problems = [task.problem(index)[0] for index in range(len(task))]
+    truths = [(teacher.naming if question == "NAME_IT" else teacher.reading)(problem) for problem in problems]
+    examples = [replace(task[k], question=getattr(teacher, question)) for k in range(len(task))]
+    blank = [replace(e, images=(Image.new("RGB", e.images[0].size, "white"),)) for e in examples]
+
+    def share(examples) -> float:
+        said = ask(sighted, examples, 1, 0.0)
+        return float(np.mean([texts[0] == truth for texts, truth in zip(said, truths, strict=True)]))
+
+    assert share(examples) > 0.85
+    assert share(blank) < 0.2
+
+
+@pytest.mark.parametrize("modality", ["image", "text"])
+def test_a_warm_start_keeps_the_format_and_leaves_room_to_learn(sighted, modality) -> None:
+    """Solves some problems and not others, whether they are drawn or told."""
+    task = SyntheticTask("test", modality, size=48, seed=22)
     examples = [task[index] for index in range(len(task))]
-    images = [example.images[0] for example in examples]
-    blank = [Image.new("RGB", image.size, "white") for image in images]
-
-    def solve(images: list) -> tuple[float, float]:
-        rows = list(zip([e.question for e in examples], images, strict=True))
-        replies = script.sample(seeing, tokenizer, rows, 4, 1.0)
-        correct = [
-            verify(example.answer, text, **example.grading)
-            for example, texts in zip(examples, replies, strict=True)
-            for text in texts
-        ]
-        formatted = [bool(script.final_answer(text)) for texts in replies for text in texts]
-        return float(np.mean(correct)), float(np.mean(formatted))
-
-    correct, formatted = solve(images)
-    assert formatted > 0.9
-    assert 0.2 < correct < 0.7
-    assert solve(blank)[0] < 0.5 * correct
-
-
-def test_text_prompts_go_through_the_vision_language_model(script, seeing, tokenizer) -> None:
-    torch.manual_seed(0)
-    task = SyntheticTask("test", modality="text", size=24, levels=[1])
-    rows = [(task[index].question, None) for index in range(24)]
-    replies = script.sample(seeing, tokenizer, rows, 2, 1.0)
-    correct = [verify(task[k].answer, t, **task[k].grading) for k in range(24) for t in replies[k]]
-    assert np.mean(correct) > 0.2
+    replies = ask(sighted, examples, 4, 1.0)
+    correct = [
+        verify(example.answer, text, **example.grading)
+        for example, texts in zip(examples, replies, strict=True)
+        for text in texts
+    ]
+    formed = [text.startswith("<think>") and "</think> \\boxed{" in text for texts in replies for text in texts]
+    assert np.mean(formed) > 0.95
+    assert 0.15 < np.mean(correct) < 0.6

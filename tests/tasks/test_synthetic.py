@@ -5,31 +5,19 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-import operator
 import random
 import re
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from helpers import equations_hold
 
 from mm_agrae.errors import ConfigError
 from mm_agrae.tasks.synthetic import drawing
 from mm_agrae.tasks.synthetic.figures import FIGURES, derive
 from mm_agrae.tasks.synthetic.problems import numbers_of
 from mm_agrae.tasks.synthetic.task import FAMILIES, LEVELS, SPLITS, SyntheticTask
-
-OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-
-
-def equations_hold(way: str) -> None:
-    """Every a+b=c in a derivation, worked out again."""
-    for left, right in re.findall(r"([\d+*/-]+)=(\d+)", way):
-        first, *rest = re.split(r"([+*/-])", left)
-        value = float(first)
-        for sign, term in zip(rest[::2], map(float, rest[1::2]), strict=True):
-            value = OPERATORS[sign](value, term)
-        assert value == float(right), way
 
 
 def measured_angle(points, vertex, p, q) -> float:

@@ -30,6 +30,7 @@ BARS = ((60, 100, 200), (230, 140, 30), (60, 160, 90), (160, 80, 180))
 
 _ZOOM = 2
 _LABEL_PX = 11
+_SLOT_PX = 7
 _ARC_PX = 8
 
 
@@ -59,7 +60,7 @@ def draw_diagram(
     Retries until no two labels collide; later attempts may turn further.
     """
     attempts = []
-    for attempt in range(60):
+    for attempt in range(300):
         turned = _turned(diagram, rng, px, most_turn * max(1, attempt / 10))
         attempts.append((turned, *_place_labels(turned, px)))
         if attempts[-1][2] == 0:
@@ -78,8 +79,16 @@ def draw_diagram(
     for vertex, p, q, text in turned.angles:
         _arc(pen, points[vertex], points[p], points[q], UNKNOWN if text == "x" else GIVEN)
     for text, box in labels:
-        _write(pen, text, box, UNKNOWN if text == "x" else INK)
+        _write_label(pen, text, box)
     return image.reduce(_ZOOM), {**vars(turned), "labels": labels, "crowded": crowded}
+
+
+def draw_labels(labels: list[tuple[str, Box]], px: int) -> Image.Image:
+    """Labels alone, as `draw_diagram` writes them."""
+    image, pen = _canvas(px)
+    for text, box in labels:
+        _write_label(pen, text, box)
+    return image.reduce(_ZOOM)
 
 
 def draw_shapes(kinds: list[tuple[str, str]], rng: random.Random, px: int) -> tuple[Image.Image, dict[str, Any]]:
@@ -160,6 +169,13 @@ def _write(pen: ImageDraw.ImageDraw, text: str, box: Box, ink: tuple[int, int, i
     pen.text((x, y), text, fill=ink, font=_font(size))
 
 
+def _write_label(pen: ImageDraw.ImageDraw, text: str, box: Box) -> None:
+    """Each digit in the middle of its slot."""
+    for place, glyph in enumerate(text):
+        left = box[0] + place * _SLOT_PX
+        _write(pen, glyph, (left, box[1], left + _SLOT_PX, box[3]), UNKNOWN if text == "x" else INK)
+
+
 def _turned(diagram: Diagram, rng: random.Random, px: int, most_turn: float) -> Diagram:
     """The figure in image coordinates (y downwards), turned at random, mirrored or not.
 
@@ -198,6 +214,9 @@ def opening(vertex: XY, p: XY, q: XY) -> tuple[float, float]:
 def _place_labels(figure: Diagram, px: int) -> tuple[list[tuple[str, Box]], int]:
     """Each label at the nearest free position, and how many labels found none.
 
+    Positions lie on a lattice: every digit stands in a slot of 7 x 7 pixels of its own, of which a vision tower's
+    patch of 14 holds four. A small model learns such digits from a fraction of the images that free ones take.
+
     A position is free if it lies in the image, clear of lines, arcs and other labels; an angle's
     label also stays inside the angle, nearer to its vertex than to any other labelled one.
     """
@@ -215,7 +234,7 @@ def _place_labels(figure: Diagram, px: int) -> tuple[list[tuple[str, Box]], int]
         dx, dy = _along(points[p], points[q])
         middle = _between(points[p], points[q])
         away = dy * (middle[0] - centre[0]) - dx * (middle[1] - centre[1])
-        places.append((text, middle, (dy, -dx) if away > 0 else (-dy, dx), 15, []))
+        places.append((text, middle, (dy, -dx) if away > 0 else (-dy, dx), 18, []))
     marks = lines + [_tick_ends(points[p], points[q]) for p, q in figure.ticks]
     labels: list[tuple[str, Box]] = []
     crowded = 0
@@ -238,24 +257,30 @@ def _free_box(
     px: int,
 ) -> tuple[Box, bool]:
     """The first free position for `text` from `origin` along `ray`, and whether there is one."""
-    x0, y0, x1, y1 = _extent(text, _LABEL_PX)
-    half_w, half_h = (x1 - x0) / 2 + 1, (y1 - y0) / 2 + 1
+    half_w, half_h = _SLOT_PX * len(text) / 2, _SLOT_PX / 2 + 1
     start = (origin[0] + 2 * ray[0], origin[1] + 2 * ray[1])
+    box, tried = (0.0, 0.0, 0.0, 0.0), set()
     for distance in range(7, reach):
-        x, y = origin[0] + ray[0] * distance, origin[1] + ray[1] * distance
-        box = (x - half_w, y - half_h, x + half_w, y + half_h)
+        left = round((origin[0] + ray[0] * distance - half_w) / _SLOT_PX) * _SLOT_PX
+        row = math.floor((origin[1] + ray[1] * distance) / _SLOT_PX)
+        if (left, row) in tried:
+            continue
+        tried.add((left, row))
+        x, y = left + half_w, (row + 0.5) * _SLOT_PX
+        box = (left, y - half_h, x + half_w, y + half_h)
+        with_gap = (box[0] - _SLOT_PX / 2, box[1], box[2] + _SLOT_PX / 2, box[3])  # side by side they would be one
         if apart:
             gap_x, gap_y = abs(x - origin[0]) - half_w, abs(y - origin[1]) - half_h
             if math.hypot(max(gap_x, 0), max(gap_y, 0)) < _ARC_PX - 1:
                 continue
-        if any(_cut(start, (x, y), *line) for line in lines):
-            break
+        away = math.dist((x, y), origin)
         if (
             min(box) >= 0
             and max(box) <= px
-            and not any(overlap(box, other) for _, other in labels)
+            and not any(overlap(with_gap, other) for _, other in labels)
+            and not any(_cut(start, (x, y), *line) for line in lines)
             and not any(crosses(box, *mark) for mark in marks)
-            and all(math.dist((x, y), v) >= 1.2 * distance for v in apart if v != origin)
+            and all(math.dist((x, y), v) >= 1.2 * away for v in apart if v != origin)
         ):
             return box, True
     return box, False

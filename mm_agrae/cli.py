@@ -214,6 +214,11 @@ def _show_summary(reporter: Any, summary: dict[str, Any]) -> None:
         ["k", *table],
         [[str(k), *(cell(name, k) for name in table)] for k in ks],
     )
+    if (fallen := summary["families_fallen"]) is not None:
+        changes = (
+            f"{name} {100 * x:+.1f} points at pass@{k}" for name, by_k in fallen.items() for k, x in by_k.items()
+        )
+        reporter.say(f"fell        {', '.join(changes) or 'no family of problems'}")
     stages = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
     reporter.say(f"seconds     {stages}")
     reporter.say(f"peak memory {summary['peak_memory_mb']:.0f} MB")

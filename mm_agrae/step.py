@@ -250,7 +250,7 @@ def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
     }
     parts = [part for group in groups for part in group.parts]
     for name in sorted({name for part in parts for name in part}):
-        values[f"reward/{name}"] = sum(part.get(name, 0.0) for part in parts) / completions
+        values[f"reward/{name}"] = float(np.mean([part[name] for part in parts if name in part]))
     return values
 
 

@@ -88,8 +88,8 @@ class Completion:
 class Score:
     """The verdict on one completion.
 
-    `reward` is the weighted sum of `parts`; `success` says whether the final answer is correct. `error` names the part
-    that failed or timed out ("" if none); such a completion counts as incorrect.
+    `reward` is the weighted sum of `parts`, which holds those that apply; `success` says whether the final answer is
+    correct. `error` names the part that failed or timed out ("" if none); such a completion counts as incorrect.
     """
 
     reward: float

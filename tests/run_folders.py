@@ -93,17 +93,28 @@ def make_run(path: Path, steps=(), **settings) -> RunFolder:
 
 
 def evaluate(
-    run: RunFolder, name: str, solved, samples: int = 4, label: str = "test", text: str = "so", full: bool = False
+    run: RunFolder,
+    name: str,
+    solved,
+    samples: int = 4,
+    label: str = "test",
+    text: str = "so",
+    full: bool = False,
+    meta=None,
+    parts=None,
 ) -> None:
     """`solved`: for each problem, how many of its samples are correct.
 
-    full: with greedy completions, entropies and two levels of problems.
+    full: with greedy completions, entropies and two levels of problems. meta: of each problem.
+    parts: name of a reward part -> its value for each problem.
     """
     correct = np.arange(samples)[None] < np.array(solved)[:, None]
     length = np.full(correct.shape, 12)
     greedy, entropy = (correct[:, 0], length / 30) if full else (None, None)
-    meta = [{"level": i % 2} if full else {} for i in range(len(solved))]
-    result = summarise(name, label, correct, greedy, length, ~correct, entropy, meta, 3.0, 99, 50)
+    meta = meta or [{"level": i % 2} if full else {} for i in range(len(solved))]
+    parts = {part: np.array(values, dtype=float) for part, values in (parts or {}).items()}
+    tables = {part: np.broadcast_to(values[:, None], correct.shape) for part, values in parts.items()}
+    result = summarise(name, label, correct, greedy, length, ~correct, entropy, meta, 3.0, 99, 50, parts=tables)
     image = run.store_image(noise_image(1))
     run.write_evaluation(
         result,
@@ -112,6 +123,8 @@ def evaluate(
                 *(f"problem {i}", j, f"<image> Question {i}?", f"gold {i}"),
                 f"<think>{text} of {name}</think> {i}/{j}",
                 *(bool(correct[i, j]), 12, "stop", (image,)),
+                meta=meta[i],
+                parts={part: float(values[i]) for part, values in parts.items() if np.isfinite(values[i])},
             )
             for i in range(len(solved))
             for j in range(samples)

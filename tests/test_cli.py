@@ -12,9 +12,12 @@ import sys
 import pytest
 import yaml
 from helpers import TEXT, VL, run_config
+from run_folders import evaluate, make_run
 
 from mm_agrae import cli
 from mm_agrae import config as configs
+from mm_agrae.progress import Reporter
+from mm_agrae.run.folder import summarise_evaluations
 
 
 @pytest.fixture(autouse=True)
@@ -57,6 +60,20 @@ def test_train_says_what_it_does(finished_run):
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert summary["pass_at_k"].keys() == {"before", "after"}
     assert {"rollout", "update", "reward", "evaluate", "total"} <= summary["seconds"].keys()
+
+
+def test_the_summary_names_families_that_fell(tmp_path, capsys):
+    run = make_run(tmp_path)
+    families = [{"family": name} for name in ("charts", "charts", "counting", "counting")]
+    evaluate(run, "before", [4, 2, 1, 1], meta=families)
+    more = {"seconds": {"total": 1.0}, "peak_memory_mb": 10.0}
+    for solved, line in (([4, 2, 4, 0], "counting -50.0 points at pass@4"), ([4, 2, 1, 4], "no family of problems")):
+        evaluate(run, "after", solved, meta=families)
+        cli._show_summary(Reporter(), summarise_evaluations(run, "test") | more)
+        assert f"fell        {line}\n" in capsys.readouterr().out
+    evaluate(run, "after", [0] * 4)
+    cli._show_summary(Reporter(), summarise_evaluations(run, "test") | more)
+    assert "fell" not in capsys.readouterr().out
 
 
 def test_train_again_shows_the_result(finished_run):

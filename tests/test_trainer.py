@@ -10,6 +10,7 @@ from helpers import TEXT, VL, processing, prompts, run_config, sampling
 from mm_agrae.errors import DataError, ModelError, RunFolderError
 from mm_agrae.progress import Reporter
 from mm_agrae.run.folder import RunFolder
+from mm_agrae.run.records import PartMeans
 from mm_agrae.tasks.order import DataOrder
 from mm_agrae.trainer import Trainer
 
@@ -68,6 +69,30 @@ def test_a_run_leaves_everything_behind(tmp_path, path):
     assert summary["tokens"] == sum(row["tokens/completion"] for row in rows)
     assert [p.name for p in (tmp_path / "run" / "checkpoints").glob("step_*")] == ["step_000002"]
     assert trainer.policy.version == 2
+
+
+def test_parts_that_do_not_apply_are_left_out_of_every_mean(tmp_path):
+    own = tmp_path / "own.py"
+    own.write_text("def even(example, completion): return None if len(completion.text) % 2 else 0.5\n"
+                   "def never(example, completion): return None\n")  # fmt: skip
+    reward = {"parts": {"accuracy": 1.0, "rule": 0, f"{own}:even": 0.5, f"{own}:never": 1.0}}
+    train(tmp_path / "run", TEXT, reward=reward, rollout={"max_new_tokens": 64}, evaluate={"max_new_tokens": 64})
+    run = RunFolder(tmp_path / "run")
+    rows, records = run.read_metrics(), run.read_rollouts(1)
+    odd = [len(record["completion"]) % 2 for record in records]
+    assert 0 < sum(odd) < len(odd)
+    for record, left_out in zip(records, odd, strict=True):
+        assert record["parts"].keys() == {"accuracy", "rule"} | (set() if left_out else {f"{own}:even"})
+        assert record["reward"] == record["parts"]["accuracy"] + (0 if left_out else 0.25)
+    assert rows[0][f"reward/{own}:even"] == 0.5
+    assert f"reward/{own}:never" not in rows[0]
+    named = [record["parts"]["rule"] for record in records]
+    assert rows[0]["reward/rule"] == sum(named) / len(named)
+    assert sum(named) > 0
+    for result in run.read_evaluations():
+        assert result.parts.keys() == {"accuracy", "rule", f"{own}:even"}
+        assert result.parts["accuracy"] == PartMeans(result.pass_at_k[1].mean, 1.0)
+        assert 0 < result.parts["rule"].mean < 1
 
 
 @BOTH

@@ -162,6 +162,8 @@ def write(
     def table(of: Callable[[SampleRecord], Any], greedy: bool = False) -> np.ndarray:
         return np.array([[of(r) for r in p.records if (r.sample < 0) == greedy] for p in problems])
 
+    names = list(dict.fromkeys(name for problem in problems for r in problem.records for name in r.parts))
+    part_PNK = table(lambda r: [r.parts.get(name, np.nan) for name in names])
     result = summarise(
         name,
         label,
@@ -175,6 +177,7 @@ def write(
         tokens=sum(r.tokens for problem in problems for r in problem.records),
         bootstrap=section.bootstrap,
         seed=section.seed,
+        parts=dict(zip(names, np.moveaxis(part_PNK, -1, 0), strict=True)),
     )
     samples = [
         replace(record, images=tuple(map(run_folder.store_image, problem.images)))
@@ -208,6 +211,7 @@ def _sample_record(example: Example, number: int, completion: Completion, score:
         entropy=-float(np.mean(completion.logprobs)) if completion.logprobs else None,
         error=score.error,
         meta=dict(example.meta),
+        parts=dict(score.parts),
     )
 
 

@@ -10,7 +10,7 @@ import json
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -210,12 +210,13 @@ class PairedEvaluations:
         """How many problems are paired."""
         return sum(map(len, self.by_outcome.values()))
 
-    def gain(self, k: int) -> Interval | None:
-        """pass@k of the second minus that of the first over the shared problems.
+    def gain(self, k: int, among: Collection[str] | None = None) -> Interval | None:
+        """pass@k of the second minus that of the first over the shared problems, or those `among` them.
 
         None if either sampled a problem fewer than k times, or problems unequally often.
         """
-        keys = [problem.key for problems in self.by_outcome.values() for problem in problems]
+        shared = [problem.key for problems in self.by_outcome.values() for problem in problems]
+        keys = [key for key in shared if among is None or key in among]
         tables = []
         for samples in (self.first, self.second):
             sizes = {len(samples.verdicts[key]) for key in keys}

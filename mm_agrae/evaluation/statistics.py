@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mm_agrae.config.schema import passes
-from mm_agrae.run.records import EvaluationResult, Interval, SubsetResult
+from mm_agrae.run.records import EvaluationResult, Interval, PartMeans, SubsetResult
 
 
 def pass_at_k(n: int, c: int | np.ndarray, k: int) -> np.ndarray:
@@ -86,22 +86,25 @@ def summarise(
     tokens: int,
     bootstrap: int = 2000,
     seed: int = 0,
+    parts: Mapping[str, np.ndarray] | None = None,
 ) -> EvaluationResult:
     """Everything an evaluation reports.
 
     correct_PN, truncated_PN: bool; length_PN: tokens; entropy_PN: mean over a completion's tokens
     in nats, NaN where unknown, None if not measured; greedy_correct_P: bool, None if there was no
     greedy decoding. meta_P: the examples' own; entries with few distinct values become groups.
-    seconds, tokens: what the evaluation took. Raises ValueError if the shapes disagree.
+    parts: reward part -> its values [P, N], NaN where it does not apply. seconds, tokens: what the
+    evaluation took. Raises ValueError if the shapes disagree.
     """
     correct = _as_bool(correct_PN, "correct_PN")
     length = np.asarray(length_PN, dtype=np.float64)
     truncated = _as_bool(truncated_PN, "truncated_PN")
     greedy = None if greedy_correct_P is None else np.asarray(greedy_correct_P, dtype=bool)
     entropy = None if entropy_PN is None else np.asarray(entropy_PN, dtype=np.float64)
-    for array, title in ((length, "length"), (truncated, "truncated"), (entropy, "entropy")):
+    parts = parts or {}
+    for title, array in {"length_PN": length, "truncated_PN": truncated, "entropy_PN": entropy, **parts}.items():
         if array is not None and array.shape != correct.shape:
-            raise ValueError(f"{title}_PN is {array.shape}, correct_PN {correct.shape}")
+            raise ValueError(f"{title} is {array.shape}, correct_PN {correct.shape}")
     if len(meta_P) != len(correct) or (greedy is not None and greedy.shape != correct.shape[:1]):
         raise ValueError(f"meta_P and greedy_correct_P must have {len(correct)} entries")
     return EvaluationResult(
@@ -118,7 +121,13 @@ def summarise(
         groups=_by_meta(correct, meta_P, bootstrap, seed),
         seconds=float(seconds),
         tokens=int(tokens),
+        parts={name: PartMeans(_mean(values), _mean(values[correct])) for name, values in parts.items()},
     )
+
+
+def _mean(values: np.ndarray) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(known.mean()) if known.size else None
 
 
 def _as_bool(values: np.ndarray, name: str) -> np.ndarray:
@@ -160,7 +169,7 @@ def _by_meta(
 ) -> dict[str, dict[str, SubsetResult]]:
     """pass@1 and pass@n for every value of every `meta` entry that sorts problems into kinds.
 
-    An entry with more than 24 values, or whose values are hardly ever shared by two problems, is
+    An entry with more than 40 values, or whose values are hardly ever shared by two problems, is
     an identifier rather than a kind.
     """
     groups: dict[str, dict[str, SubsetResult]] = {}
@@ -170,7 +179,7 @@ def _by_meta(
         for row, meta in enumerate(meta_P):
             if isinstance(meta.get(key), str | int | bool):
                 members.setdefault(str(meta[key]), []).append(row)
-        if 2 <= len(members) <= min(24, len(correct) // 2):
+        if 2 <= len(members) <= min(40, len(correct) // 2):
             groups[key] = {
                 value: SubsetResult(len(rows), pass_at_k_table(correct[rows], ks, bootstrap, seed))
                 for value, rows in sorted(members.items())

@@ -1,10 +1,11 @@
 """The built-in rewards.
 
-A reward part is a function `(example, completion) -> float`. To add one, write it here and put a line into `PARTS`;
-`reward.parts` in the config then takes its name and weight. It runs in a worker process, and gets the whole completion
-(token ids and log-probabilities too) and the example without its images.
+A reward part is a function `(example, completion) -> float | None`, None where it does not apply. To add one, write it
+here and put a line into `PARTS`; `reward.parts` in the config then takes its name and weight. It runs in a worker
+process, and gets the whole completion (token ids and log-probabilities too) and the example without its images.
 """
 
+import re
 from collections.abc import Callable
 
 from mm_agrae.config.plugins import load_object
@@ -12,7 +13,7 @@ from mm_agrae.grading.accuracy import verify
 from mm_agrae.grading.extraction import boxes
 from mm_agrae.types import Completion, Example
 
-Part = Callable[[Example, Completion], float]
+Part = Callable[[Example, Completion], float | None]
 
 
 def accuracy(example: Example, completion: Completion, *, after_thinking: bool = True) -> float:
@@ -26,7 +27,7 @@ def accuracy(example: Example, completion: Completion, *, after_thinking: bool =
     settings = {"after_thinking": after_thinking, **example.grading}
     grader = settings.pop("grader", None)
     if grader:
-        return float(load_object(grader)(example, completion.text, **settings))
+        return float(load_object(grader)(example, completion.text, **settings))  # raises for None
     return float(verify(example.answer, completion.text, **settings))
 
 
@@ -35,7 +36,25 @@ def format(example: Example, completion: Completion) -> float:
     return float(follows_format(completion.text))
 
 
-PARTS: dict[str, Part] = {"accuracy": accuracy, "format": format}
+def rule(example: Example, completion: Completion) -> float | None:
+    """1 if the reasoning has the words of one of the example's worked derivations, else 0.
+
+    `example.meta["ways"]` are the derivations, such as "Given 70, 40. Exterior angle: 70+40=110."; without them the
+    part does not apply. Only letters are compared: which rule is named counts, not whether the sum comes out.
+    """
+    ways = example.meta.get("ways")
+    if not ways:
+        return None
+    reasoning, closed, _ = completion.text.partition("</think>")
+    words = _words(reasoning.strip().removeprefix("<think>"))
+    return float(bool(closed) and words in map(_words, [ways] if isinstance(ways, str) else ways))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall("[A-Za-z]+", text)
+
+
+PARTS: dict[str, Part] = {"accuracy": accuracy, "format": format, "rule": rule}
 
 
 def follows_format(text: str, *, open_tag: str = "<think>", close_tag: str = "</think>") -> bool:

@@ -8,6 +8,7 @@ A name in `reward.parts` is one of `parts.PARTS`, or a function of the user's as
 
 A part that fails on one completion affects that completion alone: the part counts 0 there, the
 completion counts as unsolved, and `Score.error` and `Rewarder.error_counts` say what happened.
+A part that returns None does not apply: it adds nothing, and `Score.parts` lacks it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mm_agrae.config.plugins import is_import_name, load_object
 from mm_agrae.errors import ConfigError
@@ -99,7 +100,7 @@ class Rewarder:
             for index, (example, completion) in enumerate(zip(examples, completions, strict=True))
             for part in self.config.parts
         ]
-        values: list[dict[str, float]] = [{} for _ in examples]
+        values: list[dict[str, float | None]] = [{} for _ in examples]
         errors: list[list[str]] = [[] for _ in examples]
         for job, outcome in self._run(jobs):
             if isinstance(outcome, str):
@@ -111,9 +112,9 @@ class Rewarder:
                 values[job.index][job.part] = outcome
         return [self._score(*found) for found in zip(values, errors, completions, strict=True)]
 
-    def _score(self, values: dict[str, float], errors: list[str], completion: Completion) -> Score:
-        parts = {name: values[name] for name in self.config.parts}
-        reward = sum(weight * parts[name] for name, weight in self.config.parts.items())
+    def _score(self, values: dict[str, float | None], errors: list[str], completion: Completion) -> Score:
+        parts = {name: value for name in self.config.parts if (value := values[name]) is not None}
+        reward = sum(self.config.parts[name] * value for name, value in parts.items())
         if (overlong := self.config.overlong) is not None:
             length = len(completion.token_ids)
             parts["overlong"] = overlong_penalty(length, self.max_new_tokens, overlong.buffer_tokens, overlong.penalty)
@@ -121,12 +122,12 @@ class Rewarder:
         success = parts["accuracy"] == 1.0 and not errors
         return Score(reward=reward, success=success, parts=parts, error="; ".join(errors))
 
-    def _run(self, jobs: Sequence[_Job]) -> list[tuple[_Job, float | str]]:
+    def _run(self, jobs: Sequence[_Job]) -> list[tuple[_Job, float | str | None]]:
         """Run jobs in chunks. If a chunk fails, its jobs run one by one, each with all its time."""
         size = max(1, min(_CHUNK, len(jobs) // (4 * self.config.workers)))
         chunks = [list(jobs[start : start + size]) for start in range(0, len(jobs), size)]
         waiting = deque((self._submit(chunk), chunk, 0) for chunk in chunks)
-        done: list[tuple[_Job, float | str]] = []
+        done: list[tuple[_Job, float | str | None]] = []
         while waiting:
             call, chunk, attempt = waiting.popleft()
             try:
@@ -202,13 +203,13 @@ def _errors_at_import() -> dict[str, str]:
     return _import_errors
 
 
-def _run_chunk(chunk: Sequence[_Job], limit_s: float) -> list[float | str]:
+def _run_chunk(chunk: Sequence[_Job], limit_s: float) -> list[float | str | None]:
     """Outcomes of the first jobs: at least one, and as many as fit into half a time limit.
 
     The limit starts anew with each job, so a slow one does not eat into the time of the next.
     """
     start = time.monotonic()
-    outcomes: list[float | str] = []
+    outcomes: list[float | str | None] = []
     for job in chunk:
         if outcomes and time.monotonic() - start > limit_s / 2:
             break
@@ -216,16 +217,18 @@ def _run_chunk(chunk: Sequence[_Job], limit_s: float) -> list[float | str]:
     return outcomes
 
 
-def _outcome(job: _Job, limit_s: float) -> float | str:
-    """The value of a part, or a message that says what is wrong with it."""
+def _outcome(job: _Job, limit_s: float) -> float | str | None:
+    """The value of a part, None if it does not apply, or a message that says what is wrong with it."""
     limit_computing(limit_s)
     try:
-        value = _parts[job.part](job.example, job.completion)
+        value: Any = _parts[job.part](job.example, job.completion)
         value = value.item() if hasattr(value, "item") else value  # numpy, torch
     except MemoryError:
         raise  # the worker has to be replaced
     except BaseException as error:
         return f"{job.part} {describe(error)}"
+    if value is None:
+        return None
     if not isinstance(value, numbers.Real):
         return f"{job.part} returned {type(value).__name__}, not a number"
     if not math.isfinite(value):

@@ -371,11 +371,15 @@ def _slug(name: str) -> str:
 
 
 def summarise_evaluations(run: RunFolder, label: str) -> dict[str, Any]:
-    """pass@k and greedy accuracy of every evaluation of one task, for the run's summary."""
+    """pass@k and greedy accuracy of every evaluation of one task, and the families that fell through training, for the
+    run's summary."""
     found = [result for result in run.read_evaluations() if result.label == label]
+    ends = {result.name: result for result in found}
+    compared = {"before", "after"} <= ends.keys() and "family" in ends["after"].groups
     return {
         "pass_at_k": {
             result.name: {k: asdict(interval) for k, interval in result.pass_at_k.items()} for result in found
         },
         "greedy": {result.name: asdict(result.greedy) for result in found if result.greedy},
+        "families_fallen": ends["after"].falls(ends["before"], "family") if compared else None,
     }

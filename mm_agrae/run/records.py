@@ -113,6 +113,7 @@ class SampleRecord:
     entropy: float | None = None
     error: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,14 @@ class SubsetResult:
 
 
 @dataclass(frozen=True)
+class PartMeans:
+    """Means of a reward part over the samples it applies to, and over the correct ones; None if there are none."""
+
+    mean: float | None
+    correct: float | None
+
+
+@dataclass(frozen=True)
 class EvaluationResult:
     """What one evaluation of one task found. Shares and accuracies are in [0, 1].
 
@@ -140,7 +149,7 @@ class EvaluationResult:
     length of a completion, `truncated` the share cut off by the token limit, `entropy` the mean over all sampled
     tokens in nats (None: not measured), `unsolved` the share of problems with no correct completion. `groups` breaks
     the result down by the entries of the examples' `meta`: `{"level": {"3": SubsetResult}}`. `seconds` and `tokens`
-    are what the evaluation took.
+    are what the evaluation took. `parts` are the means of each reward part, greedy completions left out.
     """
 
     name: str
@@ -156,6 +165,7 @@ class EvaluationResult:
     groups: dict[str, dict[str, SubsetResult]]
     seconds: float
     tokens: int
+    parts: dict[str, PartMeans] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Flat numbers for the metric log, named `evaluate/<label>/…`."""
@@ -166,6 +176,15 @@ class EvaluationResult:
         if self.entropy is not None:
             values["entropy"] = self.entropy
         return {f"evaluate/{self.label}/{name}": value for name, value in values.items()}
+
+    def falls(self, before: EvaluationResult, key: str) -> dict[str, dict[int, float]]:
+        """Kind of problem by `key` -> k -> change of pass@k, where it fell by one problem's worth or more."""
+        found = {}
+        for kind, group in self.groups.get(key, {}).items():
+            old = before.groups.get(key, {}).get(kind, group).pass_at_k
+            changes = {k: new.mean - old[k].mean for k, new in group.pass_at_k.items() if k in old}
+            found[kind] = {k: change for k, change in changes.items() if change * group.problems < -1 + 1e-9}
+        return {kind: changes for kind, changes in found.items() if changes}
 
     def to_json(self) -> str:
         return to_json(asdict(self), indent=2) + "\n"

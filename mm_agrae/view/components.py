@@ -173,8 +173,7 @@ def _completion_row(row: Record, limit: int, is_open: bool) -> Html:
     advantages = " → ".join("–" if level is None else f"{level + 0.0:+.2f}" for level in levels)
     answer = clean_text(row["completion"]).rpartition("</think>")[2]
     ending = answer.strip()[-50:].replace("\n", " ")
-    details = [f"{shorten(part, 100)} {number(value)}" for part, value in row["parts"].items()]
-    details.append(f"finish: {shorten(row['finish_reason'], 300)}")
+    details = [*_part_marks(row), f"finish: {shorten(row['finish_reason'], 300)}"]
     if row["entropy"] is not None:
         details.append(f"entropy {number(row['entropy'])} nats")
     if row["error"]:
@@ -198,6 +197,13 @@ def _completion_row(row: Record, limit: int, is_open: bool) -> Html:
     )
 
 
+def _part_marks(row: Record) -> list[str]:
+    """The reward parts of a completion, those that are 0 or 1 as a mark."""
+    marks = {0: "✗", 1: "✓"}
+    parts = dict(row.get("parts") or {})  # samples of earlier versions have none
+    return [f"{shorten(name, 100)} {marks.get(value) or number(value)}" for name, value in parts.items()]
+
+
 def trace_card(
     row: Record, images: EmbeddedImages, columns: Sequence[tuple[str, Record]], limit: int = 2 * TEXT_LIMIT
 ) -> Html:
@@ -207,6 +213,7 @@ def trace_card(
             "div",
             el("h4", f"{title} ", verdict(bool(sample.get("success")))),
             completion_text(sample.get("completion"), limit),
+            note(" · ".join(_part_marks(sample))),
         )
         for title, sample in columns
     ]

@@ -8,7 +8,7 @@ from mm_agrae.errors import RunFolderError
 from mm_agrae.evaluation.paired import PairedEvaluations, SampleCache, StoredEvaluation
 from mm_agrae.run.files import write_atomic
 from mm_agrae.run.folder import RunFolder
-from mm_agrae.run.records import EvaluationResult
+from mm_agrae.run.records import EvaluationResult, Interval, PartMeans
 from mm_agrae.view.components import (
     ADVANTAGES,
     CURVES,
@@ -44,6 +44,11 @@ from mm_agrae.view.runs import Record, RunReader, distinct_names, select, step_o
 GROUPS_SHOWN = 6
 EARLIER_GROUPS_SHOWN = 2
 COMPLETIONS_SHOWN = 16
+OPEN_KINDS = ("family", "figure", "level")
+"""Entries of the examples' meta whose tables are not folded."""
+FEWEST_PROBLEMS = 6
+"""With fewer, even a fall on all of them happens by chance more often than 1 time in 20 (two-sided sign test)."""
+METRIC_TITLES = {"rule": "correct completions that name the right rule"}
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -60,7 +65,7 @@ def write_report(run_dir: str | Path) -> Path:
     images = EmbeddedImages(folder)
     trained = not run.only_evaluations()
     sections = [
-        ("Results", _results(folder, evaluations, int(_last(run.metrics, "step") or 0))),
+        ("Results", _results(folder, config, evaluations, int(_last(run.metrics, "step") or 0))),
         ("Curves", _curves(run.metrics) if trained else None),
         ("Before and after", _traces(folder, evaluations, images)),
         ("Groups", _groups(run, images) if trained else None),
@@ -93,7 +98,7 @@ def _header(folder: RunFolder, config: Record, progress: str) -> Html:
     return el("header", title, el("p", *chips, class_="chips"), el("p", progress))
 
 
-def _results(folder: RunFolder, evaluations: Sequence[EvaluationResult], last_step: int) -> Html:
+def _results(folder: RunFolder, config: Record, evaluations: Sequence[EvaluationResult], last_step: int) -> Html:
     if not evaluations:
         return empty("Not evaluated yet.")
     parts: list[Html] = []
@@ -101,6 +106,8 @@ def _results(folder: RunFolder, evaluations: Sequence[EvaluationResult], last_st
     for label in labels:
         results = [result for result in evaluations if result.label == label]
         ends = training_ends(results)
+        paired = _paired(folder, ends)
+        tiles = [*_key_numbers(paired, ends), *_metric_tiles(config, ends)] if ends else []
         shown = ends or results
         colors = {"before": 7} if ends else {r.name: i % 7 for i, r in enumerate(results)}
         plots = [pass_at_k_plot([(r.name, r, colors.get(r.name, 0)) for r in shown])]
@@ -112,11 +119,11 @@ def _results(folder: RunFolder, evaluations: Sequence[EvaluationResult], last_st
         )
         parts += [
             el("h3", label) if len(labels) > 1 else Html(""),
-            el("div", *_key_numbers(folder, ends), class_="tiles") if ends else Html(""),
+            el("div", *tiles, class_="tiles") if ends else Html(""),
             note(about),
             el("div", *plots, class_="plots"),
             pass_at_k_table([(result.name, result) for result in results]),
-            *_group_tables(shown),
+            *_kind_tables(folder, shown, paired, len(ends) > 1),
         ]
     return join(parts)
 
@@ -125,18 +132,18 @@ def _first_and_last_k(result: EvaluationResult) -> list[int]:
     return sorted({min(result.pass_at_k), max(result.pass_at_k)})
 
 
-def _key_numbers(folder: RunFolder, ends: Sequence[EvaluationResult]) -> list[Html]:
+def _key_numbers(paired: PairedEvaluations | None, ends: Sequence[EvaluationResult]) -> list[Html]:
     def change(read: Callable[[EvaluationResult], Any], show: Callable[[Any], str]) -> str:
         return " → ".join(show(read(result)) for result in ends)
 
     when = "" if len(ends) > 1 else f", {ends[-1].name}"
-    paired = _paired(folder, ends)
     tiles = []
     for k in _first_and_last_k(ends[-1]):
         found = [result.pass_at_k[k] for result in ends if k in result.pass_at_k]
         ranges = " → ".join(map(span, found))
         values = percent(*(interval.mean for interval in found))
-        tiles.append(tile(f"pass@{k}{when}", values, ranges, _gain(paired, k)))
+        gain = paired.gain(k) if paired else None
+        tiles.append(tile(f"pass@{k}{when}", values, ranges, _signed(gain, " points") if gain else ""))
     greedy = [result.greedy for result in ends if result.greedy is not None]
     if greedy:
         values = percent(*(interval.mean for interval in greedy))
@@ -148,6 +155,22 @@ def _key_numbers(folder: RunFolder, ends: Sequence[EvaluationResult]) -> list[Ht
     if ends[-1].entropy is not None:
         tiles.append(tile("entropy", change(lambda r: r.entropy, number), "nats per token"))
     return tiles
+
+
+def _metric_tiles(config: Record, ends: Sequence[EvaluationResult]) -> list[Html]:
+    """The means over correct completions of the parts that are not rewarded, but measured."""
+    tiles = []
+    for name, weight in _section(_section(config, "reward"), "parts").items():
+        if name != "accuracy" and (weight == 0 or name in METRIC_TITLES) and name in ends[-1].parts:
+            found = [result.parts.get(name, PartMeans(None, None)) for result in ends]
+            values = [_share(means.correct) for means in found]
+            every = "all completions: " + " → ".join(_share(means.mean) for means in found)
+            tiles.append(tile(METRIC_TITLES.get(name, f"{name}, correct completions"), " → ".join(values), every))
+    return tiles
+
+
+def _share(value: float | None) -> str:
+    return percent(value) if value is not None and 0 <= value <= 1 else number(value)
 
 
 def _paired(folder: RunFolder, ends: Sequence[EvaluationResult]) -> PairedEvaluations | None:
@@ -163,12 +186,8 @@ def _paired(folder: RunFolder, ends: Sequence[EvaluationResult]) -> PairedEvalua
     return paired if paired.count else None
 
 
-def _gain(paired: PairedEvaluations | None, k: int) -> str:
-    """The paired difference, if both evaluations sampled the same problems equally often."""
-    gain = paired.gain(k) if paired else None
-    if gain is None:
-        return ""
-    return f"{100 * gain.mean:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+def _signed(gain: Interval, unit: str = "") -> str:
+    return f"{100 * gain.mean:+.1f}{unit} ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
 
 
 def _progress_plot(results: Sequence[EvaluationResult], last_step: int) -> Html:
@@ -182,21 +201,58 @@ def _progress_plot(results: Sequence[EvaluationResult], last_step: int) -> Html:
     return plot("pass@k during training", lines, shares=True)
 
 
-def _group_tables(ends: Sequence[EvaluationResult]) -> list[Html]:
-    """pass@1 and pass@n for each kind of problem."""
-    tables = []
-    columns = [(k, result) for k in _first_and_last_k(ends[-1]) for result in ends]
-    for key, groups in ends[-1].groups.items():
+def _kind_tables(
+    folder: RunFolder, shown: Sequence[EvaluationResult], paired: PairedEvaluations | None, trained: bool
+) -> list[Html]:
+    """pass@1 and pass@n for each kind of problem; `trained`: before and after, what fell first and in words."""
+    last, ks = shown[-1], _first_and_last_k(shown[-1])
+    problems: dict[tuple[str, str], set[str]] = {}
+    for row in folder.read_samples(last) if paired else ():
+        for key in last.groups:
+            problems.setdefault((key, str(row["meta"].get(key))), set()).add(str(row["example_id"]))
+    tables: list[Html] = []
+    for key in sorted(last.groups, key=lambda key: key not in OPEN_KINDS):
+        fallen = last.falls(shown[0], key) if trained else {}
+        gains: dict[tuple[str, int], Interval | None] = {}
         rows = []
-        for value, group in groups.items():
-            cells = []
-            for k, result in columns:
-                found = result.groups.get(key, {}).get(value)
-                cells.append(with_interval(found.pass_at_k.get(k) if found else None))
-            rows.append([value, group.problems, *cells])
-        header = [key, "problems", *(f"pass@{k} {result.name}" for k, result in columns)]
-        tables.append(fold(f"By {key} ({len(groups)})", table(header, rows)))
+        for kind in sorted(last.groups[key], key=lambda kind: min(fallen.get(kind, {0: 0.0}).values())):
+            rows.append([kind, last.groups[key][kind].problems])
+            for k in ks:
+                gains[kind, k] = paired.gain(k, problems.get((key, kind), ())) if paired else None
+                groups = [result.groups.get(key, {}).get(kind) for result in shown]
+                found = [group.pass_at_k.get(k) if group else None for group in groups]
+                fell = k in fallen.get(kind, {})
+                rows[-1] += _changed(found, gains[kind, k], fell) if trained else map(with_interval, found)
+        columns = ["{}", "{}, change"] if trained else [f"{{}} {result.name}" for result in shown]
+        header = [key, "problems", *(column.format(f"pass@{k}") for k in ks for column in columns)]
+        words = [el("p", _fallen(last, key, k, fallen, gains)) for k in ks if trained]
+        body = [*words, table(header, rows)]
+        tables += [el("h4", f"By {key}"), *body] if key in OPEN_KINDS else [fold(f"By {key} ({len(rows)})", *body)]
     return tables
+
+
+def _changed(found: Sequence[Interval | None], gain: Interval | None, fell: bool) -> list[object]:
+    """pass@k before and after, and by how much it changed."""
+    means = [each.mean for each in found if each]
+    values = " → ".join(f"{100 * each.mean:.1f}" if each else "–" for each in found)
+    change = _signed(gain) if gain else f"{100 * (means[1] - means[0]):+.1f}" if len(means) == 2 else "–"
+    return [values, el("span", f"▼ {change}", class_="incorrect") if fell else change]
+
+
+def _fallen(last: EvaluationResult, key: str, k: int, fallen: Record, gains: Mapping[Any, Interval | None]) -> str:
+    """Which kinds fell at pass@k and by how much; apart, those whose interval cannot tell."""
+    certain: list[str] = []
+    unclear: list[str] = []
+    for kind, changes in sorted(fallen.items(), key=lambda each: each[1].get(k, 0.0)):
+        if k in changes:
+            gain = gains[kind, k]
+            few = gain is not None and (gain.high >= 0 or last.groups[key][kind].problems < FEWEST_PROBLEMS)
+            name = f"{key} {kind}" if kind.isdigit() else kind
+            (unclear if few else certain).append(f"{name} by {-100 * changes[k]:.1f} points")
+    told = [f"pass@{k} fell for {', '.join(certain)}."] if certain else []
+    it = "It" if certain else f"pass@{k}"
+    told += [f"{it} is lower, but on too few problems to tell, for {', '.join(unclear)}."] if unclear else []
+    return " ".join(told) or f"pass@{k} fell for no {key} by as much as one problem."
 
 
 _STAGES = ("rollout", "reward", "advantage", "update", "log", "prompts", "evaluate", "checkpoint")

@@ -119,7 +119,7 @@ def test_a_run_opens_with_curves_and_the_groups_of_its_last_step(browser, addres
     page.keyboard.press("Enter")
     line.locator("pre").wait_for()
     assert line.locator("pre").inner_text() == "<think>so it is 40.1.0</think> \\boxed{0}"
-    assert "accuracy 1 · format 1 · finish: stop · entropy 0.25 nats" in line.inner_text()
+    assert "accuracy ✓ · format ✓ · finish: stop · entropy 0.25 nats" in line.inner_text()
     assert page.errors == []
     assert page.asked == {address.split("/")[2]}  # nothing from anywhere else
 

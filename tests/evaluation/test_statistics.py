@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import json
 import math
@@ -6,8 +7,12 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from mm_agrae.config import EvaluateSection
+from mm_agrae.evaluation.evaluate import EvaluatedProblem, write
 from mm_agrae.evaluation.statistics import paired_difference, pass_at_k, pass_at_k_table, summarise
-from mm_agrae.run.records import EvaluationResult
+from mm_agrae.run.folder import RunFolder
+from mm_agrae.run.records import EvaluationResult, PartMeans, SampleRecord
+from mm_agrae.types import Example
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8])
@@ -141,17 +146,75 @@ def test_summarise_by_hand():
     assert found.metrics()["evaluate/figures/greedy"] == 3 / 4
 
 
-@pytest.mark.parametrize("changes", [{}, {"greedy_correct_P": None, "entropy_PN": None}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"greedy_correct_P": None, "entropy_PN": None}, {"parts": {"rule": np.full((4, 2), np.nan)}}]
+)
 def test_result_survives_json(changes):
     found = result(**changes)
     assert EvaluationResult.from_json(found.to_json()) == found
     assert json.loads(found.to_json())["pass_at_k"]["1"]["mean"] == 3 / 8
 
 
+def test_means_of_parts_by_hand():
+    nan = np.nan
+    parts = {
+        "rule": np.array([[1, 0], [1, 0], [1, nan], [nan, nan]]),  # correct are the first three of the first four
+        "rare": np.array([[nan, nan], [nan, nan], [1, 0], [nan, nan]]),
+        "absent": np.full((4, 2), nan),
+    }
+    found = result(parts=parts).parts
+    assert found == {"rule": PartMeans(3 / 5, 2 / 3), "rare": PartMeans(1 / 2, None), "absent": PartMeans(None, None)}
+
+
+def test_results_of_earlier_versions_have_no_parts():
+    stored = json.loads(result(parts={"rule": np.ones((4, 2))}).to_json())
+    assert stored["parts"] == {"rule": {"mean": 1.0, "correct": 1.0}}
+    del stored["parts"]
+    assert EvaluationResult.from_json(json.dumps(stored)) == result()
+
+
+def test_falls_are_of_one_problem_or_more():
+    family = [{"family": name} for name in ("charts", "charts", "counting", "counting")]
+    changes = {"meta_P": family, "greedy_correct_P": None}
+    before = result(**changes, correct_PN=np.array([[1, 1], [1, 0], [1, 1], [1, 1]], dtype=bool))
+    after = result(**changes, correct_PN=np.array([[1, 1], [0, 0], [1, 0], [1, 1]], dtype=bool))
+    assert after.falls(before, "family") == {"charts": {2: -1 / 2}}  # pass@1 of both fell by half a problem
+    assert before.falls(after, "family") == after.falls(before, "level") == {}
+    fewer = dataclasses.replace(before, groups={"family": {"counting": before.groups["family"]["charts"]}})
+    assert after.falls(fewer, "family") == {}
+
+
+def test_kinds_are_entries_of_one_value_with_few_of_them():
+    correct = np.ones((82, 2), dtype=bool)
+    tables = {"correct_PN": correct, "length_PN": correct, "truncated_PN": correct, "entropy_PN": None}
+    meta = [{"figure": i % 40, "key": i % 41, "ways": ["Sum."]} for i in range(82)]
+    assert list(result(**tables, greedy_correct_P=None, meta_P=meta).groups) == ["figure"]
+
+
+def test_samples_and_result_keep_the_parts(tmp_path):
+    def record(problem, number, success, parts):
+        return SampleRecord(f"p{problem}", number, "?", "5", "text", success, 3, "stop", parts=parts)
+
+    rows = [
+        [(False, {}), (True, {"rule": 1.0}), (True, {"rule": 0.0})],
+        [(True, {"rule": 0.0}), (False, {"rule": 1.0}), (True, {})],
+    ]
+    problems = [
+        EvaluatedProblem(i, Example(f"p{i}", "?", "5"), [], [record(i, n - 1, *row) for n, row in enumerate(own)])
+        for i, own in enumerate(rows)
+    ]
+    run = RunFolder(tmp_path).create("", {})
+    found = write(run, "after", "test", problems, EvaluateSection(samples=2, bootstrap=10), 1.0)
+    assert found.parts == {"rule": PartMeans(2 / 3, 1 / 2)}  # the greedy ones do not count
+    assert run.read_evaluations() == [found]
+    assert [row["parts"] for row in run.read_samples(found)] == [parts for own in rows for _, parts in own]
+
+
 def test_summarise_refuses_shapes_that_disagree():
     for changes in (
         {"length_PN": np.zeros((4, 3))},
         {"truncated_PN": np.zeros((3, 2))},
+        {"parts": {"rule": np.zeros((4, 3))}},
         {"meta_P": []},
         {"greedy_correct_P": np.zeros(3)},
     ):

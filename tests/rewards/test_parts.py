@@ -8,7 +8,7 @@ import pytest
 
 from mm_agrae.config.schema import OverlongPenalty, RewardSection
 from mm_agrae.rewards import Rewarder
-from mm_agrae.rewards.parts import follows_format, overlong_penalty
+from mm_agrae.rewards.parts import follows_format, overlong_penalty, rule
 from mm_agrae.types import Completion, Example
 
 
@@ -41,6 +41,38 @@ def test_accuracy_and_format():
         examples = [example(), example(grading={"after_thinking": True})]
         scores = rewarder.score(examples, [completions[1]] * 2)
         assert [score.success for score in scores] == [True, False]
+
+
+WAYS = ["Given 70, 40. Exterior angle: 70+40=110.", "Given 70, 40. Sum: 180-70-40=70. Straight line: 180-70=110."]
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        (rf"<think>{WAYS[0]}</think> \boxed{{110}}", True),
+        (rf"<think>{WAYS[1]}</think> no box", True),
+        (r"<think>Given 30, 40. Exterior angle: 30+40=71.</think> \boxed{71}", True),  # the sum may be wrong
+        (rf" {WAYS[0]}</think> \boxed{{110}}", True),  # the prompt has opened the reasoning
+        (rf"<think>{WAYS[0]} So.</think> \boxed{{110}}", False),
+        (rf"<think>{WAYS[0]} {WAYS[1]}</think> \boxed{{110}}", False),
+        (r"<think>Given 70, 40. Straight line: 180-70=110.</think> \boxed{110}", False),
+        (rf"<think></think> {WAYS[0]}", False),
+        (rf"<think>{WAYS[0]}", False),
+        ("", False),
+    ],
+)
+def test_rule(text, named):
+    assert rule(example(meta={"ways": WAYS}), completion(text)) == float(named)
+
+
+def test_rule_needs_the_examples_ways_and_weighs_nothing():
+    texts = [rf"<think>{way}</think> \boxed{{5}}" for way in (WAYS[0], "Guess.", WAYS[0])]
+    examples = [example(meta={"ways": WAYS}), example(meta={"ways": WAYS[0]}), example()]
+    with Rewarder(RewardSection(parts={"accuracy": 0.9, "rule": 0}), 16) as rewarder:
+        scores = rewarder.score(examples, list(map(completion, texts)))
+    accurate = {"accuracy": 1.0}
+    assert [score.parts for score in scores] == [accurate | {"rule": 1.0}, accurate | {"rule": 0.0}, accurate]
+    assert [(score.reward, score.success, score.error) for score in scores] == [(0.9, True, "")] * 3
 
 
 BREVITY = """

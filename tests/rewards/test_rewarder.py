@@ -54,6 +54,9 @@ def sees(example, completion):
             example.answer, example.grading.get("kind"), helper_beside.VALUE)
     return float(seen == (3, (-0.5,), (), "v", "5", "number", 7))
 
+def grades(example, text, after_thinking):
+    return None if text == "None" else 1.0
+
 not_callable = 3
 """
 
@@ -71,7 +74,6 @@ FAILURES = {
     "deep": "raised RecursionError: maximum recursion depth exceeded",
     "nan": "returned nan, not a finite number",
     "inf": "returned inf, not a finite number",
-    "None": "returned NoneType, not a number",
     "text": "returned str, not a number",
     "list": "returned list, not a number",
 }
@@ -133,6 +135,22 @@ def test_a_failed_part_leaves_the_others_but_not_the_success(rewarder, own):
     assert score.reward == pytest.approx(0.9)
     assert not score.success
     assert score.error == f"{own}:score returned nan, not a finite number"
+
+
+def test_a_part_that_does_not_apply_is_left_out(rewarder, own):
+    scores = rewarder.score([example()] * 2, [completion("None"), completion("half")])
+    assert scores[0].parts == {"accuracy": 0.0, "format": 0.0}
+    assert list(scores[1].parts) == ["accuracy", f"{own}:score", "format"]
+    assert [score.error for score in scores] == ["", ""]
+    assert [score.reward for score in scores] == pytest.approx([0.0, 0.05])
+
+
+def test_accuracy_always_applies(own):
+    graded = [example(grading={"grader": f"{own}:grades"})] * 2
+    with Rewarder(RewardSection(parts={"accuracy": 1.0}), 16) as rewarder:
+        good, bad = rewarder.score(graded, [completion("5"), completion("None")])
+    assert (good.success, bad.success, bad.parts) == (True, False, {"accuracy": 0.0})
+    assert bad.error.startswith("accuracy raised TypeError")
 
 
 def test_scores_come_in_order(rewarder):

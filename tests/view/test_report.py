@@ -169,6 +169,77 @@ def test_report_shows_problems_that_training_solved_lost_and_left(tmp_path):
     assert "of after</think> 0/0" in traces
 
 
+KINDS = ["charts"] * 8 + ["counting"] * 8 + ["geometry"] * 3
+
+
+def kinds_run(path, after, parts=("before", "after"), config=""):
+    """8 charts, 8 counting and 3 geometry problems, all solved by half of 4 samples before."""
+    run = RunFolder(path).create(config, {})
+    meta = [{"family": kind, "level": 1 + i % 2, "ask": kind[:2]} for i, kind in enumerate(KINDS)]
+    for name, solved in (("before", [2] * 19), ("after", after)):
+        values = {"rule": [math.nan, *[float(count > 1) for count in solved[1:]]], "brevity": [250.0] * 19}
+        evaluate(run, name, solved, meta=meta, parts=values if name in parts else None)
+    return run
+
+
+def test_what_fell_is_named_marked_and_first(tmp_path):
+    # Counting: 5 of 8 are lost. Charts: one lost, one gained. Geometry: two of only three lost.
+    run = kinds_run(tmp_path, [0, 3, *[2] * 6, *[0] * 5, *[2] * 3, 0, 0, 2])
+    parsed = Parsed(write_report(run.path))
+    text = parsed.text[parsed.text.index("By family") : parsed.text.index("By level")]
+    assert (
+        "pass@1 fell for counting by 31.2 points. It is lower, but on too few problems to tell, for geometry" in text
+    )
+    assert (
+        "pass@4 fell for counting by 62.5 points. It is lower, but on too few problems to tell, for geometry" in text
+    )
+    assert "for geometry by 66.7 points, charts by 12.5 points." in text
+    rows = re.findall(r"(charts|counting|geometry)(\d)(\d.*? → \d.*?\.\d)", text[text.index("pass@4, change") :])
+    assert rows == [
+        ("geometry", "3", "50.0 → 16.7"), ("counting", "8", "50.0 → 18.8"), ("charts", "8", "50.0 → 46.9")
+    ]  # fmt: skip
+    assert re.search(r"▼ -62\.5 \(-\d+\.\d to -\d+\.\d\)", text)
+    assert re.search(r"50\.0 → 46\.9-3\.1 \(", text)  # half a problem: not marked
+    marked = parsed.all("span", class_="incorrect")
+    assert len(marked) == text.count("▼") + parsed.text[parsed.text.index("By level") :].count("▼")
+    level = parsed.text[parsed.text.index("By level") :]
+    assert "for level 1 by" in level
+    assert "By ask (3)" in level  # folded, and after the open ones
+    summaries = re.findall(r"<summary>([^<]*)", (run.path / "report.html").read_text())
+    assert "By ask (3)" in summaries
+    assert not [title for title in summaries if title.startswith(("By family", "By level"))]
+
+
+def test_nothing_fell_and_samples_that_were_not_kept(tmp_path):
+    run = kinds_run(tmp_path / "up", [3] * 19)
+    text = Parsed(write_report(run.path)).text
+    assert "pass@1 fell for no family by as much as one problem." in text
+    assert "▼" not in text
+    run = kinds_run(tmp_path / "lost", [1] * 16 + [0] * 3)
+    for path in run.path.glob("evaluations/*/samples.jsonl"):
+        path.unlink()
+    text = Parsed(write_report(run.path)).text
+    assert "pass@1 fell for geometry by 50.0 points, charts by 25.0 points, counting by 25.0 points." in text
+    assert "geometry350.0 → 0.0▼ -50.0100.0 → 0.0▼ -100.0" in text
+
+
+def test_parts_of_weight_0_are_metrics(tmp_path):
+    config = "reward: {parts: {accuracy: 0, brevity: 0, format: 0.1, rule: 0, unused: 0}}\n"
+    run = kinds_run(tmp_path / "both", [3] * 10 + [1] * 9, config=config)
+    parsed = Parsed(write_report(run.path))
+    # 9 × 3 of 9 × 3 + 9 correct completions after; the first problem has no rule.
+    title = "correct completions that name the right rule"
+    assert f"{title}100.0\N{NO-BREAK SPACE}% → 75.0\N{NO-BREAK SPACE}%all completions: 100.0" in parsed.text
+    assert "brevity, correct completions250 → 250all completions: 250 → 250" in parsed.text
+    assert "accuracy, correct" not in parsed.text
+    assert "unused, correct" not in parsed.text
+    assert "rule ✓ · brevity 250" in parsed.text  # of the traces
+    run = kinds_run(tmp_path / "late", [3] * 19, parts=("after",), config=config)
+    assert f"{title}– → 100.0\N{NO-BREAK SPACE}%" in Parsed(write_report(run.path)).text
+    run = kinds_run(tmp_path / "old", [3] * 19, parts=(), config=config)
+    assert title not in Parsed(write_report(run.path)).text
+
+
 def test_earlier_steps_are_there_to_compare(tmp_path):
     run = whole_run(tmp_path / "run")
     for step in (1, 10, 20, 30):

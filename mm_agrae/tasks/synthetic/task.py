@@ -98,6 +98,7 @@ class SyntheticTask(Sequence[Example]):
                 "numbers": list(problem.numbers),
                 **problem.asked,
                 "drawn": drawn,
+                "ways": list(problem.ways),
             },
         )
 

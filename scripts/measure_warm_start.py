@@ -97,7 +97,7 @@ def sight(engine: Any, processing: Any, config: configs.Config, pictures: int, c
                 if how == "as drawn" and title == "names the figure" and said != truth:
                     taken[truth, said] += 1
     rows = [
-        [title, len(found["as drawn"]), *(f"{np.mean(found[how]):.1%}" for how in shown)]
+        [title, str(len(found["as drawn"])), *(f"{np.mean(found[how]):.1%}" for how in shown)]
         for title, found in score.items()
     ]
     Reporter().table(f"sight, {pictures} held-out images", ["", "images", *shown], rows)
@@ -137,7 +137,9 @@ def policy(engine: Any, processing: Any, config: configs.Config, problems: int) 
         right = correct_PN[places]
         values = [pass_at_k(samples, right.sum(1), k).mean() for k in ks]
         named = rule_PN[places]
-        rows.append([kind, len(places), *(f"{v:.1%}" for v in values), f"{named.mean():.1%}", _share(named[right])])
+        rows.append(
+            [kind, str(len(places)), *(f"{v:.1%}" for v in values), f"{named.mean():.1%}", _share(named[right])]
+        )
     header = ["", "problems", *(f"pass@{k}" for k in ks), "correct rule", "... of correct answers"]
     Reporter().table(f"policy ({modality}), {samples} samples", header, rows)
     often = rule_PN.mean(1)

@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--example", help="id of the problem; by default one that was learnt")
+    parser.add_argument("--example", help="id of the problem; by default the first one that was learnt")
     arguments = parser.parse_args()
     run = RunFolder(arguments.run)
     greedy = {
@@ -40,7 +40,7 @@ def main() -> None:
     learnt = [
         name for name, sample in greedy["after"].items() if sample["success"] and not greedy["before"][name]["success"]
     ]
-    name = arguments.example or max(learnt, key=lambda n: greedy["after"][n]["tokens"])
+    name = arguments.example or learnt[0]
     draw(run, greedy["before"][name], greedy["after"][name], arguments.out)
     print(arguments.out)
 

@@ -68,8 +68,6 @@ STAGES = ("text", "vision", "join", "lessons")
 CELL = PATCH * MERGE
 """Side in pixels of the part of the image that one token stands for."""
 CELLS = PICTURE_PX // CELL
-SHARES = {"geometry": 0.55, "counting": 0.3, "charts": 0.15}
-"""Family -> its share of the images while seeing is learnt; counting takes more than it has in the task."""
 
 
 def make_tokenizer(seed: int) -> Any:
@@ -452,16 +450,18 @@ def reply_loss(model: Any, tokenizer: Any, rows: Sequence[tuple[Sequence[Turn], 
     return (losses * weight_BS[said]).sum() / weight_BS.sum()
 
 
+def family_tasks(seed: int) -> dict[str, SyntheticTask]:
+    return {name: SyntheticTask(size=10**9, seed=seed, families=[name]) for name in FAMILIES}
+
+
 def train_text(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
-    task = SyntheticTask(size=10**9, seed=args.seed + 1)
-    rng = random.Random(args.seed)
-    batches = Batches(lambda index: (teacher.text_lesson(task, index, rng), None), args.batch, rng)
+    tasks, rng = family_tasks(args.seed + 1), random.Random(args.seed)
+    batches = Batches(lambda index: (teacher.text_lesson(tasks, index, rng), None), args.batch, rng)
     optimise([(model, args.lr)], lambda step: reply_loss(model, tokenizer, batches.next()), args.text_steps, "text")
 
 
 def train_vision(tower: Any, heads: Heads, args: argparse.Namespace) -> None:
-    tasks = {name: SyntheticTask(size=10**9, seed=args.seed + 2, families=[name]) for name in FAMILIES}
-    rng = random.Random(args.seed + 2)
+    tasks, rng = family_tasks(args.seed + 2), random.Random(args.seed + 2)
     counts = {"geometry": args.batch, "counting": args.batch // 4, "charts": args.batch // 4}
 
     def loss_at(step: int) -> torch.Tensor:
@@ -484,14 +484,8 @@ def train_join(
     model: Any, tokenizer: Any, heads: Heads, args: argparse.Namespace, on_step: Callable[[int], None]
 ) -> None:
     """Reading and naming through the language model; the heads keep helping."""
-    tasks = {name: SyntheticTask(size=10**9, seed=args.seed + 3, families=[name]) for name in FAMILIES}
-    rng = random.Random(args.seed + 3)
-
-    def lesson(index: int) -> tuple[Any, ...]:
-        family = rng.choices(list(SHARES), list(SHARES.values()))[0]
-        return teacher.sight_lesson(tasks[family], index, rng)
-
-    batches = Batches(lesson, args.batch, rng)
+    tasks, rng = family_tasks(args.seed + 3), random.Random(args.seed + 3)
+    batches = Batches(lambda index: teacher.sight_lesson(teacher.any_family(tasks, rng), index, rng), args.batch, rng)
     seen: list[torch.Tensor] = []
     hook = model.model.visual.register_forward_hook(lambda *called: seen.append(called[-1].pooler_output))
 
@@ -507,19 +501,16 @@ def train_join(
 
 
 def train_lessons(model: Any, tokenizer: Any, args: argparse.Namespace, on_step: Callable[[int], None]) -> None:
-    task = SyntheticTask(size=10**9, seed=args.seed + 4)
-    tasks = {name: SyntheticTask(size=10**9, seed=args.seed + 5, families=[name]) for name in FAMILIES}
-    rng = random.Random(args.seed + 4)
+    tasks, rng = family_tasks(args.seed + 4), random.Random(args.seed + 4)
 
     def lesson(index: int) -> tuple[list[Turn], Any]:
         kind = rng.random()
         if kind < 0.2:
-            return teacher.text_lesson(task, index, rng), None
+            return teacher.text_lesson(tasks, index, rng), None
         if kind < 0.5:
-            family = rng.choices(list(SHARES), list(SHARES.values()))[0]
-            turns, _, image, _ = teacher.sight_lesson(tasks[family], index, rng)
+            turns, _, image, _ = teacher.sight_lesson(teacher.any_family(tasks, rng), index, rng)
             return turns, image
-        return teacher.image_lesson(task, index, rng)
+        return teacher.image_lesson(teacher.any_family(tasks, rng), index, rng)
 
     batches = Batches(lesson, args.batch, rng)
     rates = [(model.model.visual, args.lr / 4), (model, args.lr / 2)]

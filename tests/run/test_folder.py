@@ -19,7 +19,7 @@ from mm_agrae.evaluation.statistics import summarise
 from mm_agrae.run.folder import ROWS_PER_GROUP, RunFolder
 from mm_agrae.run.records import RolloutRecord, SampleRecord
 
-EXAMPLE_RUN = ROOT / "data" / "example_run"
+OLD_RUN = ROOT / "tests" / "run" / "version_0_1_0"
 HOSTILE = ["\ud800", "a\0b", "\ud83d\ude00", "\r\n\x1b[31m", "<img src=x onerror=alert(1)>", "]]>", ""]
 STORED = ["\ufffd", "a\0b", "😀", *HOSTILE[3:]]
 
@@ -263,8 +263,8 @@ def test_some_rows_of_a_step_and_all_of_them_in_parts(folder):
 
 
 def test_a_run_of_version_0_1_0_is_read_by_todays_names(tmp_path):
-    old = RunFolder(EXAMPLE_RUN)
-    assert '"completions/right"' in (EXAMPLE_RUN / "metrics.jsonl").read_text()
+    old = RunFolder(OLD_RUN)
+    assert '"completions/right"' in (OLD_RUN / "metrics.jsonl").read_text()
     first, step = old.read_metrics()[0], old.rollout_steps()[0]
     assert first["completions/correct"] == 49
     assert (first["groups/all_correct"], first["groups/all_incorrect"]) == (0.1875, 0.125)
@@ -276,7 +276,7 @@ def test_a_run_of_version_0_1_0_is_read_by_todays_names(tmp_path):
     assert batch[0] == {"resample_round": 0, "reward": rows[0]["reward"]}
 
     # Once such a run is resumed, its file holds today's names alone.
-    shutil.copytree(EXAMPLE_RUN, tmp_path / "resumed")
+    shutil.copytree(OLD_RUN, tmp_path / "resumed")
     resumed = RunFolder(tmp_path / "resumed")
     resumed.rewind(2)
     resumed.append_metrics({"step": 3, "completions/correct": 1.0})

@@ -76,7 +76,7 @@ def make_tokenizer(seed: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     rng = random.Random(seed)
-    corpus = [teacher.NAME_IT, teacher.READ_IT, teacher.CALCULATE, teacher.REPEAT] * 200
+    corpus = [teacher.NAME_IT, teacher.READ_IT, teacher.CALCULATE, teacher.REPEAT, teacher.ORDER] * 200
     for modality in ("image", "text"):
         task = SyntheticTask(modality=modality, size=4000, seed=seed)
         for index in range(len(task)):
@@ -189,6 +189,7 @@ def make_model(kind: str, tokenizer: Any, args: argparse.Namespace) -> Any:
                 bos_token_id=None,
             )
         )
+        torch.manual_seed(args.seed)  # whatever the size of the vocabulary
         for layer in model.model.visual.modules():
             # By fan-in: transformers' 0.02 is far too small at this width. An image is mostly white, which is 0, and
             # its three channels are nearly alike, so the first layer's inputs are fewer than its weights.

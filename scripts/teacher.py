@@ -38,8 +38,9 @@ BLUNDERS = {
 }
 """What is asked, how many numbers are given -> incorrect rules besides those of other figures."""
 NAME_IT, READ_IT = "Name the figure.", "Read the picture."
-CALCULATE, REPEAT = "Calculate.", "Repeat"
-SHARES = {"geometry": 0.55, "counting": 0.3, "charts": 0.15}
+CALCULATE, REPEAT, ORDER = "Calculate.", "Repeat", "Order"
+SHARES = {"geometry": 0.5, "counting": 0.3, "charts": 0.2}
+"""Family -> its share of the lessons; counting takes longest to learn."""
 ANGLES = tuple(range(25, 155, 5))
 
 Turn = tuple[str, list[tuple[str, float]]]
@@ -87,8 +88,8 @@ def _counting_mistakes(problem: Problem) -> list[tuple[str, str]]:
     both, every = f"Count: {one} {a}, {two} {b}.", a + b + c
     ask = problem.asked["ask"]
     if ask == "compare":
-        fewer = "C" if a == b else "AB"[a > b]
-        return [(f"{both} Fewer: {a}{'><='[2 if a == b else a < b]}{b}.", fewer), (f"Count: {one} {a}.", "A")]
+        fewer = "B" if a > b else "A"
+        return [(f"{both} Fewer: {two if a > b else one}.", fewer), (f"Count: all {every}. Both equal.", "C")]
     found = [(f"Count: {one} {a}.", a), (f"Count: all {every}.", every)]
     if ask in ("how_many", "red"):
         found.append((f"Count: all {every}, {one} {a}. Rest: {every}-{a}={every - a}.", every - a))
@@ -109,7 +110,7 @@ def _charts_mistakes(problem: Problem) -> list[tuple[str, str]]:
     if ask in ("highest", "lowest"):
         places = {"highest": ranked[0], "lowest": ranked[-1], "middle": ranked[1], "first": "A"}
         chosen = {title: name for title, name in places.items() if title != ask}
-        return [(f"Read: {listed}. The {title} is {bars[name]}.", name) for title, name in chosen.items()]
+        return [(f"Read: {listed}. The {title} is {name} {bars[name]}.", name) for title, name in chosen.items()]
     high, low = max(values), min(values)
     found = [
         (f"Read: {listed}. The highest is {high}.", high),
@@ -122,7 +123,7 @@ def _charts_mistakes(problem: Problem) -> list[tuple[str, str]]:
         found += [(f"Read: {top} {a}.", a), (f"Read: {top} {a}, {bottom} {b}. Sum: {a}+{b}={a + b}.", a + b)]
     elif ask != "value":
         a, b = values[:2]
-        found.append((f"Read: {listed}. Sum: {a}+{b}={a + b}.", a + b))
+        found.append((f"Read: A {a}, B {b}. Sum: {a}+{b}={a + b}.", a + b))
     return [(way, str(answer)) for way, answer in found]
 
 
@@ -188,15 +189,20 @@ def _any_number(rng: random.Random, true: int, lengths: bool) -> int:
 
 
 def drill(rng: random.Random) -> Turn:
-    """Copying numbers, or calculating with them; only what follows "=" has weight in the loss.
+    """Copying numbers, putting them in order, or calculating; of sums only what follows "=" has weight in the loss.
 
     The numbers are all that figures can have, in bare sums without a figure: problems of the test
     split stay unseen, but their numbers do not.
     """
-    if rng.random() < 0.3:
+    kind = rng.random()
+    if kind < 0.2:
+        numbers = rng.sample(range(1, 10), rng.randint(3, 5))
+        ordered = sorted(numbers, reverse=True)
+        return f"{ORDER} {', '.join(map(str, numbers))}.", [(", ".join(map(str, ordered)), 1.0)]
+    if kind < 0.4:
         most = rng.choice((12, 180))
-        numbers = ", ".join(str(rng.randint(0, most)) for _ in range(rng.randint(1, 6)))
-        return f"{REPEAT} {numbers}.", [(numbers, 1.0)]
+        listed = ", ".join(str(rng.randint(0, most)) for _ in range(rng.randint(1, 6)))
+        return f"{REPEAT} {listed}.", [(listed, 1.0)]
     pieces: list[tuple[str, float]] = []
     while len(pieces) < 24:
         if rng.random() < 0.25:
@@ -230,7 +236,6 @@ def text_lesson(tasks: Mapping[str, SyntheticTask], index: int, rng: random.Rand
 
 
 def any_family(tasks: Mapping[str, SyntheticTask], rng: random.Random) -> SyntheticTask:
-    """Counting comes more often than in the task: it takes longest to learn."""
     return tasks[rng.choices(list(SHARES), list(SHARES.values()))[0]]
 
 

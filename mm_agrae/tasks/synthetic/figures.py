@@ -174,7 +174,7 @@ _FIGURES = [
         "parallels. Find x.",
     ),
     Figure(
-        "parallelogram", (1, 2, 4), ("Parallelogram: 180-a",),
+        "parallelogram", (1, 2, 4), ("Parallelogram: 180-a", "Between parallels: 180-a"),
         _multiples(1, lambda a: 35 <= a < 90), diagrams.parallelogram,
         "A parallelogram has an angle {a}. x is the angle next to it. Find x.",
     ),

@@ -154,7 +154,7 @@ def _counting_question(ask: str, kinds: Sequence[str], n: Mapping[str, int], red
         return f"How many more {one} than {two}?", str(difference), [way]
     if ask == "compare":
         which = 2 if n[first] == n[second] else int(n[first] < n[second])
-        way = f"{both}. Compare: {n[first]}{'><='[which]}{n[second]}."
+        way = f"{both}. {('More: ' + one, 'More: ' + two, 'Both equal')[which]}."
         return f"Which are more? A) {one} B) {two} C) equal", "ABC"[which], [way]
     total = sum(n.values())
     rest = total - n[first]
@@ -186,7 +186,7 @@ def _charts(level: int, split: str, rng: random.Random) -> Problem:
         choices = tuple(names)
         extreme = max(values) if ask == "highest" else min(values)
         question, answer = f"Which bar is {ask}?", names[values.index(extreme)]
-        ways = [f"Read: {listed}. The {ask} is {extreme}."]
+        ways = [f"Read: {listed}. The {ask} is {answer} {extreme}."]
     elif ask == "difference":
         top, bottom = sorted(rng.sample(names, 2), key=lambda name: -bars[name])
         high, low = bars[top], bars[bottom]

@@ -35,7 +35,7 @@ from mm_agrae.model.compat import prepare
 from mm_agrae.tasks.synthetic import drawing
 from mm_agrae.tasks.synthetic.figures import FIGURES
 from mm_agrae.tasks.synthetic.problems import KINDS, Problem
-from mm_agrae.tasks.synthetic.task import FAMILIES, SyntheticTask
+from mm_agrae.tasks.synthetic.task import FAMILIES, LEVELS, SyntheticTask
 
 prepare()
 
@@ -451,23 +451,27 @@ def reply_loss(model: Any, tokenizer: Any, rows: Sequence[tuple[Sequence[Turn], 
     return (losses * weight_BS[said]).sum() / weight_BS.sum()
 
 
-def family_tasks(seed: int) -> dict[str, SyntheticTask]:
-    return {name: SyntheticTask(size=10**9, seed=seed, families=[name]) for name in FAMILIES}
+def all_tasks(seed: int) -> teacher.Tasks:
+    return {
+        (family, level): SyntheticTask(size=10**9, seed=seed, families=[family], levels=[level])
+        for family in FAMILIES
+        for level in LEVELS
+    }
 
 
 def train_text(model: Any, tokenizer: Any, args: argparse.Namespace) -> None:
-    tasks, rng = family_tasks(args.seed + 1), random.Random(args.seed)
+    tasks, rng = all_tasks(args.seed + 1), random.Random(args.seed)
     batches = Batches(lambda index: (teacher.text_lesson(tasks, index, rng), None), args.batch, rng)
     optimise([(model, args.lr)], lambda step: reply_loss(model, tokenizer, batches.next()), args.text_steps, "text")
 
 
 def train_vision(tower: Any, heads: Heads, args: argparse.Namespace) -> None:
-    tasks, rng = family_tasks(args.seed + 2), random.Random(args.seed + 2)
+    tasks, rng = all_tasks(args.seed + 2), random.Random(args.seed + 2)
     counts = {"geometry": args.batch, "counting": args.batch // 4, "charts": args.batch // 4}
 
     def loss_at(step: int) -> torch.Tensor:
         found = [
-            teacher.sight_lesson(tasks[name], step * count + k, rng)[1:]
+            teacher.sight_lesson(tasks[name, rng.choice(list(LEVELS))], step * count + k, rng)[1:]
             for name, count in counts.items()
             for k in range(count)
         ]
@@ -485,8 +489,8 @@ def train_join(
     model: Any, tokenizer: Any, heads: Heads, args: argparse.Namespace, on_step: Callable[[int], None]
 ) -> None:
     """Reading and naming through the language model; the heads keep helping."""
-    tasks, rng = family_tasks(args.seed + 3), random.Random(args.seed + 3)
-    batches = Batches(lambda index: teacher.sight_lesson(teacher.any_family(tasks, rng), index, rng), args.batch, rng)
+    tasks, rng = all_tasks(args.seed + 3), random.Random(args.seed + 3)
+    batches = Batches(lambda index: teacher.sight_lesson(teacher.any_task(tasks, rng), index, rng), args.batch, rng)
     seen: list[torch.Tensor] = []
     hook = model.model.visual.register_forward_hook(lambda *called: seen.append(called[-1].pooler_output))
 
@@ -502,16 +506,16 @@ def train_join(
 
 
 def train_lessons(model: Any, tokenizer: Any, args: argparse.Namespace, on_step: Callable[[int], None]) -> None:
-    tasks, rng = family_tasks(args.seed + 4), random.Random(args.seed + 4)
+    tasks, rng = all_tasks(args.seed + 4), random.Random(args.seed + 4)
 
     def lesson(index: int) -> tuple[list[Turn], Any]:
         kind = rng.random()
         if kind < 0.2:
             return teacher.text_lesson(tasks, index, rng), None
         if kind < 0.5:
-            turns, _, image, _ = teacher.sight_lesson(teacher.any_family(tasks, rng), index, rng)
+            turns, _, image, _ = teacher.sight_lesson(teacher.any_task(tasks, rng), index, rng)
             return turns, image
-        return teacher.image_lesson(teacher.any_family(tasks, rng), index, rng)
+        return teacher.image_lesson(teacher.any_task(tasks, rng), index, rng)
 
     batches = Batches(lesson, args.batch, rng)
     rates = [(model.model.visual, args.lr / 4), (model, args.lr / 2)]
@@ -541,7 +545,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
-    parser.add_argument("--text-steps", type=int, default=3000)
+    parser.add_argument("--text-steps", type=int, default=3500)
     parser.add_argument("--vision-steps", type=int, default=1000)
     parser.add_argument("--join-steps", type=int, default=2000)
     parser.add_argument("--lesson-steps", type=int, default=3000)

@@ -39,8 +39,9 @@ BLUNDERS = {
 """What is asked, how many numbers are given -> incorrect rules besides those of other figures."""
 NAME_IT, READ_IT = "Name the figure.", "Read the picture."
 CALCULATE, REPEAT, ORDER = "Calculate.", "Repeat", "Order"
-SHARES = {"geometry": 0.5, "counting": 0.3, "charts": 0.2}
-"""Family -> its share of the lessons; counting takes longest to learn."""
+FAMILY_SHARES = {"geometry": 0.5, "counting": 0.3, "charts": 0.2}
+LEVEL_SHARES = {1: 0.3, 2: 0.25, 3: 0.25, 4: 0.2}
+"""Shares of the lessons: more than the task has of what takes long to learn."""
 ANGLES = tuple(range(25, 155, 5))
 
 Turn = tuple[str, list[tuple[str, float]]]
@@ -106,16 +107,17 @@ def _charts_mistakes(problem: Problem) -> list[tuple[str, str]]:
     bars = dict(zip(names, values, strict=True))
     listed = ", ".join(f"{name} {value}" for name, value in bars.items())
     ranked = sorted(bars, key=lambda name: -bars[name])
+    ordered = f"Read: {listed}. Order: {', '.join(str(bars[name]) for name in ranked)}."
     ask = problem.asked["ask"]
     if ask in ("highest", "lowest"):
         places = {"highest": ranked[0], "lowest": ranked[-1], "middle": ranked[1], "first": "A"}
         chosen = {title: name for title, name in places.items() if title != ask}
-        return [(f"Read: {listed}. The {title} is {name} {bars[name]}.", name) for title, name in chosen.items()]
+        return [(f"{ordered} The {title} is {name} {bars[name]}.", name) for title, name in chosen.items()]
     high, low = max(values), min(values)
     found = [
-        (f"Read: {listed}. The highest is {high}.", high),
-        (f"Read: {listed}. The lowest is {low}.", low),
-        (f"Read: {listed}. Difference: {high}-{low}={high - low}.", high - low),
+        (f"{ordered} The highest is {high}.", high),
+        (f"{ordered} The lowest is {low}.", low),
+        (f"{ordered} Difference: {high}-{low}={high - low}.", high - low),
     ]
     if ask == "difference":
         a, b = (bars[name] for name in problem.asked["bars"])
@@ -224,19 +226,24 @@ def _every_number(figure: str) -> list[tuple[int, ...]]:
     return list(FIGURES[figure].numbers(5))
 
 
-def text_lesson(tasks: Mapping[str, SyntheticTask], index: int, rng: random.Random) -> list[Turn]:
-    """A drill or a described problem; of counts and bars sometimes only what is told. `tasks`: family -> its task."""
+Tasks = Mapping[tuple[str, int], SyntheticTask]
+"""(family, level) -> its problems."""
+
+
+def any_task(tasks: Tasks, rng: random.Random) -> SyntheticTask:
+    family, level = (rng.choices(list(shares), list(shares.values()))[0] for shares in (FAMILY_SHARES, LEVEL_SHARES))
+    return tasks[family, level]
+
+
+def text_lesson(tasks: Tasks, index: int, rng: random.Random) -> list[Turn]:
+    """A drill or a described problem; of counts and bars sometimes only what is told."""
     if rng.random() < 0.4:
         return [drill(rng)]
-    problem, _ = any_family(tasks, rng).problem(index)
+    problem, _ = any_task(tasks, rng).problem(index)
     if problem.family != "geometry" and rng.random() < 0.3:
         told = problem.described.removesuffix(problem.question)
         return [(told + READ_IT, [(reading(problem), 1.0)])]
     return [(problem.described, [(teach(problem, rng), 1.0)])]
-
-
-def any_family(tasks: Mapping[str, SyntheticTask], rng: random.Random) -> SyntheticTask:
-    return tasks[rng.choices(list(SHARES), list(SHARES.values()))[0]]
 
 
 def sight_lesson(

@@ -173,6 +173,8 @@ def _charts(level: int, split: str, rng: random.Random) -> Problem:
     names = "ABCD"[:size]
     bars = dict(zip(names, values, strict=True))
     listed = ", ".join(f"{name} {value}" for name, value in bars.items())
+    ranked = sorted(values, reverse=True)
+    ordered = f"Read: {listed}. Order: {', '.join(map(str, ranked))}."
     asks = {1: ["value", "highest"], 2: ["difference", "lowest"], 3: ["sum"], 4: ["without"]}
     ask = rng.choice(asks[level])
     choices: tuple[str, ...] = ()
@@ -184,9 +186,9 @@ def _charts(level: int, split: str, rng: random.Random) -> Problem:
         asked["bars"] = [name]
     elif ask in ("highest", "lowest"):
         choices = tuple(names)
-        extreme = max(values) if ask == "highest" else min(values)
+        extreme = ranked[0 if ask == "highest" else -1]
         question, answer = f"Which bar is {ask}?", names[values.index(extreme)]
-        ways = [f"Read: {listed}. The {ask} is {answer} {extreme}."]
+        ways = [f"{ordered} The {ask} is {answer} {extreme}."]
     elif ask == "difference":
         top, bottom = sorted(rng.sample(names, 2), key=lambda name: -bars[name])
         high, low = bars[top], bars[bottom]
@@ -194,12 +196,13 @@ def _charts(level: int, split: str, rng: random.Random) -> Problem:
         ways = [f"Read: {top} {high}, {bottom} {low}. Difference: {high}-{low}={answer}."]
         asked["bars"] = [top, bottom]
     else:
-        a, b, c = values if ask == "sum" else [value for value in values if value != max(values)]
+        a, b, c = values if ask == "sum" else ranked[1:]
         question = "What is the sum of the bars" + (" without the highest?" if size == 4 else "?")
         answer = str(a + b + c)
+        known = f"Read: {listed}." if ask == "sum" else ordered
         ways = [
-            f"Read: {listed}. Sum: {a}+{b}={a + b}, {a + b}+{c}={answer}.",
-            f"Read: {listed}. Sum: {b}+{c}={b + c}, {a}+{b + c}={answer}.",
+            f"{known} Sum: {a}+{b}={a + b}, {a + b}+{c}={answer}.",
+            f"{known} Sum: {b}+{c}={b + c}, {a}+{b + c}={answer}.",
         ]
     return Problem(
         "charts",

@@ -488,17 +488,25 @@ def train_vision(tower: Any, heads: Heads, args: argparse.Namespace) -> None:
 def train_join(
     model: Any, tokenizer: Any, heads: Heads, args: argparse.Namespace, on_step: Callable[[int], None]
 ) -> None:
-    """Reading and naming through the language model; the heads keep helping."""
+    """Reading and naming through the language model; the heads keep helping, and text keeps from forgetting it."""
     tasks, rng = all_tasks(args.seed + 3), random.Random(args.seed + 3)
-    batches = Batches(lambda index: teacher.sight_lesson(teacher.any_task(tasks, rng), index, rng), args.batch, rng)
+
+    def lesson(index: int) -> tuple[Any, ...]:
+        if rng.random() < 0.3:
+            return teacher.text_lesson(tasks, index, rng), None, None, {}
+        return teacher.sight_lesson(teacher.any_task(tasks, rng), index, rng)
+
+    batches = Batches(lesson, args.batch, rng)
     seen: list[torch.Tensor] = []
     hook = model.model.visual.register_forward_hook(lambda *called: seen.append(called[-1].pooler_output))
 
     def loss_at(step: int) -> torch.Tensor:
         rows = batches.next()
         loss = reply_loss(model, tokenizer, [(turns, image) for turns, _, image, _ in rows])
-        features = seen.pop().view(len(rows), CELLS**2, -1)
-        return loss + 0.3 * heads(features, [truth_of(problem, drawn) for _, problem, _, drawn in rows])
+        truths = [truth_of(problem, drawn) for _, problem, _, drawn in rows if problem is not None]
+        if not truths:
+            return loss
+        return loss + 0.3 * heads(seen.pop().view(len(truths), CELLS**2, -1), truths)
 
     rates = [(model.model.visual, args.lr / 2), (heads, args.lr / 2), (model, args.lr)]
     optimise(rates, loss_at, args.join_steps, "join", on_step)
@@ -547,7 +555,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="threads of the CPU")
     parser.add_argument("--text-steps", type=int, default=3500)
     parser.add_argument("--vision-steps", type=int, default=1000)
-    parser.add_argument("--join-steps", type=int, default=2000)
+    parser.add_argument("--join-steps", type=int, default=2500)
     parser.add_argument("--lesson-steps", type=int, default=3000)
     parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--batch", type=int, default=32)

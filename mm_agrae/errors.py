@@ -46,6 +46,10 @@ class ProcessError(UserError):
     """Another process of the run has failed, is gone, or does not come."""
 
 
+SKIP = "data.on_bad_row=skip, which a run under way accepts too"
+"""The remedy for a bad row, as messages name it."""
+
+
 def one_line(error: Exception, limit: int = 300) -> str:
     """Another library's error, short enough to be quoted in a message of ours."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -36,7 +36,9 @@ class Example:
 
     `<image>` markers in `question` say where the images go; without markers they come first. `grading` are keyword
     arguments of `grading.accuracy.verify` (for instance `{"kind": "choice", "choices": ["12", "15"]}`). `origin` names
-    the file and row for error messages. `meta` is copied into the rollout records.
+    the file and row for error messages. `meta` is copied into the rollout records. `system` is the row's own system
+    turn (empty: `prompt.system`), and `history` the turns before the question, as ("user" or "assistant", text); their
+    markers stand for the first of the images.
     """
 
     id: str
@@ -46,6 +48,8 @@ class Example:
     grading: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

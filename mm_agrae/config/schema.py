@@ -100,7 +100,7 @@ class DataSection(Section):
 
 class PromptSection(Section):
     system: str = ""
-    """System prompt; empty for none."""
+    """System prompt of rows that have none of their own; empty for none."""
     instruction: str = ""
     """Appended to the question, after a line break."""
     max_tokens: PositiveInt = 1024

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from mm_agrae.config import PromptSection
-from mm_agrae.errors import DataError, ModelError, one_line
+from mm_agrae.errors import SKIP, DataError, ModelError, one_line
 from mm_agrae.model.compat import prepare
 from mm_agrae.model.loading import cannot_load
 from mm_agrae.model.lora import model_and_adapter
@@ -146,10 +146,11 @@ class Processing:
         question = example.question
         if self.settings.instruction:
             question = f"{question}\n{self.settings.instruction}"
-        if found := self._control.search(question):
-            raise DataError(f"{where}: the question holds the control token {found[0]}; remove it")
+        for text in (question, example.system, *(text for _, text in example.history)):
+            if found := self._control.search(text):
+                raise DataError(f"{where}: the question holds the control token {found[0]}; remove it")
         images = [self._image(source, where) for source in example.images]
-        text = self._render(_content(question, len(images), where))
+        text = self._render_example(example, question, where)
         # The template writes all control tokens itself, BOS included.
         options: dict[str, Any] = {"return_tensors": "pt", "add_special_tokens": False}
         if images:
@@ -162,8 +163,8 @@ class Processing:
         if len(token_ids) > self.settings.max_tokens:
             raise DataError(
                 f"{where}: the prompt is {len(token_ids)} tokens, more than prompt.max_tokens = "
-                f"{self.settings.max_tokens}; raise it, lower prompt.max_pixels, or set "
-                "data.on_bad_row=skip"
+                f"{self.settings.max_tokens}; raise it (for a new run lower prompt.max_pixels), or set "
+                f"{SKIP}"
             )
         return Prompt(
             example=example,
@@ -293,10 +294,32 @@ class Processing:
             )
         return template
 
-    def _render(self, content: Any, answer: str | None = None) -> str:
-        messages = [{"role": "user", "content": content}]
-        if self.settings.system:
-            messages.insert(0, {"role": "system", "content": self.settings.system})
+    def _render_example(self, example: Example, question: str, where: str) -> str:
+        """The prompt's text. Raises DataError for a system turn that the template drops, or turns that it refuses."""
+        history, left = [], len(example.images)
+        for role, text in example.history:
+            markers = text.count(IMAGE_MARKER)
+            history.append({"role": role, "content": _content(text, markers, where)})
+            left -= markers
+        content = _content(question, left, where)
+        if not example.system and not history:
+            return self._render(content)
+        try:
+            text = self._render(content, system=example.system, history=history)
+        except Exception as error:  # a template is a program by someone else
+            problem = f"takes no such turns ({one_line(error)})"
+        else:
+            if example.system.strip() in text:
+                return text
+            problem = "leaves the row's system turn out"
+        raise DataError(f"{where}: the chat template {problem}; columns: {{system: null}} reads rows without theirs")
+
+    def _render(
+        self, content: Any, answer: str | None = None, *, system: str = "", history: Sequence[dict[str, Any]] = ()
+    ) -> str:
+        messages = [*history, {"role": "user", "content": content}]
+        if system := system or self.settings.system:
+            messages.insert(0, {"role": "system", "content": system})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         return self.tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""The command line: mm-agrae train | eval | sample | report | demo | export | serve | doctor.
+"""The command line: mm-agrae train | eval | data | sample | report | demo | export | serve | doctor.
 
 Each command imports what it needs when it runs, so `mm-agrae --help` is quick.
 """
@@ -75,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(command=run)
         return made.add_argument
 
-    def add_config(argument: Callable[..., Any], nargs: str | None = None) -> None:
-        argument("config", nargs=nargs, help="a YAML file, see configs/")
+    def add_config(argument: Callable[..., Any], nargs: str | None = None, what: str = "a YAML file") -> None:
+        argument("config", nargs=nargs, help=what)
         argument("overrides", nargs="*", metavar=OVERRIDE)
 
     argument = add(_train, "train from a config")
@@ -90,6 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     argument("--config", help="config with data.evaluate (default: the checkpoint's)")
     argument("--out", default="runs/eval", help="folder for results and all completions")
     argument("--launch-plan", action="store_true", help="print how the launch scripts start this, and stop")
+
+    argument = add(_data, "what a data set is read as, and its bad rows")
+    add_config(argument, what="a file, a folder, a hub id or a task, whose options may follow; or a config")
+    argument("-n", type=int, default=3, help="how many rows to show")
+    argument("--out", type=Path, help="also write them with their images to an .html page or a .png sheet")
 
     argument = add(_sample, "show a task's images and questions")
     add_config(argument)
@@ -241,6 +246,18 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.launch_plan:
         return _show_launch_plan(config)
     return evaluate_checkpoints(models, paths, config, Path(arguments.out))
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    """Show what a data set is read as: format, columns, first rows, prompt lengths, bad rows, and gold answers that
+    are graded as wrong. Of a path, `split=test` is an option of its task, and model.path=MODEL the model whose tokens
+    are counted. Status 1 if a run would stop at a row.
+    """
+    from mm_agrae.progress import Reporter
+    from mm_agrae.view.sample import config_of, show_data
+
+    config = config_of(arguments.config, arguments.overrides)
+    return int(show_data(config, Reporter(), count=arguments.n, out=arguments.out) > 0)
 
 
 def _sample(arguments: argparse.Namespace) -> int:

@@ -50,6 +50,12 @@ SKIP = "data.on_bad_row=skip, which a run under way accepts too"
 """The remedy for a bad row, as messages name it."""
 
 
+def with_skip(error: DataError) -> DataError:
+    """The error of a bad row that stops a run, with the remedy."""
+    text = str(error)
+    return DataError(text if "data.on_bad_row" in text else f"{text}; mend it or set {SKIP}")
+
+
 def one_line(error: Exception, limit: int = 300) -> str:
     """Another library's error, short enough to be quoted in a message of ours."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -35,7 +35,11 @@ class Chat(NamedTuple):
 
 def messages_in(value: Any) -> list[Any] | None:
     """The messages that a column's value holds; None if it is something else."""
-    if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*[\"'](role|from|content|value)[\"']", value):
+    if (
+        isinstance(value, str)
+        and value.lstrip()[:1] == "["
+        and re.match(r"\s*\[\s*\{\s*[\"'](role|from|content|value)[\"']", value)
+    ):
         value = literal(value)
     if not (isinstance(value, list | tuple) and value and isinstance(value[0], Mapping)):
         return None

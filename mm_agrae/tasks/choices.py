@@ -82,7 +82,7 @@ def gold_letters(answer: str, texts: Sequence[str], labels: Sequence[str], origi
 def _said(answer: str) -> str:
     from mm_agrae.grading.extraction import final_answer
 
-    return final_answer(answer).strip()
+    return re.sub(r"(?:option|choice|answer)\b[\s:]*", "", final_answer(answer), count=1, flags=re.I).strip()
 
 
 def _letters_of(
@@ -90,7 +90,7 @@ def _letters_of(
 ) -> list[str]:
     """Letters of the choices that a gold answer names; none if it names none or is not clear."""
     letter_of = dict(zip(labels, letters, strict=True))
-    parts = [part for word in re.split(r"[\s,;]+|\band\b", answer) if (part := word.strip("().: "))]
+    parts = [part for word in re.split(r"[\s,;]+|\band\b", answer) if (part := word.strip("()[].:* "))]
     same = [letter for letter, text in zip(letters, texts, strict=True) if text == answer]
     if parts and set(parts) <= letter_of.keys():
         if not own_labels and same and same != [answer]:

@@ -41,7 +41,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """Fields of an example, and the columns each is looked for in (also as Problem and PROBLEM)."""
 VERL = {"question": "prompt", "answer": "reward_model.ground_truth"}
 """Where rows with a column reward_model have these fields."""
-SYSTEM_NAMES = ("system", "system_prompt")
+LIKE_SYSTEM = re.compile(r"sys(tem)?([_ ]?(prompt|message|text|turn))?", re.IGNORECASE)
 
 TAGGED = re.compile(r"<answer>(?!.*<answer>)\s*(.*?)\s*</answer>", re.DOTALL)
 MARKER = re.compile(r"<image ?([0-9]{0,3})>")
@@ -129,7 +129,7 @@ class FileTask:
         self._check_found(path, list(seen))
         if self._like_positions:
             self.notes.append(
-                f"{self._like_positions:,} gold answers are read as texts of choices and could be positions; if they are, "
+                f"{self._like_positions:,} gold answers are read as texts of choices and could be positions; if so, "
                 "set choice_index: 0, or 1 to count from 1"
             )
 
@@ -178,15 +178,18 @@ class FileTask:
     def _note(self, path: str, row: TableRow) -> None:
         """Say what the rows are read as, by one of them."""
         used = {field: column for field, column in self._columns_of(row).items() if column and field != "videos"}
-        chat = messages_in(lookup(row, used.get("question")))
+        chat = messages_in(self._value(row, "question"))
         shown = (
             f"{field} from {column if isinstance(column, str) else ', '.join(column or ())}"
             for field, column in used.items()
         )
+        named = {name for column in used.values() for name in ([column] if isinstance(column, str) else column or ())}
+        unused = [name for name in row if not any(name in (each, each.partition(".")[0]) for each in named)]
+        rest = f"; not used: {listing(unused)}" if unused else ""
         reply = ["answer from the assistant's turn"] if chat and "answer" not in used else []
-        self.notes.append(f"{path}: read as {_kind_of_rows(row, used, chat)} ({', '.join([*shown, *reply])})")
-        for name in SYSTEM_NAMES:
-            if "system" not in self.columns and isinstance(row.get(name), str) and row[name].strip():
+        self.notes.append(f"{path}: read as {_kind_of_rows(row, used, chat)} ({', '.join([*shown, *reply])}{rest})")
+        for name, value in row.items() if "system" not in self.columns else ():
+            if LIKE_SYSTEM.fullmatch(name) and isinstance(value, str) and value.strip():
                 self.notes.append(
                     f"{path}: the column {name} looks like a system turn and is not used; columns: {{system: {name}}} "
                     "puts it in front of each question, columns: {system: null} leaves it out"
@@ -277,7 +280,7 @@ class FileTask:
                 raise DataError(f"{required}: {field}: {_no_column(column, row)}")
             return None if value is MISSING else value
         if column is not None:
-            values = [row.get(name) for name in column]
+            values = [None if (value := row.get(name)) != value else value for name in column]  # NaN in tables
             while values and values[-1] in (None, ""):  # a gap would shift the letters
                 values.pop()
             return values
@@ -326,6 +329,8 @@ class FileTask:
             answer = chat.reply
         if isinstance(answer, float) and answer.is_integer():
             answer = int(answer)  # tables turn a column of integers with a gap into floats
+        if chooses and isinstance(answer, str) and isinstance(letters := literal(answer), list):
+            answer = letters
         if isinstance(answer, list | Mapping):
             answer = self._listed_answer(answer, chooses)
         is_number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)
@@ -357,7 +362,7 @@ class FileTask:
 
     def _choices(self, row: TableRow, origin: str) -> tuple[list[str], list[str]]:
         values = self._value(row, "choices")
-        return ([], []) if values in (None, "", []) else read_choices(values, origin)
+        return ([], []) if values in (None, "", [], {}, "[]", "{}") else read_choices(values, origin)
 
     def _gold_choice(self, answer: str, labels: Sequence[str], texts: Sequence[str], origin: str) -> str:
         if self.choice_index is None:

@@ -127,7 +127,7 @@ def test_verl_parquet_needs_no_columns(folder, truth):
     assert colours(task[0]) == [(255, 0, 0)]
     assert task[0].meta == {"extra_info.index": 3, "extra_info.absent": None}
     assert (
-        "read as verl rows (question from prompt, answer from reward_model.ground_truth, images from images)"
+        "read as verl rows (question from prompt, answer from reward_model.ground_truth, images from images; "
         in task.notes[0]
     )
     prompt = processing(VL, max_tokens=4096).prompt(task[0])
@@ -299,7 +299,8 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("gold", ["B", "b", "(B)", "B. 6", "(b) 6", "B: 6 cm", "6", "6 cm", "6.0", r"\boxed{B}",
-                                  "The answer is B", "<answer>B</answer>", r"$\boxed{6}$"])  # fmt: skip
+                                  "The answer is B", "<answer>B</answer>", "Option B", "**B**",
+                                  "['B']", r"$\boxed{6}$"])  # fmt: skip
 @pytest.mark.parametrize("shape", CHOICES)
 def test_choices_in_every_shape(folder, shape, gold):
     example, _ = read(folder, {"question": "Which?", "options": CHOICES[shape], "answer": gold})
@@ -307,9 +308,16 @@ def test_choices_in_every_shape(folder, shape, gold):
     assert (example.answer, example.grading["choices"]) == ("B", ["4", "6", "8", "9"])
 
 
-def test_choices_in_columns_named_by_letters(folder):
-    example, _ = read(folder, {"question": "Which?", "A": "4", "B": "6", "C": None, "answer": "B"})
+@pytest.mark.parametrize("empty", [None, "", float("nan")])
+def test_choices_in_columns_named_by_letters(folder, empty):
+    example, _ = read(folder, {"question": "Which?", "A": "4", "B": "6", "C": empty, "answer": "B"})
     assert (example.question, example.answer) == ("Which?\n(A) 4\n(B) 6", "B")
+
+
+@pytest.mark.parametrize("none", [None, "", [], "[]", {}])
+def test_an_open_question_among_others_has_no_choices(folder, none):
+    example, _ = read(folder, {"question": "How many?", "options": none, "answer": "6"})
+    assert (example.question, example.answer, example.grading) == ("How many?", "6", {})
 
 
 @pytest.mark.parametrize("gold", ["ABD", "A, B, D", "a b d", ["A", "B", "D"], "A and B and D"])

@@ -106,6 +106,7 @@ class FileTask:
         """What the rows are read as, and what about them may be meant otherwise; a line each."""
         self._rows: list[LazyRow] = []
         self._found: dict[tuple[str, ...], dict[str, ColumnName]] = {}
+        self._held: tuple[TableRow, dict[str, ColumnName]] = ({}, {})
         self._like_positions = 0
         # An image file is looked up once, however many rows and epochs use it.
         self._find_file = lru_cache(maxsize=None)(find_file)
@@ -250,11 +251,14 @@ class FileTask:
         )
 
     def _columns_of(self, row: TableRow) -> dict[str, ColumnName]:
-        """The column of each field that rows with these names have; looked for once."""
-        names = tuple(row)
-        if names not in self._found:
-            self._found[names] = {field: self._column_of(field, names) for field in self.candidates}
-        return self._found[names]
+        """The column of each field in rows with these names, looked for once for each set of names."""
+        held = self._held
+        if held[0] is not row:
+            names = tuple(row)
+            if names not in self._found:
+                self._found[names] = {field: self._column_of(field, names) for field in self.candidates}
+            held = self._held = (row, self._found[names])
+        return held[1]
 
     def _column_of(self, field: str, names: Sequence[str]) -> ColumnName:
         if field in self.columns:
@@ -297,7 +301,7 @@ class FileTask:
         value = self._value(row, "question", required=origin)
         messages = messages_in(value)
         chat = read_chat(messages, origin) if messages else Chat(value)
-        text = " ".join([chat.question if isinstance(chat.question, str) else "", *(text for _, text in chat.history)])
+        text = " ".join([str(chat.question), *(text for _, text in chat.history)])
         refuse = "videos" not in self.columns or self.columns["videos"] is not None
         videos = self._value(row, "videos")
         videos = any(videos) if isinstance(videos, list) else videos
@@ -365,18 +369,19 @@ class FileTask:
         return ([], []) if values in (None, "", [], {}, "[]", "{}") else read_choices(values, origin)
 
     def _gold_choice(self, answer: str, labels: Sequence[str], texts: Sequence[str], origin: str) -> str:
+        position = int(answer) if answer.isdecimal() and len(answer) < 3 else -1
         if self.choice_index is None:
             letters = gold_letters(answer, texts, labels, origin)
-            if not labels and answer.isdecimal() and LETTERS.find(letters) != int(answer) < len(texts):
+            if not labels and LETTERS.find(letters) != position and 0 <= position < len(texts):
                 self._like_positions += 1
             return letters
         first = self.choice_index
-        if not answer.isdecimal() or not first <= int(answer) < first + len(texts):
+        if not first <= position < first + len(texts):
             raise DataError(
                 f"{origin}: answer: {show(answer)} is no position from {first} to {first + len(texts) - 1} "
                 f"(choice_index: {first})"
             )
-        return LETTERS[int(answer) - first]
+        return LETTERS[position - first]
 
     def _sources(self, row: TableRow, chat: Chat, origin: str) -> list[Any]:
         """The row's images in order: those within messages, and the columns' at markers without their own."""

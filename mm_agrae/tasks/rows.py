@@ -5,6 +5,7 @@ import csv
 import json
 import re
 import reprlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -230,7 +231,9 @@ def literal(text: str) -> Any:
         return None
     for read in (json.loads, ast.literal_eval):
         try:
-            return read(text.strip())
+            with warnings.catch_warnings():  # of odd escapes
+                warnings.simplefilter("ignore")
+                return read(text.strip())
         except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
             continue
     return None

@@ -168,12 +168,19 @@ def test_arbitrary_bytes_raise_nothing_but_our_errors(tmp_path_factory, data):
         FileTask(str(path), on_bad_row="skip")
 
 
+NAMES = ["role", "content", "from", "value", "type", "text", "label", "image", "bytes", "ground_truth", "A", "B"]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(string.printable + "é∠\ud800"),
-    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(), values, max_size=3),
+    lambda values: (
+        st.lists(values, max_size=4)
+        | st.dictionaries(st.text() | st.sampled_from(NAMES), values, max_size=3)
+        | st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": values}), min_size=1, max_size=2)
+    ),
     max_leaves=6,
 )
-FIELDS = st.sampled_from(["problem", "answer", "images", "choices", "id"])
+FIELDS = st.sampled_from(
+    ["problem", "answer", "images", "choices", "id", "prompt", "reward_model", "videos", "A", "B"]
+)
 
 
 @settings(max_examples=300, deadline=None)

@@ -130,6 +130,7 @@ def policy(engine: Any, processing: Any, config: configs.Config, problems: int) 
         correct.append([record.success for record in drawn])
         rule.append([record.parts["rule"] == 1.0 for record in drawn])
     correct_PN, rule_PN = np.array(correct), np.array(rule)
+    solved_PN = correct_PN & rule_PN
     samples = correct_PN.shape[1]
     ks = [k for k in (1, 16, 256) if k <= samples]
     rows = []
@@ -142,11 +143,11 @@ def policy(engine: Any, processing: Any, config: configs.Config, problems: int) 
         )
     header = ["", "problems", *(f"pass@{k}" for k in ks), "correct rule", "... of correct answers"]
     Reporter().table(f"policy ({modality}), {samples} samples", header, rows)
-    often = rule_PN.mean(1)
+    often = solved_PN.mean(1)
     rare = np.mean((often >= RARE[0]) & (often < RARE[1]))
     several = np.mean([len(each.example.meta["ways"]) > 1 for each in found])
-    print(f"the correct rule is sampled with probability {RARE[0]} to {RARE[1]} in {rare:.1%} of the problems,")
-    print(f"never in {np.mean(often == 0):.1%}; {several:.1%} have two valid rules")
+    print(f"a solution by a correct rule is sampled with probability {RARE[0]} to {RARE[1]} in {rare:.1%} of the")
+    print(f"problems, never in {np.mean(often == 0):.1%}; {several:.1%} have two valid rules")
 
 
 def _share(values: Sequence[bool]) -> str:

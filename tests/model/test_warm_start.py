@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import random
+import subprocess
 import sys
 from collections import Counter, defaultdict
 from dataclasses import replace
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import equations_hold
+from helpers import ROOT, VL, equations_hold
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -24,8 +25,7 @@ from mm_agrae.grading.accuracy import verify
 from mm_agrae.tasks.synthetic.problems import split_of
 from mm_agrae.tasks.synthetic.task import SyntheticTask
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "data" / "warm_start"
+FOLDER = Path(VL).parent
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +226,22 @@ def test_a_warm_start_keeps_the_format_and_leaves_room_to_learn(sighted, modalit
     formed = [text.startswith("<think>") and "</think> \\boxed{" in text for texts in replies for text in texts]
     assert np.mean(formed) > 0.95
     assert 0.15 < np.mean(correct) < 0.6
+
+
+def test_sight_and_policy_are_measured(tmp_path) -> None:
+    command = [sys.executable, "scripts/measure_warm_start.py", VL, "--pictures", "24", "--problems", "6"]
+    run = subprocess.run([*command, "--samples", "16"], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    for line in ("names the figure", "reads all of counting", "pass@16", "have two valid rules"):
+        assert line in run.stdout
+    assert "pass@256" not in run.stdout
+
+
+def test_every_stage_of_making_a_warm_start_runs(tmp_path) -> None:
+    stages = [f"--{stage}-steps=2" for stage in ("text", "vision", "join", "lesson")]
+    command = [sys.executable, "scripts/make_warm_start.py", "--out", str(tmp_path), "--batch", "4", *stages]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "vl"}
+    made = AutoModelForImageTextToText.from_pretrained(tmp_path / "vl")
+    assert sum(p.numel() for p in made.parameters()) < 6e6

@@ -203,6 +203,7 @@ class FileTask:
             grading={**grading, **self.grading},
             origin=origin,
             meta={name: row.get(name) for name in self.meta},
+            columns={name: value for name, value in row.items() if not sources or value is not sources},
         )
 
     def _value(self, row: TableRow, field: str, required: str = "") -> Any:
@@ -243,6 +244,9 @@ class FileTask:
 
     def _answer(self, row: TableRow, origin: str) -> str:
         answer = self._value(row, "answer", required=origin)
+        if isinstance(answer, list) and answer and all(isinstance(part, str | int | float) for part in answer):
+            texts = ", ".join(map(str, answer))  # a box's numbers, or several texts
+            answer = texts if isinstance(answer[0], str) or len(answer) == 1 else f"[{texts}]"
         if isinstance(answer, float) and answer.is_integer():
             answer = int(answer)  # tables turn a column of integers with a gap into floats
         is_number = isinstance(answer, int | float | Decimal) and not isinstance(answer, bool)

@@ -75,6 +75,8 @@ def extract_answer(
       otherwise the formula or number at the end of the last sentence, or the only one in it. A
       completion that was cut off has no such end.
 
+    The phrases around an answer may be English, Chinese, Japanese, Arabic, Hindi, French, German or Spanish.
+
     `after_thinking`: only text outside the reasoning section counts; if that is never closed there is no answer. A
     closing tag alone ends a section that the prompt has opened; without any tag the whole completion counts.
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 OVERRIDE = "key=value|FILE.yaml"
 """Each changes the config that precedes it."""
+ERRORS_WITHOUT_NOTICE = 0.01
+"""The share of a run's completions whose reward may fail before `train` ends with status 3."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,15 +136,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(path: str, overrides: Sequence[str], *, to_run: bool = True, for_gpus: bool = False) -> Config:
-    """The config, with its tasks and its engine checked before a model is loaded.
+    """The config, with its tasks, its rewards and its engine checked before a model is loaded.
 
     `to_run`: the engine is going to sample, so what it needs must be installed. `for_gpus`: see `config.load`.
     """
     from mm_agrae import config as configs
     from mm_agrae import tasks
+    from mm_agrae.rewards import Rewarder
     from mm_agrae.rollout.engine import engine_class
 
     config = configs.load(path, overrides, for_gpus=for_gpus)
+    Rewarder(config.reward, config.rollout.max_new_tokens).close()
     for source in (*config.data.train, *config.data.evaluate):
         tasks.check(source)
     engine_class(config.rollout.engine, to_run=to_run)
@@ -190,6 +194,10 @@ def _train(arguments: argparse.Namespace) -> int:
         _show_summary(trainer.reporter, summary)
         trainer.reporter.say(f"checkpoint  {trainer.newest_checkpoint()}")
         trainer.reporter.say(f"report      {write_report(run_dir)}")
+        errors = summary["reward_errors"]
+        for kind, count in errors["kinds"].items():
+            trainer.reporter.say(f"reward error, {count:,} times: {kind}")
+        return 3 if errors["share"] > ERRORS_WITHOUT_NOTICE else 0
     return 0
 
 

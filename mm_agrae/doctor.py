@@ -21,7 +21,7 @@ import torch
 from mm_agrae import config as configs
 from mm_agrae.config import Config
 from mm_agrae.errors import ConfigError, UserError
-from mm_agrae.model.checking import report
+from mm_agrae.model.checking import cores, report
 from mm_agrae.model.compat import prepare
 from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.model.memory import GIB, MemoryEstimate, estimate, judge, remedies, shown
@@ -269,8 +269,7 @@ def launch_plan(config: Config, environment: Mapping[str, str]) -> tuple[str, ..
         raise ConfigError(f"PROCESSES={wanted}: expected a number from 1 on")
     chosen = environment.get("PARALLEL") or (parallel_strategy(config, processes) if gpus else "multi_gpu")
     # On a CPU more threads than cores in all slow every process down; beside a GPU cores would be idle.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(min(8, max(1, cores // processes)) if gpus else 1)
+    threads = str(min(8, max(1, cores() // processes)) if gpus else 1)
     engine = config.rollout.engine.removesuffix("_server")
     missing = engine == "vllm" and importlib.util.find_spec("vllm") is None
     threads = environment.get("OMP_NUM_THREADS") or threads

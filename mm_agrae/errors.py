@@ -30,6 +30,10 @@ class ModelError(UserError):
     """A checkpoint cannot be loaded, or its family does not fit."""
 
 
+class RewardError(UserError):
+    """A reward part fails on too many completions."""
+
+
 class RunFolderError(UserError):
     """A run folder cannot be written or read."""
 

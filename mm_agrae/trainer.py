@@ -398,6 +398,13 @@ class Trainer:
         done = stage in ("log", "checkpoint", "evaluate")
         self.processes.note(stage, self.steps_done + (not done))
 
+    def _reward_errors(self) -> dict[str, Any]:
+        """Completions with a failed reward part in all steps; each kind of failure since this process started."""
+        rows = self.run.read_metrics()
+        failed, all_ = (sum(row.get(name, 0) for row in rows) for name in ("reward/errors", "completions/count"))
+        kinds = dict(self.collector.rewarder.error_counts)
+        return {"completions": int(failed), "share": failed / max(1, all_), "kinds": kinds}
+
     def _write_summary(self) -> dict[str, Any]:
         """The figures of the whole run, as in its summary.json."""
         if not self.is_main:
@@ -410,6 +417,7 @@ class Trainer:
             "seconds": self.stopwatch.wall_seconds(),
             "tokens": self.tokens_seen,
             "rows_skipped": self.collector.rows_skipped,
+            "reward_errors": self._reward_errors(),
             "peak_memory_mb": metrics.peak_memory_mb(),
             "versions": versions(),
         }

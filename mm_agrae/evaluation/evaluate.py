@@ -132,7 +132,7 @@ def run(
             for problem, group in zip(problems, groups, strict=True)
             for number, completion in zip(numbers, group, strict=bool(group))
         ]
-        scores = rewarder.score([p.example for p, _, _ in sampled], [c for _, _, c in sampled])
+        scores = rewarder.score([p.example for p, _, _ in sampled], [c for _, _, c in sampled], stop=True)
         for (problem, number, completion), score in zip(sampled, scores, strict=True):
             problem.records.append(_sample_record(problem.example, number, completion, score))
     if refused and on_bad_row == "error":

@@ -1,15 +1,14 @@
 """What a data set is read as, and which of its rows a run would stumble over, before it is started.
 
 Every row is made into a prompt (images decoded, tokens counted), and its gold answer is graded as if the model had
-given it. Used by `mm-agrae data`, `mm-agrae doctor` and, for `data.check`, at the start of a run.
+given it: for `mm-agrae data`, `mm-agrae doctor` and, by `data.check`, at the start of a run.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -29,11 +28,10 @@ FEW = 4 * CHUNK
 """So many rows are looked at when a run starts, and without worker processes, which take longer to start."""
 LIMIT_S, MEMORY_MB = 300.0, 8192
 """Of one chunk in a worker process: CPU seconds, and memory beyond what processor and grader take."""
+Maker = Callable[[], Processing] | None
 
 
 class Row(NamedTuple):
-    """What was found of one example."""
-
     where: str
     tokens: int = 0
     problem: str = ""
@@ -41,45 +39,26 @@ class Row(NamedTuple):
     """The gold answer, if it is graded as wrong when the model gives it."""
 
 
-@dataclass
-class Findings:
-    """What was found of many."""
-
-    rows: int = 0
-    tokens: int = 0
-    longest: tuple[int, str] = (0, "")
-    too_long: int = 0
-    bad: list[str] = field(default_factory=list)
-    wrong_golds: list[str] = field(default_factory=list)
-
-    def add(self, row: Row, max_tokens: int) -> None:
-        self.rows += 1
-        self.tokens += row.tokens
-        self.too_long += row.tokens > max_tokens
-        self.longest = max(self.longest, (row.tokens, row.where), key=lambda pair: pair[0])
-        if row.problem:
-            self.bad.append(row.problem)
-        if row.wrong_gold:
-            self.wrong_golds.append(f"{row.where}: {printable(row.wrong_gold, 100)!r}")
-
-    def lines(self, max_tokens: int, *, skip: bool) -> Iterator[tuple[bool, str]]:
-        """(whether a run can go on, text); with `skip` it goes on without the rows it cannot use."""
-        if self.tokens:
-            mean = self.tokens / (self.rows - len(self.bad))
-            yield True, f"prompt tokens: mean {mean:,.0f}, at most {self.longest[0]:,} ({self.longest[1]})"
-        if self.too_long:
-            text = f"{self.too_long:,} of {self.rows:,} prompts are longer than prompt.max_tokens = {max_tokens:,}"
-            yield skip, f"{text}; raise it, lower prompt.max_pixels, or set {SKIP}"
-        if self.bad:
-            yield skip, f"{len(self.bad):,} of {self.rows:,} rows cannot be used; the first: {self.bad[0]}"
-            yield from ((True, f"also {problem}") for problem in self.bad[1:3])
-        if self.wrong_golds:
-            yield (
-                True,
-                f"warning: {len(self.wrong_golds):,} of {self.rows:,} gold answers are graded as wrong when a model "
-                f"gives just them, such as {self.wrong_golds[0]}; see `mm-agrae data`, and set the source's "
-                "columns.answer, answer_after or grading",
-            )
+def said_of(rows: Sequence[Row], max_tokens: int, *, skip: bool) -> Iterator[tuple[bool, str]]:
+    """(whether a run can go on, text); with `skip` it goes on without the rows it cannot use."""
+    all_ = f"{len(rows):,}"
+    lengths = {row.tokens: row.where for row in reversed(rows) if row.tokens}  # where: the first of that length
+    if lengths:
+        mean = sum(row.tokens for row in rows) / sum(row.tokens > 0 for row in rows)
+        yield True, f"prompt tokens: mean {mean:,.0f}, at most {max(lengths):,} ({lengths[max(lengths)]})"
+    if too_long := sum(row.tokens > max_tokens for row in rows):
+        text = f"{too_long:,} of {all_} prompts are longer than prompt.max_tokens = {max_tokens:,}"
+        yield skip, f"{text}; raise it, lower prompt.max_pixels, or set {SKIP}"
+    if bad := [row.problem for row in rows if row.problem]:
+        yield skip, f"{len(bad):,} of {all_} rows cannot be used; the first: {bad[0]}"
+        yield from ((True, f"also {problem}") for problem in bad[1:3])
+    if wrong := [row for row in rows if row.wrong_gold]:
+        yield (
+            True,
+            f"warning: {len(wrong):,} of {all_} gold answers are graded as wrong when a model gives just them, such "
+            f"as {wrong[0].where}: {printable(wrong[0].wrong_gold, 100)!r}; see `mm-agrae data`, and set the source's "
+            "columns.answer, answer_after or grading",
+        )
 
 
 def is_right_by_itself(example: Example) -> bool:
@@ -91,62 +70,59 @@ def is_right_by_itself(example: Example) -> bool:
     gold, tag = final_answer(example.answer), settings.get("answer_tag", "answer")
     place = (*settings.get("answer_in", ()), *PLACES)[0]
     said = {"boxed": rf"\boxed{{{gold}}}", "tag": f"<{tag}>{gold}</{tag}>", "answer_is": f"The answer is {gold}"}
+    said["a_colon"] = f"A: {gold}"
     return verify(example.answer, said.get(place, gold), **settings)
 
 
-def look_at(examples: Iterable[Example], processing: Processing | None) -> list[Row]:
+def look_at(example: Example | Row, processing: Processing | None) -> Row:
     """Without `processing` images are only decoded."""
-    found = []
-    for example in examples:
-        where, tokens, problem = example.origin or example.id, 0, ""
-        try:
-            if processing is not None:
-                tokens = len(processing.prompt(example))
-            else:
-                for source in example.images:
-                    open_image(source, origin=where)
-        except DataError as error:
-            problem = str(error)
-        found.append(Row(where, tokens, problem, "" if is_right_by_itself(example) else example.answer))
+    if isinstance(example, Row):
+        return example
+    where, tokens, problem = example.origin or example.id, 0, ""
+    try:
+        if processing is not None:
+            tokens = len(processing.prompt(example))
+        else:
+            for source in example.images:
+                open_image(source, origin=where)
+    except DataError as error:
+        problem = str(error)
+    return Row(where, tokens, problem, "" if is_right_by_itself(example) else example.answer)
+
+
+def look_at_all(task: Concatenation, indices: Sequence[int], make: Maker, reporter: Reporter) -> list[Row]:
+    """The examples of a task at `indices`, in worker processes if there are many. Raises ModelError."""
+    found: list[Row] = []
+    with reporter.bars(), reporter.bar("reading rows", len(indices)) as advance:
+        for rows in _rows(task, indices, make):
+            found += rows
+            advance(len(rows))
     return found
 
 
-def look_at_all(
-    task: Concatenation,
-    indices: Sequence[int],
-    make: Callable[[], Processing] | None,
-    config: Config,
-    reporter: Reporter,
-) -> Findings:
-    """The examples of a task at `indices`, in worker processes if there are many. Raises ModelError."""
-    findings = Findings()
-    with reporter.bars(), reporter.bar("reading rows", len(indices)) as advance:
-        for rows in _rows(task, indices, make):
-            for row in rows:
-                findings.add(row, config.prompt.max_tokens)
-            advance(len(rows))
-    return findings
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _maker(config: Config) -> Callable[[], Processing] | None:
+def _maker(config: Config) -> Maker:
     """What makes prompts of any length, so that the longest is known; None if the config names no model."""
     unbounded = config.prompt.model_copy(update={"max_tokens": 1 << 40})
     make = partial(Processing, config.model.path, unbounded, trust_remote_code=config.model.trust_remote_code)
     return make if config.model.path else None
 
 
-def _rows(task: Concatenation, indices: Sequence[int], make: Callable[[], Processing] | None) -> Iterator[list[Row]]:
-    chunks = (_read(task, indices[start : start + CHUNK]) for start in range(0, len(indices), CHUNK))
+def _rows(task: Concatenation, indices: Sequence[int], make: Maker) -> Iterator[list[Row]]:
     if len(indices) <= FEW:
         processing = make() if make else None
-        for examples, bad in chunks:
-            yield bad + look_at(examples, processing)
+        for index in indices:
+            yield [look_at(_read(task, index), processing)]
         return
-    workers = max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, 16))
+    workers = min(cores(), 16)
+    waiting: deque[tuple[Call, list[Example | Row]]] = deque()
     with WorkerPool(workers, MEMORY_MB, _prepare, (make,)) as pool:
-        waiting: deque[tuple[Call, list[Example]]] = deque()
-        for examples, bad in chunks:
-            yield bad
+        for start in range(0, len(indices), CHUNK):
+            examples = [_read(task, index) for index in indices[start : start + CHUNK]]
             waiting.append((pool.submit(_look_in_worker, (examples,), LIMIT_S), examples))
             if len(waiting) > 3 * workers:
                 yield _result(pool, *waiting.popleft())
@@ -154,28 +130,25 @@ def _rows(task: Concatenation, indices: Sequence[int], make: Callable[[], Proces
             yield _result(pool, *waiting.popleft())
 
 
-def _read(task: Concatenation, indices: Sequence[int]) -> tuple[list[Example], list[Row]]:
-    examples, bad = [], []
-    for index in indices:
-        try:
-            examples.append(task[index])
-        except DataError as error:
-            bad.append(Row(f"row {index}", problem=str(error)))
-    return examples, bad
+def _read(task: Concatenation, index: int) -> Example | Row:
+    try:
+        return task[index]
+    except DataError as error:
+        return Row(f"row {index}", problem=str(error))
 
 
-def _result(pool: WorkerPool, call: Call, examples: Sequence[Example]) -> list[Row]:
+def _result(pool: WorkerPool, call: Call, examples: Sequence[Example | Row]) -> list[Row]:
     try:
         return pool.result(call)
     except CallFailed as error:  # of one of them, in the decoder of an image perhaps
-        places = [example.origin or example.id for example in examples]
+        places = [each.where if isinstance(each, Row) else each.origin or each.id for each in examples]
         return [Row(place, problem=f"{places[0]} to {places[-1]}: reading them {error}") for place in places]
 
 
 _processing: Processing | None = None  # of a worker process
 
 
-def _prepare(make: Callable[[], Processing] | None) -> None:
+def _prepare(make: Maker) -> None:
     global _processing
     import torch
 
@@ -184,8 +157,8 @@ def _prepare(make: Callable[[], Processing] | None) -> None:
     prepare_worker()
 
 
-def _look_in_worker(examples: Sequence[Example]) -> list[Row]:
-    return look_at(examples, _processing)
+def _look_in_worker(examples: Sequence[Example | Row]) -> list[Row]:
+    return [look_at(example, _processing) for example in examples]
 
 
 def report(source: DataSource, config: Config, reporter: Reporter) -> tuple[Concatenation, list[tuple[bool, str]]]:
@@ -201,8 +174,8 @@ def report(source: DataSource, config: Config, reporter: Reporter) -> tuple[Conc
     except ModelError as error:
         lines.append((True, f"prompt lengths are not counted: {error}"))
         make = None
-    found = look_at_all(task, task.not_generated, make, config, reporter)
-    return task, [*lines, *found.lines(config.prompt.max_tokens, skip=skip)]
+    found = look_at_all(task, task.not_generated, make, reporter)
+    return task, [*lines, *said_of(found, config.prompt.max_tokens, skip=skip)]
 
 
 def at_the_start(task: Concatenation, config: Config, reporter: Reporter) -> str:
@@ -212,9 +185,8 @@ def at_the_start(task: Concatenation, config: Config, reporter: Reporter) -> str
         return ""
     if check == "sample":
         indices = indices[:: max(1, len(indices) // FEW)][:FEW]
-    found = look_at_all(task, indices, _maker(config) if check == "all" else None, config, reporter)
-    problems = []
-    for goes_on, text in found.lines(config.prompt.max_tokens, skip=config.data.on_bad_row == "skip"):
+    found = look_at_all(task, indices, _maker(config) if check == "all" else None, reporter)
+    lines = list(said_of(found, config.prompt.max_tokens, skip=config.data.on_bad_row == "skip"))
+    for _, text in lines:
         reporter.say(text)
-        problems += [] if goes_on else [text]
-    return problems[0] if problems and check == "all" else ""
+    return next((text for goes_on, text in lines if not goes_on and check == "all"), "")

@@ -13,6 +13,7 @@ import itertools
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakValueDictionary
@@ -149,7 +150,11 @@ class Processing:
         for text in (question, example.system, *(text for _, text in example.history)):
             if found := self._control.search(text):
                 raise DataError(f"{where}: the question holds the control token {found[0]}; remove it")
-        images = [self._image(source, where) for source in example.images]
+        originals = [open_image(source, origin=where) for source in example.images]
+        images = [self._shown(image, where) for image in originals]
+        if images:
+            sizes = [tuple(image.size for image in each) for each in (originals, images)]
+            example = replace(example, image_sizes=sizes[0], shown_sizes=sizes[1])
         text = self._render_example(example, question, where)
         # The template writes all control tokens itself, BOS included.
         options: dict[str, Any] = {"return_tensors": "pt", "add_special_tokens": False}
@@ -229,10 +234,9 @@ class Processing:
     def save(self, folder: str) -> None:
         self.processor.save_pretrained(folder)
 
-    def _image(self, source: Any, where: str) -> Any:
+    def _shown(self, image: Image.Image, where: str) -> Any:
         from qwen_vl_utils import fetch_image
 
-        image = open_image(source, origin=where)
         low, high = self._pixel_budget()
         request = {"image": image, "min_pixels": low, "max_pixels": high}
         try:

@@ -327,6 +327,7 @@ class Collector:
             scores = self.rewarder.score(
                 [prompt.example for prompt in prompts.values() for _ in range(count)],
                 [each for position in prompts for each in completions[position]],
+                stop=True,
             )
         rest = iter(scores)
         return [

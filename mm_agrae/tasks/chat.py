@@ -10,14 +10,10 @@ from typing import Any, NamedTuple
 
 from mm_agrae.errors import DataError
 from mm_agrae.tasks.images import SOURCES
-from mm_agrae.tasks.rows import literal, show
+from mm_agrae.tasks.rows import first_of, literal, show
 
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    **dict.fromkeys(("user", "human"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant"),
-}
+ROLES = dict.fromkeys(("system", "developer"), "system") | dict.fromkeys(("user", "human"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "bot", "model"), "assistant")
 MARKER = "<image>"
 
 
@@ -35,11 +31,7 @@ class Chat(NamedTuple):
 
 def messages_in(value: Any) -> list[Any] | None:
     """The messages that a column's value holds; None if it is something else."""
-    if (
-        isinstance(value, str)
-        and value.lstrip()[:1] == "["
-        and re.match(r"\s*\[\s*\{\s*[\"'](role|from|content|value)[\"']", value)
-    ):
+    if isinstance(value, str) and re.match(r"\s*\[\s*\{\s*[\"'](role|from|content|value)\b", value):
         value = literal(value)
     if not (isinstance(value, list | tuple) and value and isinstance(value[0], Mapping)):
         return None
@@ -55,13 +47,13 @@ def read_chat(messages: Sequence[Any], origin: str) -> Chat:
         if "human" in message:
             turns += [("user", message["human"]), ("assistant", message.get("assistant"))]
             continue
-        named = message["role"] if message.get("role") is not None else message.get("from")
-        content = message["content"] if message.get("content") is not None else message.get("value")
-        if str(named).lower() not in ROLES:
+        named = first_of(message, ("role", "from"))
+        role = ROLES.get(str(named).lower())
+        if role is None:
             raise DataError(
                 f"{origin}: messages: a turn of role {show(named)}; only system, user and assistant turns are read"
             )
-        turns.append((ROLES[str(named).lower()], content))
+        turns.append((role, first_of(message, ("content", "value"))))
     reply = _text(turns.pop()[1], [], origin) if turns and turns[-1][0] == "assistant" else ""
     images: list[Any] = []
     texts = [(role, _text(content, images, origin)) for role, content in turns]
@@ -81,7 +73,7 @@ def _text(content: Any, images: list[Any], origin: str) -> str:
             if "video" in kind or "audio" in kind:
                 part = f"<{'video' if 'video' in kind else 'audio'}>"
             elif "image" in kind:
-                images.append(next((part[key] for key in SOURCES if part.get(key) is not None), None))
+                images.append(first_of(part, SOURCES))
                 texts.append(MARKER)
                 continue
             else:

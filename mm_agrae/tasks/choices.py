@@ -6,7 +6,10 @@ from itertools import pairwise
 from typing import Any
 
 from mm_agrae.errors import DataError
-from mm_agrae.tasks.rows import literal, show
+from mm_agrae.grading.equivalence import same
+from mm_agrae.grading.extraction import final_answer
+from mm_agrae.grading.quantities import Rules
+from mm_agrae.tasks.rows import first_of, literal, show
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _LABELS = ("label", "key", "id", "letter")
@@ -24,7 +27,7 @@ def read_choices(values: Any, origin: str) -> tuple[list[str], list[str]]:
     if isinstance(values, str):
         values = literal(values) or _lettered(values)
     if isinstance(values, Mapping):
-        text, label = (next((values[name] for name in names if name in values), None) for names in (_TEXTS, _LABELS))
+        text, label = first_of(values, _TEXTS), first_of(values, _LABELS)
         if isinstance(text, list) and isinstance(label, list) and len(text) == len(label):
             values, labels = text, label
         else:
@@ -33,11 +36,10 @@ def read_choices(values: Any, origin: str) -> tuple[list[str], list[str]]:
                 pairs.sort(key=lambda pair: str(pair[0]).upper())
             labels, values = [key for key, _ in pairs], [value for _, value in pairs]
     elif isinstance(values, list | tuple) and values and all(isinstance(value, Mapping) for value in values):
-        labels = [next((value[name] for name in _LABELS if name in value), None) for value in values]
-        values = [next((value[name] for name in _TEXTS if name in value), None) for value in values]
+        labels = [first_of(value, _LABELS) for value in values]
+        values = [first_of(value, _TEXTS) for value in values]
         labels = [] if None in labels else labels
-    is_list = isinstance(values, list | tuple)
-    if not is_list or not all(isinstance(value, str | int | float) for value in values):
+    if not isinstance(values, list | tuple) or not all(isinstance(value, str | int | float) for value in values):
         raise DataError(f"{origin}: choices: expected a list of texts or a mapping of labels, got {show(given)}")
     if len(values) == 1 or len(values) > len(LETTERS):
         raise DataError(f"{origin}: choices: {len(values)} of them; 2 to 26 can be graded")
@@ -69,8 +71,15 @@ def gold_letters(answer: str, texts: Sequence[str], labels: Sequence[str], origi
     Raises DataError for one that is no choice, or could be two.
     """
     letters = LETTERS[: len(texts)]
-    for text in dict.fromkeys((answer, _said(answer))):
-        if found := _letters_of(text, texts, labels or letters, letters, bool(labels), origin):
+    letter_of = dict(zip(labels or letters, letters, strict=True))
+    said = re.sub(r"(?:option|choice|answer)\b[\s:]*", "", final_answer(answer), count=1, flags=re.I).strip()
+    for text in dict.fromkeys((answer, said)):
+        if not labels and text in letter_of and text in texts and texts.index(text) != letters.index(text):
+            raise DataError(
+                f"{origin}: answer: {show(answer)} is the letter of one choice and the text of another; "
+                "write the gold answers as texts, or choices without single letters"
+            )
+        if found := _letters_of(text, texts, letter_of):
             return ", ".join(found)
     position = "; if it is the position of the choice, set choice_index: 0, or 1 to count from 1"
     raise DataError(
@@ -79,44 +88,26 @@ def gold_letters(answer: str, texts: Sequence[str], labels: Sequence[str], origi
     )
 
 
-def _said(answer: str) -> str:
-    from mm_agrae.grading.extraction import final_answer
-
-    return re.sub(r"(?:option|choice|answer)\b[\s:]*", "", final_answer(answer), count=1, flags=re.I).strip()
-
-
-def _letters_of(
-    answer: str, texts: Sequence[str], labels: Sequence[str], letters: str, own_labels: bool, origin: str
-) -> list[str]:
+def _letters_of(answer: str, texts: Sequence[str], letter_of: Mapping[str, str]) -> list[str]:
     """Letters of the choices that a gold answer names; none if it names none or is not clear."""
-    letter_of = dict(zip(labels, letters, strict=True))
+    text_of = dict(zip(LETTERS, texts, strict=False))
     parts = [part for word in re.split(r"[\s,;]+|\band\b", answer) if (part := word.strip("()[].:* "))]
-    same = [letter for letter, text in zip(letters, texts, strict=True) if text == answer]
     if parts and set(parts) <= letter_of.keys():
-        if not own_labels and same and same != [answer]:
-            raise DataError(
-                f"{origin}: answer: {show(answer)} is the letter of one choice and the text of another; "
-                "write the gold answers as texts, or choices without single letters"
-            )
         return [letter_of[part] for part in parts]
-    if same:
-        return same if len(same) == 1 else []
+    if named := [letter for letter, text in text_of.items() if text == answer]:
+        return named if len(named) == 1 else []
     upper = {label.upper(): letter for label, letter in letter_of.items()}
     if parts and all(len(part) == 1 and part.upper() in upper for part in parts):
         return [upper[part.upper()] for part in parts]
-    if re.fullmatch(f"[{letters}]{{2,}}", answer) and len(set(answer)) == len(answer):
+    if len(answer) > 1 and len(set(answer)) == len(answer) and set(answer) <= text_of.keys():
         return list(answer)
-    from mm_agrae.grading.equivalence import same as equal
-    from mm_agrae.grading.quantities import Rules
-
-    def means(text: str, said: str) -> bool:
-        return equal(text, said, Rules(), lambda *_: False)
-
     lettered = re.match(r"\(?([A-Za-z])\s*[).:–-]\s*(?=\S)", answer)
-    if lettered and lettered[1].upper() in upper:  # "B. 6": letter and text must agree
-        letter = upper[lettered[1].upper()]
-        text = texts[letters.index(letter)]
-        if not text or means(text, answer[lettered.end() :]):
-            return [letter]
-    by_value = [letter for letter, text in zip(letters, texts, strict=True) if means(text, answer)]
+    letter = upper.get(lettered[1].upper()) if lettered else None  # "B. 6": letter and text must agree
+    if lettered and letter and (not text_of[letter] or _means(text_of[letter], answer[lettered.end() :])):
+        return [letter]
+    by_value = [letter for letter, text in text_of.items() if _means(text, answer)]
     return by_value if len(by_value) == 1 else []
+
+
+def _means(text: str, said: str) -> bool:
+    return same(text, said, Rules(), lambda *_: False)

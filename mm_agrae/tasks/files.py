@@ -106,7 +106,6 @@ class FileTask:
         """What the rows are read as, and what about them may be meant otherwise; a line each."""
         self._rows: list[LazyRow] = []
         self._found: dict[tuple[str, ...], dict[str, ColumnName]] = {}
-        self._held: tuple[TableRow, dict[str, ColumnName]] = ({}, {})
         self._like_positions = 0
         # An image file is looked up once, however many rows and epochs use it.
         self._find_file = lru_cache(maxsize=None)(find_file)
@@ -180,15 +179,13 @@ class FileTask:
         """Say what the rows are read as, by one of them."""
         used = {field: column for field, column in self._columns_of(row).items() if column and field != "videos"}
         chat = messages_in(self._value(row, "question"))
-        shown = (
-            f"{field} from {column if isinstance(column, str) else ', '.join(column or ())}"
-            for field, column in used.items()
-        )
-        named = {name for column in used.values() for name in ([column] if isinstance(column, str) else column or ())}
-        unused = [name for name in row if not any(name in (each, each.partition(".")[0]) for each in named)]
+        shown = [f"{field} from {', '.join(_names_in(column))}" for field, column in used.items()]
+        if chat and "answer" not in used:
+            shown.append("answer from the assistant's turn")
+        named = {name for column in used.values() for each in _names_in(column) for name in (each, _outer(each))}
+        unused = [name for name in row if name not in named]
         rest = f"; not used: {listing(unused)}" if unused else ""
-        reply = ["answer from the assistant's turn"] if chat and "answer" not in used else []
-        self.notes.append(f"{path}: read as {_kind_of_rows(row, used, chat)} ({', '.join([*shown, *reply])}{rest})")
+        self.notes.append(f"{path}: read as {_kind_of_rows(row, used, chat)} ({', '.join(shown)}{rest})")
         for name, value in row.items() if "system" not in self.columns else ():
             if LIKE_SYSTEM.fullmatch(name) and isinstance(value, str) and value.strip():
                 self.notes.append(
@@ -198,8 +195,8 @@ class FileTask:
 
     def _check_found(self, path: str, seen: Sequence[str]) -> None:
         for field, column in self.columns.items():
-            for name in [column] if isinstance(column, str) else column or ():
-                if seen and name not in seen and name.partition(".")[0] not in seen:
+            for name in _names_in(column):
+                if seen and name not in seen and _outer(name) not in seen:
                     raise ConfigError(f"columns.{field}: {path} has {_no_column(name, seen)}")
         if not self._rows and self.skipped:
             count, first = len(self.skipped), self.skipped[0]
@@ -246,24 +243,22 @@ class FileTask:
             grading={**grading, **self.grading},
             origin=origin,
             meta={name: lookup(row, name, None) for name in self.meta},
+            columns={name: row[name] for name in row if name not in _names_in(self._columns_of(row)["images"])},
             system=chat.system,
             history=chat.history,
         )
 
     def _columns_of(self, row: TableRow) -> dict[str, ColumnName]:
         """The column of each field in rows with these names, looked for once for each set of names."""
-        held = self._held
-        if held[0] is not row:
-            names = tuple(row)
-            if names not in self._found:
-                self._found[names] = {field: self._column_of(field, names) for field in self.candidates}
-            held = self._held = (row, self._found[names])
-        return held[1]
+        names = tuple(row)
+        if names not in self._found:
+            self._found[names] = {field: self._column_of(field, names) for field in self.candidates}
+        return self._found[names]
 
     def _column_of(self, field: str, names: Sequence[str]) -> ColumnName:
         if field in self.columns:
             return self.columns[field]
-        if "reward_model" in names and VERL.get(field, "-").partition(".")[0] in names:
+        if "reward_model" in names and _outer(VERL.get(field, "")) in names:
             return VERL[field]
         for candidate in self.candidates[field]:
             for name in (candidate, candidate.capitalize(), candidate.upper()):
@@ -279,10 +274,10 @@ class FileTask:
         """The row's value of a field; None if it has none, which raises if `required`."""
         column = self._columns_of(row)[field]
         if isinstance(column, str):
-            value = lookup(row, column)
-            if value is MISSING and required:
+            value = lookup(row, column, MISSING if required else None)
+            if value is MISSING:
                 raise DataError(f"{required}: {field}: {_no_column(column, row)}")
-            return None if value is MISSING else value
+            return value
         if column is not None:
             values = [None if (value := row.get(name)) != value else value for name in column]  # NaN in tables
             while values and values[-1] in (None, ""):  # a gap would shift the letters
@@ -302,10 +297,9 @@ class FileTask:
         messages = messages_in(value)
         chat = read_chat(messages, origin) if messages else Chat(value)
         text = " ".join([str(chat.question), *(text for _, text in chat.history)])
-        refuse = "videos" not in self.columns or self.columns["videos"] is not None
         videos = self._value(row, "videos")
-        videos = any(videos) if isinstance(videos, list) else videos
-        if refuse and (videos or "<video>" in text or "<audio>" in text):
+        found = (any(videos) if isinstance(videos, list) else videos) or "<video>" in text or "<audio>" in text
+        if found and self.columns.get("videos", "") is not None:
             raise DataError(
                 f"{origin}: has a video or sound, which cannot be shown to the model; list frames of it as images "
                 "instead, or read the rows without it by columns: {videos: null}"
@@ -352,10 +346,11 @@ class FileTask:
         return text.strip()
 
     def _listed_answer(self, answer: Any, chooses: bool) -> Any:
-        """Text for a list of numbers, letters of choices, or what one's own grader will read; else as it was."""
+        """Text for a list of numbers or texts, or what one's own grader will read; else as it was."""
         if isinstance(answer, list) and len(answer) == 1 and isinstance(answer[0], str | int | float):
             return answer[0]
-        if chooses and isinstance(answer, list) and all(isinstance(each, str) for each in answer):
+        texts = isinstance(answer, list) and answer and all(isinstance(each, str) for each in answer)
+        if texts and (chooses or "grader" not in self.grading):
             return ", ".join(answer)
         try:
             text = json.dumps(answer, ensure_ascii=False, allow_nan=False)
@@ -405,6 +400,14 @@ class FileTask:
             return decoded if isinstance(decoded, bytes) else str(self._find_file(decoded, self.image_root or folder))
         except DataError as error:
             raise DataError(f"{origin}: {error}") from None
+
+
+def _names_in(column: ColumnName) -> Sequence[str]:
+    return [column] if isinstance(column, str) else column or ()
+
+
+def _outer(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _kind_of_rows(row: TableRow, used: Mapping[str, ColumnName], chat: Sequence[Any] | None) -> str:

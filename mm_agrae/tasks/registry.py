@@ -11,7 +11,7 @@ that its examples are made by a program and need no check.
 
 import inspect
 from collections.abc import Sequence
-from itertools import accumulate, chain
+from itertools import chain, repeat
 from typing import Any, Literal, Protocol
 
 from mm_agrae.config import DataSource
@@ -60,10 +60,8 @@ class Concatenation:
     @property
     def not_generated(self) -> list[int]:
         """Indices of examples that come from outside, and may be bad."""
-        ends = accumulate(self.lengths)
-        parts = zip(self.tasks, self.lengths, ends, strict=True)
-        outside = (range(end - size, end) for task, size, end in parts if not getattr(task, "generated", False))
-        return [*chain.from_iterable(outside)]
+        marks = map(repeat, (getattr(task, "generated", False) for task in self.tasks), self.lengths)
+        return [index for index, generated in enumerate(chain(*marks)) if not generated]
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):

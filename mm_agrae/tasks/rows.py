@@ -67,10 +67,8 @@ def is_saved(folder: Path) -> bool:
 
 
 def _choose_files(folder: Path, split: str, subset: str) -> list[Path]:
-    """The data files of a split, by name: train.jsonl, train-00000-of-00002.parquet, …
-
-    Without a split they must be one file, or parts of one: names that differ in numbers alone.
-    """
+    """The data files of a split, by name: train.jsonl, train-00000-of-00002.parquet, …; without a split one file, or
+    parts of one, whose names differ in numbers alone."""
     files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     names = {file: file.relative_to(folder) for file in files}
     files = [f for f in files if not any(part.startswith(".") for part in names[f].parts)]
@@ -223,6 +221,11 @@ def lookup(row: TableRow, name: str, default: Any = MISSING) -> Any:
         else:
             return default
     return value
+
+
+def first_of(row: TableRow, names: Iterable[str]) -> Any:
+    """The first of these values that is there and not None; else None."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
 
 
 def literal(text: str) -> Any:

@@ -108,12 +108,8 @@ def config_of(name: str, overrides: Sequence[str]) -> Config:
     if Path(name).suffix in (".yaml", ".yml"):
         return configs.load(name, overrides)
     source = {"task": name} if name in TASKS else {"task": "files", "path": name}
-    values: dict[str, Any] = {
-        "run_dir": "runs/data",
-        "model": {"path": ""},
-        "train": {"steps": 1},
-        "data": {"train": [source]},
-    }
+    values: dict[str, Any] = {"run_dir": "runs/data", "model": {"path": ""}, "train": {"steps": 1}}
+    values["data"] = {"train": [source]}
     for override in overrides:
         is_section = override.partition(".")[0] in ("data", "prompt", "model")
         apply_override(values if is_section else source, override)
@@ -176,18 +172,15 @@ def _images(example: Example) -> list[Image.Image]:
 
 
 def _described(example: Example) -> str:
-    sizes = []
-    for source in example.images:
-        try:
-            image = open_image(source)
-            sizes.append(f"{image.width}×{image.height}")
-        except DataError as error:
-            sizes.append(str(error))
+    try:
+        sizes = [f"{image.width}×{image.height}" for image in _images(example)]
+    except DataError as error:
+        sizes = [str(error)]
     turns = [("system", example.system), *example.history, ("question", example.question)]
     lines = [f"  {role}: {printable(text, 300)!r}" for role, text in turns if text]
     pictures = [f"  images: {', '.join(sizes)}"] if sizes else []
     grading = f"  ({example.grading['kind']})" if "kind" in example.grading else ""
-    return "\n".join([f"{example.id}", *lines, *pictures, f"  answer: {printable(example.answer, 300)!r}{grading}"])
+    return "\n".join([example.id, *lines, *pictures, f"  answer: {printable(example.answer, 300)!r}{grading}"])
 
 
 def _cell(example: Example, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:

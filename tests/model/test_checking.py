@@ -13,7 +13,7 @@ from mm_agrae.cli import main
 from mm_agrae.config import DataSource
 from mm_agrae.errors import ConfigError, DataError
 from mm_agrae.model import checking
-from mm_agrae.model.checking import is_right_by_itself, look_at_all
+from mm_agrae.model.checking import is_right_by_itself, look_at_all, said_of
 from mm_agrae.progress import Reporter
 from mm_agrae.run.folder import RunFolder
 from mm_agrae.tasks import load_all
@@ -76,8 +76,8 @@ def test_every_row_is_read_in_this_process_or_in_others(data):
     found = []
     for copies in (1, 9):  # 72 rows: more than are looked at in this process
         task = one(write(folder / "rows.jsonl", rows * copies))
-        found.append(look_at_all(task, task.not_generated, checking._maker(config), config, Reporter(enabled=False)))
-        lines = {text: goes_on for goes_on, text in found[-1].lines(100, skip=False)}
+        found.append(look_at_all(task, task.not_generated, checking._maker(config), Reporter(enabled=False)))
+        lines = {text: goes_on for goes_on, text in said_of(found[-1], 100, skip=False)}
         longest, too_long, bad, also = list(lines)[:4]
         assert longest.endswith("line 7)")
         assert too_long.startswith(
@@ -88,11 +88,12 @@ def test_every_row_is_read_in_this_process_or_in_others(data):
         assert "line 3" in bad
         assert also.startswith("also ")
         assert [lines[text] for text in (longest, too_long, bad)] == [True, False, False]
-        assert all(goes_on for goes_on, _ in found[-1].lines(100, skip=True))
-    assert found[0].longest == found[1].longest > (144, "")
-    assert found[0].tokens * 9 == found[1].tokens
-    without_model = look_at_all(one(str(folder / "rows.jsonl")), range(8), None, config, Reporter(enabled=False))
-    assert [len(without_model.bad), without_model.too_long] == [1, 0]
+        assert all(goes_on for goes_on, _ in said_of(found[-1], 100, skip=True))
+    tokens = [[row.tokens for row in rows] for rows in found]
+    assert max(tokens[0]) == max(tokens[1]) > 144
+    assert sum(tokens[0]) * 9 == sum(tokens[1])
+    without_model = look_at_all(one(str(folder / "rows.jsonl")), range(8), None, Reporter(enabled=False))
+    assert [(bool(row.problem), row.tokens) for row in without_model] == [(at == 2, 0) for at in range(8)]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +105,7 @@ def test_every_row_is_read_in_this_process_or_in_others(data):
         ("4 and 5\n#### 9", {"answer_in": ("answer_is",)}, True),
         ("B", {"kind": "choice", "choices": ["1", "2"], "answer_in": ("tag",)}, True),
         ("A dog runs.", {}, True),
+        ("42", {"answer_in": ("a_colon",)}, True),
         ("maybe", {"kind": "yes_no"}, False),
         ("1\u202e2", {}, False),
         ("anything", {"grader": "mine:grade"}, True),

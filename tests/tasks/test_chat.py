@@ -330,6 +330,8 @@ def test_labels_of_the_row_decide(folder):
     example, notes = read(folder, {"question": "Which?", "choices": numbered, "answerKey": "3"})
     assert example.answer == "C"
     assert len(notes) == 1
+    twice = {"text": ["3", "2", "4"], "label": ["1", "1", "2"]}
+    assert read(folder, {"question": "Which?", "choices": twice, "answer": "4"})[0].answer == "C"
 
 
 def test_positions_of_choices_by_an_explicit_option_alone(folder):
@@ -355,6 +357,7 @@ def test_positions_of_choices_by_an_explicit_option_alone(folder):
         (["4", "6"], "C", "neither a letter"),
         (["4", "6"], "AA", "neither a letter"),
         (["B", "A"], "B", "the letter of one choice and the text of another"),
+        (["B", "A"], r"\boxed{B}", "the letter of one choice and the text of another"),
     ],
 )
 def test_a_gold_choice_that_is_not_clear(folder, choices, gold, expected):

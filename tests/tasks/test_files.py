@@ -66,7 +66,13 @@ def test_rows_without_an_id_are_named_by_file_and_line(folder):
     assert [example.id for example in task] == ["train-1", "train-3"]
 
 
-@pytest.mark.parametrize(("answer", "want"), [(3, "3"), (27.0, "27"), (0.5, "0.5"), (-2, "-2"), ("007", "007")])
+@pytest.mark.parametrize(
+    ("answer", "want"),
+    [
+        *((3, "3"), (27.0, "27"), (0.5, "0.5"), (-2, "-2"), ("007", "007")),
+        *((["7"], "7"), (["1", "x"], "1, x"), ([20, 10, 80.5, 60], "[20, 10, 80.5, 60]")),
+    ],
+)
 def test_answers_become_text(folder, answer, want):
     assert one(folder, {"question": "?", "answer": answer}).answer == want
 
@@ -102,7 +108,8 @@ def test_names_are_found_in_any_case(folder):
         ({"problem": "?", "answer": " \n"}, ("answer: empty",)),
         ({"problem": "?", "answer": None}, ("answer: expected text or a number", "None")),
         ({"problem": "?", "answer": True}, ("answer: expected text or a number", "bool")),
-        ({"problem": "?", "answer": ["1", "2"]}, ("answer: expected text or a number", "list")),
+        ({"problem": "?", "answer": []}, ("answer: expected text or a number", "list")),
+        ({"problem": "?", "answer": [["1"], {}]}, ("answer: expected text or a number", "list")),
         (b'{"problem": "?", "answer": NaN}', ("answer: expected text or a number",)),
         (b'{"problem": "?", "answer": 1e999}', ("answer: expected text or a number",)),
         ({"problem": "", "answer": "1"}, ("question: empty",)),

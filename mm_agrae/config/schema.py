@@ -242,7 +242,7 @@ class OverlongPenalty(Section):
 class RewardSection(Section):
     parts: dict[str, float] = Field(default={"accuracy": 1.0}, min_length=1)
     """Weight of each part: accuracy, format, rule, or your own as "module:function". One of weight 0 is a metric:
-    measured and shown, without a say in the reward. Accuracy alone decides success, whatever its weight."""
+    measured and shown, without a say in the reward."""
     time_limit_s: Annotated[float, Field(gt=0)] = 1.0
     """Per answer. A part that takes longer is stopped, counted, and scores as unsolved."""
     workers: PositiveInt = 1

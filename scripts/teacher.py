@@ -27,7 +27,7 @@ from mm_agrae.tasks.synthetic.task import SyntheticTask
 PICTURE_PX = 112
 SKILL = (0.3, 0.6)
 """Range of the probability that the teacher uses the correct rule, over kinds of problems."""
-RARE = {"isosceles_exterior": 0.03, "two_exteriors": 0.02, "bow_tie": 0.012, "not": 0.025, "sum": 0.02}
+RARE = {"isosceles_exterior": 0.02, "two_exteriors": 0.03, "bow_tie": 0.03, "not": 0.03, "sum": 0.025}
 """Kinds whose correct rule the teacher hardly ever uses: about a sixth of all problems."""
 BLUNDERS = {
     ("side", 2): ("Two equal sides: s=2*b, a-s", "Rest: a-b", "Rectangle: a/2"),

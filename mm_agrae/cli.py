@@ -1,4 +1,4 @@
-"""The command line: mm-agrae train | eval | sample | report | demo | export | serve | doctor.
+"""The command line: mm-agrae train | eval | data | sample | report | demo | export | serve | doctor.
 
 Each command imports what it needs when it runs, so `mm-agrae --help` is quick.
 """
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 OVERRIDE = "key=value|FILE.yaml"
 """Each changes the config that precedes it."""
+ERRORS_WITHOUT_NOTICE = 0.01
+"""The share of a run's completions whose reward may fail before `train` ends with status 3."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(command=run)
         return made.add_argument
 
-    def add_config(argument: Callable[..., Any], nargs: str | None = None) -> None:
-        argument("config", nargs=nargs, help="a YAML file, see configs/")
+    def add_config(argument: Callable[..., Any], nargs: str | None = None, what: str = "a YAML file") -> None:
+        argument("config", nargs=nargs, help=what)
         argument("overrides", nargs="*", metavar=OVERRIDE)
 
     argument = add(_train, "train from a config")
@@ -90,6 +92,11 @@ def _parser() -> argparse.ArgumentParser:
     argument("--config", help="config with data.evaluate (default: the checkpoint's)")
     argument("--out", default="runs/eval", help="folder for results and all completions")
     argument("--launch-plan", action="store_true", help="print how the launch scripts start this, and stop")
+
+    argument = add(_data, "what a data set is read as, and its bad rows")
+    add_config(argument, what="a file, a folder, a hub id or a task, whose options may follow; or a config")
+    argument("-n", type=int, default=3, help="how many rows to show")
+    argument("--out", type=Path, help="also write them with their images to an .html page or a .png sheet")
 
     argument = add(_sample, "show a task's images and questions")
     add_config(argument)
@@ -129,15 +136,17 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _load(path: str, overrides: Sequence[str], *, to_run: bool = True, for_gpus: bool = False) -> Config:
-    """The config, with its tasks and its engine checked before a model is loaded.
+    """The config, with its tasks, its rewards and its engine checked before a model is loaded.
 
     `to_run`: the engine is going to sample, so what it needs must be installed. `for_gpus`: see `config.load`.
     """
     from mm_agrae import config as configs
     from mm_agrae import tasks
+    from mm_agrae.rewards import Rewarder
     from mm_agrae.rollout.engine import engine_class
 
     config = configs.load(path, overrides, for_gpus=for_gpus)
+    Rewarder(config.reward, config.rollout.max_new_tokens).close()
     for source in (*config.data.train, *config.data.evaluate):
         tasks.check(source)
     engine_class(config.rollout.engine, to_run=to_run)
@@ -185,6 +194,10 @@ def _train(arguments: argparse.Namespace) -> int:
         _show_summary(trainer.reporter, summary)
         trainer.reporter.say(f"checkpoint  {trainer.newest_checkpoint()}")
         trainer.reporter.say(f"report      {write_report(run_dir)}")
+        errors = summary["reward_errors"]
+        for kind, count in errors["kinds"].items():
+            trainer.reporter.say(f"reward error, {count:,} times: {kind}")
+        return 3 if errors["share"] > ERRORS_WITHOUT_NOTICE else 0
     return 0
 
 
@@ -241,6 +254,18 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.launch_plan:
         return _show_launch_plan(config)
     return evaluate_checkpoints(models, paths, config, Path(arguments.out))
+
+
+def _data(arguments: argparse.Namespace) -> int:
+    """Show what a data set is read as: format, columns, first rows, prompt lengths, bad rows, and gold answers that
+    are graded as wrong. Of a path, `split=test` is an option of its task, and model.path=MODEL the model whose tokens
+    are counted. Status 1 if a run would stop at a row.
+    """
+    from mm_agrae.progress import Reporter
+    from mm_agrae.view.sample import config_of, show_data
+
+    config = config_of(arguments.config, arguments.overrides)
+    return int(show_data(config, Reporter(), count=arguments.n, out=arguments.out) > 0)
 
 
 def _sample(arguments: argparse.Namespace) -> int:

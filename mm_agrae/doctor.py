@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from mm_agrae import config as configs
-from mm_agrae import tasks
 from mm_agrae.config import Config
 from mm_agrae.errors import ConfigError, UserError
+from mm_agrae.model.checking import cores, report
 from mm_agrae.model.compat import prepare
 from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.model.memory import GIB, MemoryEstimate, estimate, judge, remedies, shown
@@ -149,20 +149,20 @@ class _Report:
         return size
 
     def data(self) -> int | None:
-        """Load every source; returns the number of training rows, or None if one is missing."""
+        """Read every row of every source; returns the number of training rows, or None if one is missing."""
         self._section("data")
         data, rows, complete = self.config.data, 0, True
         for split in ("train", "evaluate"):
             for source in getattr(data, split):
                 try:
-                    task = tasks.load_all([source], on_bad_row=data.on_bad_row)
+                    task, lines = report(source, self.config, self.reporter)
                 except Exception as error:  # a user's task may fail in any way
                     kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                     self._line(False, f"{split} {source.label}: {kind}{error}")
                     complete &= split != "train"
                     continue
-                skipped = f", {len(task.skipped)} left out" if task.skipped else ""
-                self._line(len(task) > 0, f"{split} {source.label}: {len(task):,} rows{skipped}")
+                for number, (ok, text) in enumerate(lines):
+                    self._line(ok, text if number else f"{split} {text}")
                 if split == "train":
                     rows += len(task)
         return rows if complete else None
@@ -269,8 +269,7 @@ def launch_plan(config: Config, environment: Mapping[str, str]) -> tuple[str, ..
         raise ConfigError(f"PROCESSES={wanted}: expected a number from 1 on")
     chosen = environment.get("PARALLEL") or (parallel_strategy(config, processes) if gpus else "multi_gpu")
     # On a CPU more threads than cores in all slow every process down; beside a GPU cores would be idle.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(min(8, max(1, cores // processes)) if gpus else 1)
+    threads = str(min(8, max(1, cores() // processes)) if gpus else 1)
     engine = config.rollout.engine.removesuffix("_server")
     missing = engine == "vllm" and importlib.util.find_spec("vllm") is None
     threads = environment.get("OMP_NUM_THREADS") or threads

@@ -30,6 +30,10 @@ class ModelError(UserError):
     """A checkpoint cannot be loaded, or its family does not fit."""
 
 
+class RewardError(UserError):
+    """A reward part fails on too many completions."""
+
+
 class RunFolderError(UserError):
     """A run folder cannot be written or read."""
 
@@ -44,6 +48,16 @@ class OutOfMemoryError(UserError):
 
 class ProcessError(UserError):
     """Another process of the run has failed, is gone, or does not come."""
+
+
+SKIP = "data.on_bad_row=skip, which a run under way accepts too"
+"""The remedy for a bad row, as messages name it."""
+
+
+def with_skip(error: DataError) -> DataError:
+    """The error of a bad row that stops a run, with the remedy."""
+    text = str(error)
+    return DataError(text if "data.on_bad_row" in text else f"{text}; mend it or set {SKIP}")
 
 
 def one_line(error: Exception, limit: int = 300) -> str:

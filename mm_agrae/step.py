@@ -256,13 +256,14 @@ def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
 
 def one_line(values: dict[str, float], step: int, total_steps: int) -> str:
     """What a person wants to know of a step, from its metrics."""
+    errors = f"  reward errors {values['reward/errors']:.0f}" if values["reward/errors"] else ""
     return (
         f"step {step:{len(str(total_steps))}}/{total_steps}  "
         f"reward {values['reward/mean']:.3f}  correct {values['success/mean']:6.1%}  "
         f"ω {values['advantage/omega']:.2f}  mixed {values['groups/mixed']:4.0%}  "
         f"entropy {values['policy/entropy']:.3f}  "
         f"tokens {values['completions/mean_tokens']:.0f}  "
-        f"|g| {values['update/grad_norm']:.2f}  {values['seconds/total']:.1f} s"
+        f"|g| {values['update/grad_norm']:.2f}  {values['seconds/total']:.1f} s{errors}"
     )
 
 

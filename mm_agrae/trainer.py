@@ -20,6 +20,7 @@ from mm_agrae.batching import StepTable, plan_update
 from mm_agrae.config import Config
 from mm_agrae.errors import DataError
 from mm_agrae.evaluation.evaluate import evaluate_all
+from mm_agrae.model import checking
 from mm_agrae.model.memory import require_fit
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
@@ -36,6 +37,9 @@ from mm_agrae.run.versions import versions
 from mm_agrae.step import Updater, one_line, rollout_records, step_metrics
 from mm_agrae.tasks import load_all
 from mm_agrae.types import Group
+
+STEPS_AT_ZERO = 3
+"""After so many steps without a correct answer people are told."""
 
 
 class Trainer:
@@ -58,6 +62,7 @@ class Trainer:
         self.stop = StopRequest(lambda: self.reporter.say("stopping after this step; once more to stop at once"))
         self.steps_done = 0
         self.tokens_seen = 0
+        self.steps_at_zero = 0
         self._check_device()
         self._load_data()
         with self.processes.explained():
@@ -98,8 +103,11 @@ class Trainer:
         self.total_steps = configs.total_steps(self.config, len(self.task))
         plan = configs.plan(self.config, len(self.task), self.world)
         self.reporter.table(f"Plan of {self.config.run_dir}", ["what", "how much"], plan)
-        for message in self.task.skipped[:5]:
-            self.reporter.say(f"skipped {message}")
+        for message in [*self.task.notes, *(f"skipped {reason}" for reason in self.task.skipped[:5])]:
+            self.reporter.say(message)
+        problems = [checking.at_the_start(self.task, self.config, self.reporter)] if self.is_main else []
+        if problem := self.processes.gather(problems, "checking the data")[0]:
+            raise DataError(problem)
 
     def _load_model(self) -> None:
         """Processing, policy (sharded if asked for) and rollout engine."""
@@ -175,6 +183,7 @@ class Trainer:
                     if logger:
                         logger.log(self.steps_done, values)
                     self.reporter.say(one_line(values, self.steps_done, self.total_steps))
+                    self._warn_of_zeros(values)
                     advance(1)
                     if self._due(self.config.checkpoint.every):
                         self.save()
@@ -183,6 +192,16 @@ class Trainer:
             except Exception:
                 self._save_after_error()
                 raise
+
+    def _warn_of_zeros(self, values: dict[str, float]) -> None:
+        """Say so when no answer has been correct for some steps."""
+        self.steps_at_zero = 0 if values["success/mean"] > 0 else self.steps_at_zero + 1
+        if self.steps_at_zero == STEPS_AT_ZERO:
+            self.reporter.say(
+                f"warning: no answer was correct in {STEPS_AT_ZERO} steps. Either the problems are too hard, or "
+                "completions are cut off (rollout.max_new_tokens), or gold answers and grading do not fit: see "
+                f"`mm-agrae data CONFIG` and `mm-agrae report {self.config.run_dir}`"
+            )
 
     def step(self) -> dict[str, float]:
         """One rollout and its optimiser steps. Returns the metrics of the step."""
@@ -379,6 +398,13 @@ class Trainer:
         done = stage in ("log", "checkpoint", "evaluate")
         self.processes.note(stage, self.steps_done + (not done))
 
+    def _reward_errors(self) -> dict[str, Any]:
+        """Completions with a failed reward part in all steps; each kind of failure since this process started."""
+        rows = self.run.read_metrics()
+        failed, all_ = (sum(row.get(name, 0) for row in rows) for name in ("reward/errors", "completions/count"))
+        kinds = dict(self.collector.rewarder.error_counts)
+        return {"completions": int(failed), "share": failed / max(1, all_), "kinds": kinds}
+
     def _write_summary(self) -> dict[str, Any]:
         """The figures of the whole run, as in its summary.json."""
         if not self.is_main:
@@ -391,6 +417,7 @@ class Trainer:
             "seconds": self.stopwatch.wall_seconds(),
             "tokens": self.tokens_seen,
             "rows_skipped": self.collector.rows_skipped,
+            "reward_errors": self._reward_errors(),
             "peak_memory_mb": metrics.peak_memory_mb(),
             "versions": versions(),
         }

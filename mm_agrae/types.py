@@ -36,7 +36,11 @@ class Example:
 
     `<image>` markers in `question` say where the images go; without markers they come first. `grading` are keyword
     arguments of `grading.accuracy.verify` (for instance `{"kind": "choice", "choices": ["12", "15"]}`). `origin` names
-    the file and row for error messages. `meta` is copied into the rollout records.
+    the file and row for error messages. `meta` is copied into the rollout records. `columns` are those of the row but
+    for its images, for rewards. `system` is the row's own system turn (empty: `prompt.system`), `history` the turns
+    before the question, as ("user" or "assistant", text); their markers stand for the first of the images.
+    `image_sizes` and `shown_sizes`, width and height in pixels of each image as stored and as the model sees it, are
+    there once the prompt has been made.
     """
 
     id: str
@@ -46,6 +50,11 @@ class Example:
     grading: Mapping[str, Any] = field(default_factory=dict)
     origin: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
+    columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
+    system: str = ""
+    history: tuple[tuple[str, str], ...] = ()
+    image_sizes: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    shown_sizes: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +98,7 @@ class Score:
     """The verdict on one completion.
 
     `reward` is the weighted sum of `parts`, which holds those that apply; `success` says whether the final answer is
-    correct. `error` names the part that failed or timed out ("" if none); such a completion counts as incorrect.
+    correct. `error` names the part that failed or timed out ("" if none), which counts 0.
     """
 
     reward: float

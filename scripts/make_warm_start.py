@@ -27,11 +27,11 @@ from typing import Any
 import numpy as np
 import teacher
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from teacher import PICTURE_PX, Turn
 
 from mm_agrae.model import vision_tower
 from mm_agrae.model.compat import prepare
+from mm_agrae.progress import Reporter
 from mm_agrae.tasks.synthetic import drawing
 from mm_agrae.tasks.synthetic.figures import FIGURES
 from mm_agrae.tasks.synthetic.problems import KINDS, Problem
@@ -396,15 +396,8 @@ def optimise(
         torch.optim.AdamW(rest, weight_decay=0.0, betas=(0.9, 0.98)),
     ]
     every = [p for group in matrices + rest for p in group["params"]]
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bar:
-        task, running, started = bar.add_task(title, total=steps), 0.0, time.time()
+    reporter, running, started = Reporter(), 0.0, time.time()
+    with reporter.bars(), reporter.bar(title, steps) as advance:
         for step in range(steps):
             loss = loss_at(step)
             loss.backward()
@@ -415,11 +408,10 @@ def optimise(
                 optimizer.step()
                 optimizer.zero_grad()
             running = loss.item() if step == 0 else 0.98 * running + 0.02 * loss.item()
-            bar.update(task, advance=1, description=f"{title}, loss {running:.3f}")
-            if step % 100 == 99 and not bar.console.is_terminal:
-                print(f"{title}: step {step + 1} of {steps}, loss {running:.3f}", flush=True)
+            advance(1)
+            if step % 100 == 99 or step + 1 == steps:
+                reporter.say(f"{title}: step {step + 1} of {steps}, loss {running:.3f}, {time.time() - started:.0f} s")
             on_step(step + 1)
-        bar.console.print(f"{title}: {steps} steps, loss {running:.3f}, {time.time() - started:.0f} s")
 
 
 class Batches:

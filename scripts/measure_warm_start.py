@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.progress import Progress
 from teacher import NAME_IT, PICTURE_PX, READ_IT, naming, reading
 
 from mm_agrae import config as configs
@@ -50,12 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     config = configs.load(
         str(ROOT / "configs" / "quickstart.yaml"),
-        [
-            f"evaluate.samples={args.samples}",
-            "evaluate.greedy=true",
-            "evaluate.batch_completions=256",
-            "reward.parts.rule=0",
-        ],
+        [f"evaluate.samples={args.samples}", "evaluate.greedy=true", "evaluate.batch_completions=256"],
     )
     processing, _, engine = build_engine(config, args.model)
     with contextlib.closing(engine):
@@ -81,14 +75,14 @@ def sight(engine: Any, processing: Any, config: configs.Config, pictures: int, c
     shown = {"as drawn": images, "blanked": [blank] * len(images), "swapped": images[7:] + images[:7]}
     score: dict[str, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     taken: Counter[tuple[str, str]] = Counter()
-    with Progress() as bar:
-        work = bar.add_task("sight", total=len(shown) * len(asked))
+    reporter = Reporter()
+    with reporter.bars(), reporter.bar("sight", len(shown) * len(asked)) as advance:
         for how, pictured in shown.items():
             prompts = [
                 processing.prompt(Example(id=str(k), question=row[1], answer=row[2], images=(image,)))
                 for k, (row, image) in enumerate(zip(asked, pictured, strict=True))
             ]
-            groups = engine.generate(prompts, 1, greedy, range(len(prompts)), lambda n: bar.advance(work, n))
+            groups = engine.generate(prompts, 1, greedy, range(len(prompts)), advance)
             for (title, _, truth, problem, _), (completion,) in zip(asked, groups, strict=True):
                 said = completion.text.strip()
                 score[title][how].append(said == truth)
@@ -100,7 +94,7 @@ def sight(engine: Any, processing: Any, config: configs.Config, pictures: int, c
         [title, str(len(found["as drawn"])), *(f"{np.mean(found[how]):.1%}" for how in shown)]
         for title, found in score.items()
     ]
-    Reporter().table(f"sight, {pictures} held-out images", ["", "images", *shown], rows)
+    reporter.table(f"sight, {pictures} held-out images", ["", "images", *shown], rows)
     if confusions:
         for (truth, said), count in taken.most_common(20):
             print(f"  {truth} taken for {said!r}: {count}")
@@ -109,17 +103,13 @@ def sight(engine: Any, processing: Any, config: configs.Config, pictures: int, c
 def policy(engine: Any, processing: Any, config: configs.Config, problems: int) -> None:
     modality = "image" if processing.is_multimodal else "text"
     task = SyntheticTask("test", size=problems, seed=SEED, modality=modality)
-    with Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder, Progress() as bar:
-        work = bar.add_task("policy", total=problems * (config.evaluate.samples + 1))
-        found = run(
-            engine,
-            processing,
-            rewarder,
-            task,
-            range(problems),
-            config.evaluate,
-            on_progress=lambda n: bar.advance(work, n),
-        )
+    reporter, total = Reporter(), problems * (config.evaluate.samples + 1)
+    with (
+        Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder,
+        reporter.bars(),
+        reporter.bar("policy", total) as advance,
+    ):
+        found = run(engine, processing, rewarder, task, range(problems), config.evaluate, on_progress=advance)
     kinds: dict[str, list[int]] = defaultdict(list)
     correct, rule = [], []
     for place, each in enumerate(found):
@@ -142,7 +132,7 @@ def policy(engine: Any, processing: Any, config: configs.Config, problems: int) 
             [kind, str(len(places)), *(f"{v:.1%}" for v in values), f"{named.mean():.1%}", _share(named[right])]
         )
     header = ["", "problems", *(f"pass@{k}" for k in ks), "correct rule", "... of correct answers"]
-    Reporter().table(f"policy ({modality}), {samples} samples", header, rows)
+    reporter.table(f"policy ({modality}), {samples} samples", header, rows)
     often = solved_PN.mean(1)
     rare = np.mean((often >= RARE[0]) & (often < RARE[1]))
     several = np.mean([len(each.example.meta["ways"]) > 1 for each in found])

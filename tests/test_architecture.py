@@ -12,7 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "mm_agrae"
 LAYERS = [
     {"__init__", "errors", "types", "advantage", "loss", "progress", "grading"},
     {"config", "out_of_memory"},
-    {"batching", "parallel", "tasks", "rewards"},
+    {"batching", "parallel", "tasks"},
+    {"rewards"},
     {"model"},
     {"run"},
     {"rollout", "step"},

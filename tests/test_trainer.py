@@ -278,13 +278,14 @@ def test_a_reward_function_that_raises_is_counted_and_named(tmp_path):
         "    return 1.0\n"
     )
     part = f"{tmp_path / 'mine.py'}:reward"
-    train(tmp_path / "run", reward={"parts": {"accuracy": 1.0, part: 0.5}}, evaluate={"before": False, "after": False})
+    reward = {"parts": {"accuracy": 1.0, part: 0.5}, "max_failed": 0.99}
+    train(tmp_path / "run", reward=reward, evaluate={"before": False, "after": False})
     run = RunFolder(tmp_path / "run")
     records = [r for step in (1, 2) for r in run.read_rollouts(step)]
     raised = [r for r in records if r["error"]]
     assert 0 < len(raised) < len(records)
     assert all("ValueError" in r["error"] and "reward" in r["error"] for r in raised)
-    assert all(not r["success"] for r in raised)
+    assert all(r["success"] == (r["parts"]["accuracy"] == 1) for r in raised)
     assert sum(row["reward/errors"] for row in run.read_metrics()) == len(raised)
 
 

@@ -25,8 +25,10 @@ def plan(config: Config, train_rows: int, processes: int = 1) -> list[tuple[str,
     tokens = completions * rollout.max_new_tokens
     policy = "on-policy" if optimiser_steps == 1 else "off-policy after the first"
     epochs = steps * prompts / train_rows
+    left = (config.train.epochs or 0) * train_rows - steps * prompts
+    dropped = f"; {left} of the last epoch are not used: a step takes {prompts}" if left > 0 else ""
     return [
-        ("training rows", f"{train_rows:,} ({epochs:.2f} epochs)"),
+        ("training rows", f"{train_rows:,} ({epochs:.2f} epochs{dropped})"),
         ("steps (rollouts)", f"{steps:,}"),
         (
             "per step",
@@ -47,6 +49,8 @@ RESUMABLE = (
     "checkpoint",
     "log",
     "data.evaluate",
+    "data.check",
+    "prompt.max_tokens",
     "train.timeout_minutes",
     "train.check_memory",
     "train.deterministic",
@@ -65,7 +69,8 @@ RESUMABLE = (
     "rollout.vllm.memory_fraction",
     "rollout.vllm.sleep",
 )
-"""What a resumed run may change: nothing here has a say in the weights, but for rounding."""
+"""What a resumed run may change: nothing here has a say in the weights, but for rounding and for rows left out as bad.
+`data.on_bad_row` may become skip as well: the rows that were read stay the same."""
 
 
 def contradictions(config: Config, earlier: Config) -> list[str]:
@@ -78,6 +83,8 @@ def contradictions(config: Config, earlier: Config) -> list[str]:
             continue
         if key in ("train.steps", "train.epochs") and config.update.schedule == "constant":
             continue  # a longer or shorter run with a constant rate is the same run
+        if key == "data.on_bad_row" and new[key] == "skip":
+            continue
         found.append(f"{key}: {old.get(key)!r} -> {new.get(key)!r}")
     return found
 

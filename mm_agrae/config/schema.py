@@ -96,11 +96,14 @@ class DataSection(Section):
     shuffle: bool = True
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row that cannot be used does: stop the run, or be counted and left out."""
+    check: Literal["off", "sample", "all"] = "sample"
+    """Before training: grade the gold answers of some rows against themselves (sample), or read every row, image and
+    prompt length in parallel processes (all), as `mm-agrae doctor` does. A bad row then ends the run at its start."""
 
 
 class PromptSection(Section):
     system: str = ""
-    """System prompt; empty for none."""
+    """System prompt of rows that have none of their own; empty for none."""
     instruction: str = ""
     """Appended to the question, after a line break."""
     max_tokens: PositiveInt = 1024
@@ -242,9 +245,16 @@ class OverlongPenalty(Section):
 class RewardSection(Section):
     parts: dict[str, float] = Field(default={"accuracy": 1.0}, min_length=1)
     """Weight of each part: accuracy, format, rule, or your own as "module:function". One of weight 0 is a metric:
-    measured and shown, without a say in the reward. Accuracy alone decides success, whatever its weight."""
+    measured and shown, without a say in the reward."""
+    success: str = "accuracy"
+    """The part that alone decides whether a completion is solved, whatever its weight."""
+    success_at: float = 1.0
+    """Its least value for a solved one, such as 0.5 for the overlap of two boxes."""
+    max_failed: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """A part that fails on more than this share of a step's completions ends the run."""
     time_limit_s: Annotated[float, Field(gt=0)] = 1.0
-    """Per answer. A part that takes longer is stopped, counted, and scores as unsolved."""
+    """Per answer, of computing; waiting, as for a server, may take five times as long. A part that takes longer is
+    stopped and counted, and scores 0."""
     workers: PositiveInt = 1
     memory_limit_mb: PositiveInt = 2048
     answer_after_thinking: bool = True
@@ -253,10 +263,10 @@ class RewardSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RewardSection:
-        if "accuracy" not in self.parts:
+        if self.success not in self.parts:
             raise ValueError(
-                "reward.parts must hold accuracy, which decides success; give it weight 0 if "
-                "only your own function should be rewarded"
+                f"reward.parts must hold {self.success}, which decides success; give it weight 0 if only another part "
+                "should be rewarded, or name the part that decides by reward.success"
             )
         return self
 

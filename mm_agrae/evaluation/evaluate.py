@@ -18,7 +18,7 @@ import torch
 
 from mm_agrae import config as configs
 from mm_agrae.config import Config, EvaluateSection
-from mm_agrae.errors import ConfigError, DataError
+from mm_agrae.errors import ConfigError, DataError, with_skip
 from mm_agrae.evaluation.statistics import summarise
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
@@ -115,9 +115,9 @@ def run(
     for index in indices:
         try:
             prompts.append(processing.prompt(task[index]))
-        except DataError:
+        except DataError as error:
             if on_bad_row == "error":
-                raise
+                raise with_skip(error) from None
             continue
         problems.append(EvaluatedProblem(index, prompts[-1].example, list(prompts[-1].images), []))
     decodings = [(range(section.samples), section)]
@@ -132,7 +132,7 @@ def run(
             for problem, group in zip(problems, groups, strict=True)
             for number, completion in zip(numbers, group, strict=bool(group))
         ]
-        scores = rewarder.score([p.example for p, _, _ in sampled], [c for _, _, c in sampled])
+        scores = rewarder.score([p.example for p, _, _ in sampled], [c for _, _, c in sampled], stop=True)
         for (problem, number, completion), score in zip(sampled, scores, strict=True):
             problem.records.append(_sample_record(problem.example, number, completion, score))
     if refused and on_bad_row == "error":

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 from mm_agrae.grading import formulas
 from mm_agrae.grading.equivalence import Symbolic, same
 from mm_agrae.grading.extraction import PLACES, Place, check, final_answer, readings
+from mm_agrae.grading.languages import YES_NO
 from mm_agrae.grading.notation import as_text, normalise
 from mm_agrae.grading.quantities import Rules, Units
 
@@ -131,7 +132,8 @@ def _plain(text: str) -> str:
 
 
 def _yes_or_no(text: str) -> str | None:
-    words = re.findall(r"[a-z]+", _plain(text).lower())
+    text = _plain(text).lower()
+    words = re.findall(r"[a-z]+", YES_NO.get(text.strip("。！!،,"), text))
     if not words or words[0] not in ("yes", "no"):
         return None
     opposite = "no" if words[0] == "yes" else "yes"

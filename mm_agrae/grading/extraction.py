@@ -3,9 +3,12 @@ r"""Finds the final answer in a completion."""
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
-Place = Literal["boxed", "answer_is", "tag", "end"]
+from mm_agrae.grading.languages import in_english
+from mm_agrae.grading.quantities import unit
+
+Place = Literal["boxed", "answer_is", "tag", "a_colon", "end"]
 PLACES: tuple[Place, ...] = ("boxed", "answer_is", "tag", "end")
 _TAIL = 20_000  # characters at the end that are searched
 
@@ -67,9 +70,12 @@ def extract_answer(
     * `answer_is`: what follows the last "answer is", "Answer:" or "####", up to the end of the
       sentence.
     * `tag`: the last `<answer>…</answer>`.
+    * `a_colon` (only if asked for): the last line "A: …".
     * `end`: a completion of one line and at most `bare_limit` characters is itself the answer;
       otherwise the formula or number at the end of the last sentence, or the only one in it. A
       completion that was cut off has no such end.
+
+    The phrases around an answer may be English, Chinese, Japanese, Arabic, Hindi, French, German or Spanish.
 
     `after_thinking`: only text outside the reasoning section counts; if that is never closed there is no answer. A
     closing tag alone ends a section that the prompt has opened; without any tag the whole completion counts.
@@ -90,7 +96,7 @@ def readings(
 ) -> list[str]:
     """Candidates for the final answer; of a sentence: all of it, its number, …"""
     for place in answer_in:
-        check("answer_in", place, PLACES)
+        check("answer_in", place, get_args(Place))
     text = _outside_thinking(completion, *think_tags) if after_thinking else completion
     if text is None:
         return []
@@ -102,6 +108,9 @@ def readings(
             found = _after_answer_is(text)
         elif place == "tag":
             found = _in_tag(text, answer_tag)
+        elif place == "a_colon":
+            lines = _A_COLON.findall(text[-_TAIL:])
+            found = _said(in_english(lines[-1])) if lines else None
         else:
             found = _at_the_end(text, bare_limit)
         if found is not None:
@@ -177,12 +186,13 @@ _ANSWER_IS = re.compile(
     r"|\bfinal answer(?:[\s*_]*\n|\s+(?=[\d$\\-])))[\s*_:：]*",
     re.IGNORECASE,
 )
+_A_COLON = re.compile(r"^[ \t*_#>]*A[*_]*[ \t]?[:：][ \t*_]*(\S.*?)[ \t*_]*$", re.MULTILINE)
 _DELIMITED = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)", re.DOTALL)
 _SENTENCE_END = re.compile(r"[.?](?=\s|$)|\n|,?\s+(?:because|since|which|so that|where)\b|,\s+so\b")
 
 
 def _after_answer_is(text: str) -> list[str] | None:
-    text = text[-_TAIL:]
+    text = in_english(text[-_TAIL:])
     ends = [marker.end() for marker in _ANSWER_IS.finditer(text)]
     if not ends:
         return None
@@ -202,17 +212,20 @@ _FORMULA = re.compile(
 _NUMBER = r"[-−+]?\s?[$€£]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:[.,]\d+)?(?:\s?/\s?\d+)?(?:\s?%|°)?"
 _LONE_NUMBER = re.compile(rf"(?<![\w.,/^\\{{])(?=[-−+$€£.\d]){_NUMBER}(?![\w^/]*\d|[/^\\{{]|[a-eknt-z]\b)")
 _SUM = re.compile(rf"(?:^|[\s(])[$\d][\d\s.,+*/×x·()$%−-]*=\s*(?P<total>{_NUMBER})(?![\w.,/^]*\d|[/^\\])(?!.*\d)")
+_UNIT_AFTER = re.compile(r"\s?(?:(?:square|cubic|sq|cu)\.? )?[^\W\d_]+(?:[²³]|\^[23])?(?:/[^\W\d_]+)?")
 _OPERATOR = re.compile(r"[=^\\<>|{}_]|\d\s*[+*×·/−-]|[+*×·/]\s*\d")
 _GIVES = re.compile(
     r".*\b(?:is|are|was|were|be|equals?|equal to|it's|gives?|gets?|have|has)\b[\s:*_]*(?=\S)",
     re.IGNORECASE | re.DOTALL,
 )
-_HENCE = re.compile(r"(?:therefore|thus|hence|so|then|finally|in conclusion)\b[\s,:]*", re.IGNORECASE)
+_HENCE = re.compile(r"\b(?:therefore|thus|hence|so|then|finally|in conclusion)\b[\s,:]*", re.IGNORECASE)
 _CHOSEN = re.compile(r"\(([A-J])\)|\b(?:[Oo]ption|[Cc]hoice)\s+\(?\**([A-J])\b")
+_REFUTED = re.compile(r"\b(?:false|wrong|incorrect|fausse|falsch|incorrecta)\b", re.IGNORECASE)
 _INSTEAD = re.compile(r"[,(]\s*(?:and )?not\b|\b(?:rather than|instead of)\b")
 # "is not 5", "step 5", and a sentence that was cut off: "so there are 5 of"
 _UNSAID = re.compile(
-    r"(?:\b(?:not|cannot|never|nor)|n't)\b(?:\s+(?:be|equal|to|option|choice))*[\s$*\\(]*(?:-?\d[\d.,/]*(?!.*\d)|[A-J]\b)"
+    r"(?:\b(?:not|cannot|never|nor|than|at least|at most)|n't)\b(?:\s+(?:be|equal|to|option|choice))*"
+    r"[\s$*\\(]*(?:-?\d[\d.,/]*(?!.*\d)|[A-J]\b)"
     r"|\b(?:step|page|case|figure|problem|question|part|equation|example)\s*\d"
     r"|(?:\b(?:of|the|to|and|or|is|are|an?|in|for|with|by|that|then|so|we|which)|[=+,:(-])$",
     re.IGNORECASE,
@@ -246,9 +259,9 @@ def _said(sentence: str) -> list[str]:
     given = [sentence]
     if found := list(_FORMULA.finditer(sentence)):
         given = _formula_said(sentence, found) + given
-    elif re.search(r"[^\W\d_]{2}", sentence):
+    elif re.search(r"[^\W\d_]{2}|[\u0900-\u097f]", sentence):
         given += _number_said(sentence)
-    letters = {first or second for first, second in _CHOSEN.findall(sentence)}
+    letters = set() if _REFUTED.search(sentence) else {one or other for one, other in _CHOSEN.findall(sentence)}
     return given + (list(letters) if len(letters) == 1 else [])
 
 
@@ -271,12 +284,16 @@ def _number_said(sentence: str) -> list[str]:
             return [_bare(rest)]
     if sums := list(_SUM.finditer(sentence)):
         return [sums[-1]["total"]]
-    found = [match[0] for match in _LONE_NUMBER.finditer(sentence) if re.search(r"\d", match[0])]
-    return found if len(found) == 1 and not _OPERATOR.search(sentence) else []
+    found = [match for match in _LONE_NUMBER.finditer(sentence) if re.search(r"\d", match[0])]
+    if len(found) != 1 or _OPERATOR.search(sentence):
+        return []
+    measured = _UNIT_AFTER.match(sentence, found[0].end())
+    known = measured and (said := unit(measured[0])) and said.known
+    return [found[0][0] + (measured[0] if measured and known else "")]
 
 
 def _at_the_end(text: str, bare_limit: int) -> list[str] | None:
-    text = _POLITE.sub("", text[-_TAIL:].strip()[-2 * _LONGEST_SENTENCE :])
+    text = _POLITE.sub("", in_english(text[-_TAIL:].strip()[-2 * _LONGEST_SENTENCE :])).strip()
     said: list[str] = []
     if yes_no := re.match(r"\W{0,3}((?:yes|no)\b[^.\n]{0,200})", text, re.IGNORECASE):
         said.append(yes_no[1])
@@ -299,4 +316,4 @@ def _at_the_end(text: str, bare_limit: int) -> list[str] | None:
 def _in_tag(text: str, tag: str) -> list[str] | None:
     end = text.rfind(f"</{tag}>")
     start = text.rfind(f"<{tag}>", 0, max(end, 0))
-    return None if start < 0 else _said(text[start + len(tag) + 2 : end])
+    return None if start < 0 else _said(in_english(text[start + len(tag) + 2 : end]))

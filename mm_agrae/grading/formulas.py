@@ -104,7 +104,7 @@ def symbolic(gold: str, answer: str, tolerance: float | None) -> bool:
         return False
     try:
         if isinstance(g, Expr) and isinstance(a, Expr):
-            verdict = _same_values(g, a, gold, answer, tolerance)
+            verdict = _same_values(g, a, gold, answer, tolerance, real)
             if verdict is not None:
                 return verdict
         from math_verify import verify
@@ -115,7 +115,7 @@ def symbolic(gold: str, answer: str, tolerance: float | None) -> bool:
         return False
 
 
-def _same_values(g: Any, a: Any, gold: str, answer: str, tolerance: float | None) -> bool | None:
+def _same_values(g: Any, a: Any, gold: str, answer: str, tolerance: float | None, real: bool) -> bool | None:
     from sympy import I, Rational, Symbol
 
     unit_i = {s: I for s in g.free_symbols | a.free_symbols if s.name == "i"}
@@ -138,8 +138,8 @@ def _same_values(g: Any, a: Any, gold: str, answer: str, tolerance: float | None
             for index, unknown in enumerate(unknowns)
         }
         g_value, a_value = _evaluate(g.subs(point)), _evaluate(a.subs(point))
-        if g_value is None or a_value is None:
-            continue
+        if g_value is None or a_value is None or (real and g_value.imaginary and a_value.imaginary):
+            continue  # a root of a negative number: neither formula is meant there
         if not _near(g_value, a_value):
             return False
         agreements += 1

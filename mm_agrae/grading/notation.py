@@ -25,7 +25,9 @@ _TRANSLATE = str.maketrans("−–‐÷⁄∕∶，：（）％’", "---///:,:(
             char: r"\frac{{{}}}{{{}}}".format(*unicodedata.normalize("NFKC", char).split("⁄"))
             for char in "½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞"
         },
-        **{chr(0xFF10 + digit): str(digit) for digit in range(10)},
+        # Full-width, Arabic, Persian and Devanagari digits, and the Arabic decimal point.
+        **{chr(zero + digit): str(digit) for zero in (0xFF10, 0x660, 0x6F0, 0x966) for digit in range(10)},
+        **{"٫": ".", "٬": ",", "٪": "%", "．": ".", "、": ","},
         **{chr(0x1D7CE + place): str(place % 10) for place in range(50)},  # bold, double-struck, ...
         **dict.fromkeys("\u00a0\u2002\u2003\u2009\u202f", " "),
         # Invisible and harmless: soft hyphen, zero-width space and joiners, byte order mark.

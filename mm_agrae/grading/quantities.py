@@ -114,6 +114,16 @@ class Unit(NamedTuple):
 _UNIT_TABLE = """
 length: 1 m meter metre, 1000 km kilometer kilometre, 1/10 dm decimeter decimetre
 length: 1/100 cm centimeter centimetre, 1/1000 mm millimeter millimetre
+length: 1 米 メートル mètre metro, 1 متر, 1000 千米 公里 كم kilomètre kilómetro, 1/10 分米, 1/1000 毫米 ミリメートル
+length: 1/100 سم 厘米 公分 センチメートル センチ zentimeter centimètre centímetro
+mass: 1 克 グラム gramm gramme gramo, 1000 千克 公斤 キログラム kilo, 1/1000 毫克, 1000000 吨
+time: 1 秒 sekunde seconde segundo, 60 分钟 minuto, 3600 小时 时 時間 stunde heure hora, 86400 天 日 tag jour día
+calendar: 1 个月 月 ヶ月, 12 年
+volume: 1 升 リットル litro, 1/1000 毫升 ミリリットル
+angle: 1 度 grad degré grado
+celsius: 1 摄氏度
+yuan: 1 元 yuan, 1/10 角
+yen: 1 円 yen
 length: 127/5000 in inch inche, 381/1250 ft foot feet, 1143/1250 yd yard, 201168/125 mi mile
 mass: 1 g gm gram, 1000 kg kilogram, 1/1000 mg milligram
 mass: 45359237/100000 lb lbs pound, 45359237/1600000 oz ounce
@@ -136,8 +146,11 @@ _UNITS = {
     for name in names
 }
 _SHORTHAND = {"mph": "mile/hour", "kmh": "km/hour", "kph": "km/hour", "cc": "cm^3"}
-_ONE_UNIT = re.compile(r"(square|sq|cubic|cu)?\s*(.*?)\s*(squared|cubed)?\s*(?:\^?\s*\{?\s*([23])\s*\}?)?")
+_ONE_UNIT = re.compile(
+    r"(square|sq|cubic|cu|平方|立方|quadrat)?\s*(.*?)\s*(squared|cubed|carrés?|cuadrados?)?\s*(?:\^?\s*\{?\s*([23])\s*\}?)?"
+)
 _POWERS = {"square": 2, "sq": 2, "squared": 2, "cubic": 3, "cu": 3, "cubed": 3}
+_POWERS |= dict.fromkeys(("平方", "quadrat", "carré", "carrés", "cuadrado", "cuadrados"), 2) | {"立方": 3}
 
 
 @lru_cache(maxsize=1024)
@@ -148,7 +161,7 @@ def unit(text: str) -> Unit | None:
     text = _SHORTHAND.get(text, text)
     dimension: dict[str, int] = {}
     factor, known = Fraction(1), True
-    for position, part in enumerate(re.split(r"\s*/\s*|\s+per\s+|\s+an?\s+", text)):
+    for position, part in enumerate(re.split(r"\s*/\s*|\s+per\s+|\s+an?\s+|\s*每\s*", text)):
         match = _ONE_UNIT.fullmatch(part)
         assert match is not None  # every group may be empty
         power = _POWERS.get(match[1] or match[3] or "") or int(match[4] or 1)
@@ -188,11 +201,20 @@ class Quantity(NamedTuple):
 _DEGREES = re.compile(r"(.*\S)\s*\^\\circ\s*(?:\\text\{\s*)?([TCF]?)\s*\}?")
 _TEXT_UNIT = re.compile(r"(.*?[^\s/])((?:\s*/?\s*\\text\{[^{}]*\}\s*(?:\^\s*\{?\s*-?\d\s*\}?)?)+)\s*", re.DOTALL)
 _PLAIN_UNIT = re.compile(
-    r"(.*(?:[\d)}\]]|\\pi))(\s*)([A-Za-z]+(?:\.? [A-Za-z]+)*\.?(?:\s*\^?\s*\{?[23]\}?)?"
+    r"(.*(?:[\d)}\]]|\\pi))(\s*)([A-Za-zÀ-ÿ]+(?:\.? [A-Za-zÀ-ÿ]+)*\.?(?:\s*\^?\s*\{?[23]\}?)?"
     r"(?:\s*/\s*[A-Za-z]+)?)"
 )
 # Text after a formula that is not just a name of what is counted.
 _NO_UNIT = re.compile(r"\\text\{\s*.{0,2}\}|\b(?:if|for|when|where|otherwise|is|are|to|at|not|no)\b")
+
+
+_ASIAN = "|".join(
+    sorted((name for name in _UNITS if re.match("[\u0600-\u06ff\u3040-\u9fff]", name)), key=len, reverse=True)
+)
+_ASIAN_UNIT = re.compile(
+    rf"(.*(?:[\d)}}\]]|\\pi))\s*((?:平方|立方)?(?:{_ASIAN})(?:\s*[/每]\s*(?:{_ASIAN}))?"
+    r"|[个個名人只本张种次条棵件辆支块页岁匹枚](?:(?![以多左不到上下])[\u4e00-\u9fff]){0,4})"
+)
 
 
 @lru_cache(maxsize=4096)
@@ -209,6 +231,8 @@ def quantity(text: str) -> Quantity:
         counted = not symbol if number(match[1]) else not _NO_UNIT.search(match[2])
         if found.known or counted:
             return Quantity(match[1].strip(), found)
+    if (match := _ASIAN_UNIT.fullmatch(text)) and (found := unit(match[2])):
+        return Quantity(match[1].strip(), found)
     if (match := _PLAIN_UNIT.fullmatch(text)) and (found := unit(match[3])):
         head, space, name = match.groups()
         counted = number(head) is not None and re.match(r"[a-zA-Z]{3,}", name) is not None

@@ -13,12 +13,13 @@ import itertools
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
 from mm_agrae.config import PromptSection
-from mm_agrae.errors import DataError, ModelError, one_line
+from mm_agrae.errors import SKIP, DataError, ModelError, one_line
 from mm_agrae.model.compat import prepare
 from mm_agrae.model.loading import cannot_load
 from mm_agrae.model.lora import model_and_adapter
@@ -146,10 +147,15 @@ class Processing:
         question = example.question
         if self.settings.instruction:
             question = f"{question}\n{self.settings.instruction}"
-        if found := self._control.search(question):
-            raise DataError(f"{where}: the question holds the control token {found[0]}; remove it")
-        images = [self._image(source, where) for source in example.images]
-        text = self._render(_content(question, len(images), where))
+        for text in (question, example.system, *(text for _, text in example.history)):
+            if found := self._control.search(text):
+                raise DataError(f"{where}: the question holds the control token {found[0]}; remove it")
+        originals = [open_image(source, origin=where) for source in example.images]
+        images = [self._shown(image, where) for image in originals]
+        if images:
+            sizes = [tuple(image.size for image in each) for each in (originals, images)]
+            example = replace(example, image_sizes=sizes[0], shown_sizes=sizes[1])
+        text = self._render_example(example, question, where)
         # The template writes all control tokens itself, BOS included.
         options: dict[str, Any] = {"return_tensors": "pt", "add_special_tokens": False}
         if images:
@@ -162,8 +168,8 @@ class Processing:
         if len(token_ids) > self.settings.max_tokens:
             raise DataError(
                 f"{where}: the prompt is {len(token_ids)} tokens, more than prompt.max_tokens = "
-                f"{self.settings.max_tokens}; raise it, lower prompt.max_pixels, or set "
-                "data.on_bad_row=skip"
+                f"{self.settings.max_tokens}; raise it (for a new run lower prompt.max_pixels), or set "
+                f"{SKIP}"
             )
         return Prompt(
             example=example,
@@ -228,10 +234,9 @@ class Processing:
     def save(self, folder: str) -> None:
         self.processor.save_pretrained(folder)
 
-    def _image(self, source: Any, where: str) -> Any:
+    def _shown(self, image: Image.Image, where: str) -> Any:
         from qwen_vl_utils import fetch_image
 
-        image = open_image(source, origin=where)
         low, high = self._pixel_budget()
         request = {"image": image, "min_pixels": low, "max_pixels": high}
         try:
@@ -293,10 +298,32 @@ class Processing:
             )
         return template
 
-    def _render(self, content: Any, answer: str | None = None) -> str:
-        messages = [{"role": "user", "content": content}]
-        if self.settings.system:
-            messages.insert(0, {"role": "system", "content": self.settings.system})
+    def _render_example(self, example: Example, question: str, where: str) -> str:
+        """The prompt's text. Raises DataError for a system turn that the template drops, or turns that it refuses."""
+        history, left = [], len(example.images)
+        for role, text in example.history:
+            markers = text.count(IMAGE_MARKER)
+            history.append({"role": role, "content": _content(text, markers, where)})
+            left -= markers
+        content = _content(question, left, where)
+        if not example.system and not history:
+            return self._render(content)
+        try:
+            text = self._render(content, system=example.system, history=history)
+        except Exception as error:  # a template is a program by someone else
+            problem = f"takes no such turns ({one_line(error)})"
+        else:
+            if example.system.strip() in text:
+                return text
+            problem = "leaves the row's system turn out"
+        raise DataError(f"{where}: the chat template {problem}; columns: {{system: null}} reads rows without theirs")
+
+    def _render(
+        self, content: Any, answer: str | None = None, *, system: str = "", history: Sequence[dict[str, Any]] = ()
+    ) -> str:
+        messages = [*history, {"role": "user", "content": content}]
+        if system := system or self.settings.system:
+            messages.insert(0, {"role": "system", "content": system})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         return self.tokenizer.apply_chat_template(

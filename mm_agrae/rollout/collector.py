@@ -13,7 +13,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from mm_agrae.batching import StepTable
-from mm_agrae.errors import DataError, EngineError
+from mm_agrae.errors import DataError, EngineError, with_skip
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.rewards import Rewarder
@@ -212,7 +212,7 @@ class Collector:
                     self._row_at[position] = row
                 except DataError as error:
                     if self.config.data.on_bad_row == "error":
-                        raise
+                        raise with_skip(error) from None
                     bad.append((position, str(error)))
             missing = []
             for position, message in sorted(self.processes.gather(bad, "prompts")):
@@ -327,6 +327,7 @@ class Collector:
             scores = self.rewarder.score(
                 [prompt.example for prompt in prompts.values() for _ in range(count)],
                 [each for position in prompts for each in completions[position]],
+                stop=True,
             )
         rest = iter(scores)
         return [

@@ -80,6 +80,8 @@ class GymTask:
                     raise ConfigError(f"settings.{name}: no setting {key!r}; {nearest(str(key), sorted(valid))}")
             _make(name, 1, 0, values)
 
+    generated = True
+
     def __len__(self) -> int:
         return self.size * len(self.names)
 

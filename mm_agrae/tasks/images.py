@@ -5,12 +5,15 @@ decoded RGB image of a sane size. The size is read from the header before anythi
 formats are tried, and paths are followed only inside the folder the caller names. URLs are never fetched.
 """
 
+import base64
+import binascii
 import io
 import os
 import re
 import urllib.parse
+from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from PIL import Image, ImageOps
 
@@ -25,6 +28,10 @@ MIN_SIDE = 8
 """Below this there is nothing to see; such images are placeholders."""
 MAX_ASPECT = 200
 """Qwen's image processors refuse anything longer."""
+SOURCES = ("bytes", "image", "image_url", "url", "path", "base64", "data")
+"""Keys under which an image is found, in a part of a chat message or in a mapping that stands for an image."""
+BASE64 = re.compile(r"(?:iVBORw0KGgo|/9j/|R0lGOD|UklGR|Qk|SUkq|TU0AK)[A-Za-z0-9+/\s]{60,}={0,2}\s*")
+"""How PNG, JPEG, GIF, WebP, BMP and TIFF files begin in base64."""
 
 
 def open_image(
@@ -69,6 +76,26 @@ def open_image(
     except Exception as error:  # Pillow's decoders raise almost anything on damaged data.
         problem = f"{name}: damaged or truncated image ({error})"
     raise DataError(f"{origin}: {problem}" if origin else problem)
+
+
+def decode_source(source: Any) -> str | bytes:
+    """The encoded bytes or the path of an image that a row gives as either of these, as a data-URI, as base64, or as
+    a mapping such as `{"bytes": …, "path": …}` or `{"url": …}`. Raises DataError for anything else."""
+    given = source
+    while isinstance(source, Mapping):
+        source = next((source[key] for key in SOURCES if source.get(key)), None)
+    if isinstance(source, bytes) and source:
+        return source
+    if not isinstance(source, str) or not source:
+        raise DataError(f"image: expected a path or bytes, got {type(given).__name__} {printable(repr(given))}")
+    head, _, data = source.partition(",")
+    is_uri = re.fullmatch("data:.*;base64", head[:200], re.IGNORECASE) is not None
+    if not is_uri and (len(source) <= 64 or not BASE64.fullmatch(source)):
+        return source
+    try:
+        return base64.b64decode("".join((data if is_uri else source).split()), validate=True)
+    except binascii.Error as error:
+        raise DataError(f"image: damaged base64 of {len(source):,} characters ({error})") from None
 
 
 def find_file(path: str, root: str | os.PathLike[str] | None = None) -> Path:

@@ -90,12 +90,12 @@ class CatalogTask(FileTask):
     def _kind(self, answer: str) -> Mapping[str, Any]:
         return {"kind": self.entry.kind(answer)} if self.entry.kind else {}
 
-    def _choices(self, row: TableRow, origin: str) -> list[str]:
-        choices = super()._choices(row, origin)
+    def _choices(self, row: TableRow, origin: str) -> tuple[list[str], list[str]]:
+        choices, labels = super()._choices(row, origin)
         if self.ask == "letter" and not choices:
             problem = f"ask=letter, but it has no choices; the columns are {listing(row)}"
             raise DataError(f"{origin}: {problem}")
-        return choices
+        return choices, labels
 
     def _wanted(self, row: TableRow, origin: str) -> bool:
         marks = self.entry.split_where.get(self.split, {})

@@ -5,11 +5,13 @@ name it as "module:Class" or "path/to/file.py:Class" in the config. A published 
 `catalog.py`. The keyword arguments of the constructor are the task's options in the config; `**options` stand for
 those of the base class, less the names in the class attribute `fixed`. Two options are filled in, if the constructor
 has them: `limit` (stop after so many examples) and `on_bad_row` ("error" or "skip"). A task that leaves rows out lists
-the reasons in an attribute `skipped`.
+the reasons in an attribute `skipped`; what people should know of its rows it says in `notes`. `generated = True` says
+that its examples are made by a program and need no check.
 """
 
 import inspect
 from collections.abc import Sequence
+from itertools import chain, repeat
 from typing import Any, Literal, Protocol
 
 from mm_agrae.config import DataSource
@@ -49,9 +51,17 @@ class Concatenation:
         ]
         self.skipped = [reason for task in tasks for reason in getattr(task, "skipped", ())]
         """Rows left out: file, row and reason."""
+        self.notes = [note for task in tasks for note in getattr(task, "notes", ())]
+        """What the tasks read their rows as, a line each."""
 
     def __len__(self) -> int:
         return sum(self.lengths)
+
+    @property
+    def not_generated(self) -> list[int]:
+        """Indices of examples that come from outside, and may be bad."""
+        marks = map(repeat, (getattr(task, "generated", False) for task in self.tasks), self.lengths)
+        return [index for index, generated in enumerate(chain(*marks)) if not generated]
 
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):

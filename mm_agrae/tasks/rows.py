@@ -1,9 +1,11 @@
 """Rows of tables in any format, each with a name for error messages."""
 
+import ast
 import csv
 import json
 import re
 import reprlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -16,6 +18,7 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 TableRow = Mapping[str, Any]
 """Column name -> value."""
+MISSING: Any = object()
 
 
 class LazyRow(NamedTuple):
@@ -64,7 +67,8 @@ def is_saved(folder: Path) -> bool:
 
 
 def _choose_files(folder: Path, split: str, subset: str) -> list[Path]:
-    """The data files of a split, by name: train.jsonl, train-00000-of-00002.parquet, …"""
+    """The data files of a split, by name: train.jsonl, train-00000-of-00002.parquet, …; without a split one file, or
+    parts of one, whose names differ in numbers alone."""
     files = sorted(file for file in folder.rglob("*") if file.suffix in SUFFIXES and file.is_file())
     names = {file: file.relative_to(folder) for file in files}
     files = [f for f in files if not any(part.startswith(".") for part in names[f].parts)]
@@ -73,7 +77,8 @@ def _choose_files(folder: Path, split: str, subset: str) -> list[Path]:
     exact = [file for file in files if split in (file.stem, *names[file].parts[:-1])]
     shards = [file for file in files if re.match(rf"{re.escape(split)}[-_.]", file.stem)]
     chosen = (exact or shards) if split else files
-    if not chosen or (len(chosen) > 1 and not split):
+    parts = {re.sub(r"(?<![A-Za-z])[0-9]+", "#", str(names[file])) for file in chosen}
+    if not chosen or (len(parts) > 1 and not split):
         raise DataError(
             f"{folder}: {'choose one file by' if chosen else 'nothing for'} split={split!r}"
             f"{f' and subset={subset!r}' if subset else ''}; the data files "
@@ -200,6 +205,41 @@ def _hub_rows(name: str, split: str, subset: str) -> Iterator[LazyRow]:
             f"dataset --local-dir {folder}`, copy that folder here and set path={folder}"
         ) from None
     yield from _dataset_rows(data, name, Path(datasets.config.HF_CACHE_HOME), split)
+
+
+def lookup(row: TableRow, name: str, default: Any = MISSING) -> Any:
+    """The value of a column, or of what `outer.inner` names within it; `default` if there is none."""
+    if name in row or "." not in name:
+        return row.get(name, default)
+    value: Any = row
+    for part in name.split("."):
+        value = literal(value) if isinstance(value, str) else value
+        if isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        elif isinstance(value, Mapping) and part in value:
+            value = value[part]
+        else:
+            return default
+    return value
+
+
+def first_of(row: TableRow, names: Iterable[str]) -> Any:
+    """The first of these values that is there and not None; else None."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def literal(text: str) -> Any:
+    """The list or mapping that a text spells in JSON or Python; None if it spells neither."""
+    if text.lstrip()[:1] not in ("[", "{"):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            with warnings.catch_warnings():  # of odd escapes
+                warnings.simplefilter("ignore")
+                return read(text.strip())
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            continue
+    return None
 
 
 def listing(names: Iterable[object]) -> str:

@@ -13,11 +13,9 @@ EMBEDDED = {
     "GRPO": DATA / "trained" / "vl_grpo",
     "A-GRAE": DATA / "trained" / "vl_agrae",
     "base (text)": DATA / "warm_start" / "text",
-    "GRPO (text)": DATA / "trained" / "text_grpo",
-    "A-GRAE (text)": DATA / "trained" / "text_agrae",
 }
 """Checkpoints in the source tree, by their display names."""
-EXAMPLE_RUNS = (DATA / "example_run", DATA / "example_run_text")
+EXAMPLE_RUN = DATA / "example_run"
 
 
 def embedded_models() -> dict[str, str]:
@@ -26,8 +24,8 @@ def embedded_models() -> dict[str, str]:
 
 
 def embedded_runs() -> tuple[Path, ...]:
-    """The small runs in the source tree that exist."""
-    return tuple(path for path in EXAMPLE_RUNS if (path / "config.yaml").is_file())
+    """The small run in the source tree, if it exists."""
+    return (EXAMPLE_RUN,) if (EXAMPLE_RUN / "config.yaml").is_file() else ()
 
 
 @dataclass(frozen=True)

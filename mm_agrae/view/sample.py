@@ -1,4 +1,4 @@
-"""Examples of a data set with images, questions and answers, as one PNG or one HTML page."""
+"""Examples of a data set with images, questions and answers: one PNG, one HTML page, or text on its rows."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import importlib.util
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from mm_agrae import config as configs
 from mm_agrae.config import Config
-from mm_agrae.errors import ConfigError
+from mm_agrae.config.reading import apply_override
+from mm_agrae.errors import ConfigError, DataError
+from mm_agrae.model.checking import report
+from mm_agrae.progress import Reporter
 from mm_agrae.run.records import SampleRecord
-from mm_agrae.tasks import Task, load_all
-from mm_agrae.tasks.images import encode_png, open_image
+from mm_agrae.tasks import TASKS, Task, load_all
+from mm_agrae.tasks.images import encode_png, open_image, printable
 from mm_agrae.types import Example
 from mm_agrae.view.components import verdict
 from mm_agrae.view.page import Html, el, join, page
@@ -99,6 +103,36 @@ def write_samples(config: Config, *, split: str, count: int, completions: int, o
     return out
 
 
+def config_of(name: str, overrides: Sequence[str]) -> Config:
+    """The config of a file, or one for a data set alone, whose overrides are the task's options (split=test)."""
+    if Path(name).suffix in (".yaml", ".yml"):
+        return configs.load(name, overrides)
+    source = {"task": name} if name in TASKS else {"task": "files", "path": name}
+    values: dict[str, Any] = {"run_dir": "runs/data", "model": {"path": ""}, "train": {"steps": 1}}
+    values["data"] = {"train": [source]}
+    for override in overrides:
+        is_section = override.partition(".")[0] in ("data", "prompt", "model")
+        apply_override(values if is_section else source, override)
+    return configs.parse(values, source=name)
+
+
+def show_data(config: Config, reporter: Reporter, *, count: int, out: Path | None) -> int:
+    """Print it for every source, with `count` rows of each; `out` is a page with their images. Returns the number of
+    problems that would stop a run."""
+    problems = 0
+    for split in ("train", "evaluate"):
+        for source in getattr(config.data, split):
+            task, lines = report(source, config, reporter)
+            for number, (goes_on, text) in enumerate(lines):
+                reporter.say(f"{'' if goes_on else '!! '}{text}" if number else f"\n{split} {text}")
+                problems += not goes_on
+            for index in range(min(count, len(task))):
+                reporter.say(_described(task[index]))
+    if out is not None:
+        reporter.say(f"\n{write_samples(config, split='train', count=max(count, 1), completions=0, out=out)}")
+    return problems
+
+
 def _solve(config: Config, task: Task, indices: Sequence[int], completions: int) -> list[EvaluatedProblem]:
     from mm_agrae.evaluation.evaluate import build_engine, run
     from mm_agrae.rewards import Rewarder
@@ -135,6 +169,18 @@ def _card(example: Example, records: Sequence[SampleRecord]) -> Html:
 def _images(example: Example) -> list[Image.Image]:
     origin = example.origin or example.id
     return [open_image(source, origin=origin) for source in example.images]
+
+
+def _described(example: Example) -> str:
+    try:
+        sizes = [f"{image.width}×{image.height}" for image in _images(example)]
+    except DataError as error:
+        sizes = [str(error)]
+    turns = [("system", example.system), *example.history, ("question", example.question)]
+    lines = [f"  {role}: {printable(text, 300)!r}" for role, text in turns if text]
+    pictures = [f"  images: {', '.join(sizes)}"] if sizes else []
+    grading = f"  ({example.grading['kind']})" if "kind" in example.grading else ""
+    return "\n".join([example.id, *lines, *pictures, f"  answer: {printable(example.answer, 300)!r}{grading}"])
 
 
 def _cell(example: Example, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> Image.Image:

@@ -156,6 +156,8 @@ t \le 4 | t \leqq 4
 \begin{pmatrix}4&6\end{pmatrix} | \begin{pmatrix}1&2\end{pmatrix}+\begin{pmatrix}3&4\end{pmatrix}
 f(3) = 7 | 7
 \frac{6}{3} = 2 | 2
+\sqrt{1/m} | 1/\sqrt{m} | \frac{1}{\sqrt{m}} | m^{-1/2}
+\sqrt{\frac{a}{b}} | \frac{\sqrt{a}}{\sqrt{b}}
 """
 DIFFERENT = r"""
 1,234 | 1.234
@@ -228,6 +230,10 @@ stream | master
 2x + 1 = 7 | 7
 6:30 | 2:10
 12:00 | 1:00
+x | \sqrt{x^2}
+\ln(x^2) | 2\ln x
+\sqrt{1/m} | 1/m | \sqrt{m}
+\sqrt{x - 50} | \sqrt{x - 51}
 """
 
 
@@ -265,6 +271,10 @@ def test_gold_answer_with_and_without_delimiters(gold):
         ("2", "Therefore, the answer is 1/2.", False),
         ("5 cm", "We get $5$ m.", False),
         ("5 cm", "We get $5$ cm.", True),
+        ("5 cm", "The answer is 5 kg.", False),
+        ("5", "The area is at least 5.", False),
+        ("5", "The area is greater than 5.", False),
+        ("B", "Option B is false.", False),
         ("1000.99", "so the number is 10 which is 1,000.99m²", True),
         ("2/3", "Therefore, the probability that Alice wins the game is 2/3.", True),
         ("C", "Therefore, the correct option is **C**.", True),

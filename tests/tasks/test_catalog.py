@@ -273,8 +273,8 @@ ROW = {"problem": "Find x.", "answer": "15", "images": [embedded(1)]}
 @pytest.mark.parametrize(
     ("row", "options", "words"),
     [
-        ({"text": "Find x.", "answer": "1"}, {}, "no question: none of problem, question, prompt "
-         "among the columns text, answer"),
+        ({"text": "Find x.", "answer": "1"}, {}, "no question: none of problem, question, prompt, "
+         "messages, conversations, conversation, query among the columns text, answer"),
         (ROW, {"columns": {"answer": "gold"}}, "no column 'gold'; the columns are problem, answer"),
         (ROW, {"where": {"level": 3}}, "where.level: no column 'level'; the columns are"),
         (ROW, {"ask": "letter"}, "ask=letter, but it has no choices; the columns are problem"),

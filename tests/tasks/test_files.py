@@ -66,7 +66,13 @@ def test_rows_without_an_id_are_named_by_file_and_line(folder):
     assert [example.id for example in task] == ["train-1", "train-3"]
 
 
-@pytest.mark.parametrize(("answer", "want"), [(3, "3"), (27.0, "27"), (0.5, "0.5"), (-2, "-2"), ("007", "007")])
+@pytest.mark.parametrize(
+    ("answer", "want"),
+    [
+        *((3, "3"), (27.0, "27"), (0.5, "0.5"), (-2, "-2"), ("007", "007")),
+        *((["7"], "7"), (["1", "x"], "1, x"), ([20, 10, 80.5, 60], "[20, 10, 80.5, 60]")),
+    ],
+)
 def test_answers_become_text(folder, answer, want):
     assert one(folder, {"question": "?", "answer": answer}).answer == want
 
@@ -102,12 +108,14 @@ def test_names_are_found_in_any_case(folder):
         ({"problem": "?", "answer": " \n"}, ("answer: empty",)),
         ({"problem": "?", "answer": None}, ("answer: expected text or a number", "None")),
         ({"problem": "?", "answer": True}, ("answer: expected text or a number", "bool")),
-        ({"problem": "?", "answer": ["1"]}, ("answer: expected text or a number", "list")),
+        ({"problem": "?", "answer": []}, ("answer: expected text or a number", "list")),
+        ({"problem": "?", "answer": [["1"], {}]}, ("answer: expected text or a number", "list")),
         (b'{"problem": "?", "answer": NaN}', ("answer: expected text or a number",)),
         (b'{"problem": "?", "answer": 1e999}', ("answer: expected text or a number",)),
         ({"problem": "", "answer": "1"}, ("question: empty",)),
         ({"problem": 5, "answer": "1"}, ("question: expected text",)),
-        ({"problem": [{"role": "user"}], "answer": "1"}, ("question: expected text",)),
+        ({"problem": [{"role": "user"}], "answer": "1"}, ("messages: expected text",)),
+        ({"problem": [{"x": "user"}], "answer": "1"}, ("question: expected text",)),
         (GOOD | {"images": "images/gone.png"}, ("images/gone.png", "no such file")),
         (GOOD | {"images": "images"}, ("is not a file",)),
         (GOOD | {"images": ["images/red.png", None, 3]}, ("image: expected a path or bytes",)),
@@ -167,12 +175,19 @@ def test_arbitrary_bytes_raise_nothing_but_our_errors(tmp_path_factory, data):
         FileTask(str(path), on_bad_row="skip")
 
 
+NAMES = ["role", "content", "from", "value", "type", "text", "label", "image", "bytes", "ground_truth", "A", "B"]
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(string.printable + "é∠\ud800"),
-    lambda values: st.lists(values, max_size=4) | st.dictionaries(st.text(), values, max_size=3),
+    lambda values: (
+        st.lists(values, max_size=4)
+        | st.dictionaries(st.text() | st.sampled_from(NAMES), values, max_size=3)
+        | st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": values}), min_size=1, max_size=2)
+    ),
     max_leaves=6,
 )
-FIELDS = st.sampled_from(["problem", "answer", "images", "choices", "id"])
+FIELDS = st.sampled_from(
+    ["problem", "answer", "images", "choices", "id", "prompt", "reward_model", "videos", "A", "B"]
+)
 
 
 @settings(max_examples=300, deadline=None)

@@ -215,7 +215,7 @@ def test_own_graders(rewarder, tmp_path, monkeypatch):
     examples = [graded("length", wanted=3), graded("length", wanted=4), graded("fails")]
     scores = rewarder.score(examples, [says("abc")] * 3)
     assert [score.success for score in scores] == [True, False, False]
-    assert scores[2].error == "accuracy raised ValueError: never"
+    assert scores[2].error == f"accuracy raised ValueError: never ({tmp_path / 'own_grader.py'}:4)"
 
 
 @pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function", "gone.py:f"])

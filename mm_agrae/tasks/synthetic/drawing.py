@@ -215,7 +215,7 @@ def _place_labels(figure: Diagram, px: int) -> tuple[list[tuple[str, Box]], int]
     """Each label at the nearest free position, and how many labels found none.
 
     Positions lie on a lattice: every digit stands in a slot of 7 x 7 pixels of its own, of which a vision tower's
-    patch of 14 holds four. A small model learns such digits from a fraction of the images that free ones take.
+    patch of 14 holds four. A small model learns such digits from a fraction of the images it needs otherwise.
 
     A position is free if it lies in the image, clear of lines, arcs and other labels; an angle's
     label also stays inside the angle, nearer to its vertex than to any other labelled one.

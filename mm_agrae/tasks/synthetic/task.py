@@ -42,6 +42,8 @@ class SyntheticTask(Sequence[Example]):
     square image (at least 112). Raises ConfigError naming the nearest valid value.
     """
 
+    generated = True
+
     def __init__(
         self,
         split: str = "train",

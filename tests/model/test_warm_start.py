@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from helpers import ROOT, VL, equations_hold
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from mm_agrae import config as configs
@@ -193,6 +195,23 @@ def ask(sighted, examples, count, temperature) -> list[list[str]]:
     return [[completion.text for completion in group] for group in groups]
 
 
+@pytest.mark.parametrize("question", ["NAME_IT", "READ_IT"])
+def test_the_warm_start_sees(sighted, teacher, question) -> None:
+    """Held-out images; the figures measured by scripts/measure_warm_start.py are higher, these are floors."""
+    task = SyntheticTask("test", size=80, seed=21, families=["geometry"] if question == "NAME_IT" else None)
+    problems = [task.problem(index)[0] for index in range(len(task))]
+    truths = [(teacher.naming if question == "NAME_IT" else teacher.reading)(problem) for problem in problems]
+    examples = [replace(task[k], question=getattr(teacher, question)) for k in range(len(task))]
+    blank = [replace(e, images=(Image.new("RGB", e.images[0].size, "white"),)) for e in examples]
+
+    def share(examples) -> float:
+        said = ask(sighted, examples, 1, 0.0)
+        return float(np.mean([texts[0] == truth for texts, truth in zip(said, truths, strict=True)]))
+
+    assert share(examples) > 0.85
+    assert share(blank) < 0.2
+
+
 @pytest.mark.parametrize("modality", ["image", "text"])
 def test_a_warm_start_keeps_the_format_and_leaves_room_to_learn(sighted, modality) -> None:
     """Solves some problems and not others, whether they are drawn or told."""
@@ -205,7 +224,7 @@ def test_a_warm_start_keeps_the_format_and_leaves_room_to_learn(sighted, modalit
         for text in texts
     ]
     formed = [text.startswith("<think>") and "</think> \\boxed{" in text for texts in replies for text in texts]
-    assert np.mean(formed) > 0.9
+    assert np.mean(formed) > 0.95
     assert 0.15 < np.mean(correct) < 0.6
 
 

@@ -18,13 +18,13 @@ from mm_agrae import config as configs
 from mm_agrae.advantage import AdvantageLevels
 from mm_agrae.batching import StepTable, plan_update
 from mm_agrae.config import Config
-from mm_agrae.errors import DataError
+from mm_agrae.errors import ConfigError, DataError
 from mm_agrae.evaluation.evaluate import evaluate_all
 from mm_agrae.model import checking
 from mm_agrae.model.memory import require_fit
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
-from mm_agrae.parallel.processes import Processes, StopRequest, announced
+from mm_agrae.parallel.processes import Processes, Stopped, StopRequest, announced
 from mm_agrae.progress import Reporter
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout import derive_seed, engine_class
@@ -59,7 +59,7 @@ class Trainer:
         torch.manual_seed(derive_seed(config.train.seed, "start"))
         self.run = RunFolder(config.run_dir)
         self.stopwatch = metrics.Stopwatch(self._note)
-        self.stop = StopRequest(lambda: self.reporter.say("stopping after this step; once more to stop at once"))
+        self.stop = StopRequest(self.processes, self.reporter.say)
         self.steps_done = 0
         self.tokens_seen = 0
         self.steps_at_zero = 0
@@ -145,7 +145,8 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Evaluate, take every step that is left, evaluate again. Returns the run's summary.
 
-        SIGINT and SIGTERM end the run after the present step, with a checkpoint; a second one ends it at once. An
+        SIGINT and SIGTERM end the run after the present step, with a checkpoint; an evaluation is cut short, and done
+        anew when the run goes on (`stop.exit_status` is then that of SIGINT). A second signal ends it at once. An
         error midway (a bad row, a full disk, an engine that breaks down) leaves the records of all steps done and, if
         the disk allows, a checkpoint of the last whole step.
         """
@@ -163,7 +164,7 @@ class Trainer:
             self._take_steps(logger)
             if self.checkpointer.saved_step != self.steps_done:
                 self.save()
-            if self._stop_everywhere():
+            if self.stop.everywhere():
                 self.reporter.say(f"stopped after step {self.steps_done}; the same command goes on from there")
             elif self.config.evaluate.after and not (started_at_the_end and self._evaluated("after")):
                 self.evaluate("after")
@@ -178,7 +179,7 @@ class Trainer:
             advance(self.steps_done)
             self.stopwatch.lap()  # what came before belongs to no step
             try:
-                while self.steps_done < self.total_steps and not self._stop_everywhere():
+                while self.steps_done < self.total_steps and not self.stop.everywhere():
                     values = self.step()
                     if logger:
                         logger.log(self.steps_done, values)
@@ -264,19 +265,23 @@ class Trainer:
         If they are the best so far, their checkpoint is saved and marked.
         """
         self.collector.sync()
-        with self.stopwatch("evaluate"):
-            evaluate_all(
-                name,
-                self.config,
-                self.evaluation_tasks,
-                self.engine,
-                self.processing,
-                self.collector.rewarder,
-                self.run,
-                self.reporter,
-                self.processes,
-            )
-        self._keep_best()
+        try:
+            with self.stopwatch("evaluate"):
+                evaluate_all(
+                    name,
+                    self.config,
+                    self.evaluation_tasks,
+                    self.engine,
+                    self.processing,
+                    self.collector.rewarder,
+                    self.run,
+                    self.reporter,
+                    self.processes,
+                    self.stop,
+                )
+            self._keep_best()
+        except Stopped:
+            self.reporter.say(f"evaluation {name!r} was not finished; the same command does it when it goes on")
 
     def _evaluated(self, name: str) -> bool:
         """Whether the run folder holds the results of the evaluation `name`."""
@@ -353,6 +358,13 @@ class Trainer:
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        """Take up the run's progress. Raises ConfigError if that is more than the config asks for."""
+        if state["step"] > self.total_steps:
+            raise ConfigError(
+                f"the run has done {state['step']} steps, more than the {self.total_steps} of train.steps or "
+                "train.epochs: ask for as many or more, go on from an earlier checkpoint (resume=PATH), or give "
+                "another run_dir, or --overwrite"
+            )
         self.steps_done, self.tokens_seen = state["step"], state["tokens_seen"]
         self.collector.load_data_state(state)
         self.updater.bad_gradients = state.get("bad_gradients", 0)
@@ -389,10 +401,6 @@ class Trainer:
         logger = metrics.MetricLogger(self.run, config.log.sinks, config.log.project, configs.public(config))
         stack.callback(logger.close)
         return logger
-
-    def _stop_everywhere(self) -> bool:
-        self.stop.requested = any(self.processes.gather([self.stop.requested], "stop"))
-        return self.stop.requested
 
     def _note(self, stage: str) -> None:
         done = stage in ("log", "checkpoint", "evaluate")

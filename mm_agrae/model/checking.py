@@ -93,7 +93,7 @@ def look_at(example: Example | Row, processing: Processing | None) -> Row:
 def look_at_all(task: Concatenation, indices: Sequence[int], make: Maker, reporter: Reporter) -> list[Row]:
     """The examples of a task at `indices`, in worker processes if there are many. Raises ModelError."""
     found: list[Row] = []
-    with reporter.bars(), reporter.bar("reading rows", len(indices)) as advance:
+    with reporter.bars(), reporter.bar("reading rows", len(indices), lines=True) as advance:
         for rows in _rows(task, indices, make):
             found += rows
             advance(len(rows))

@@ -182,7 +182,9 @@ def _train(arguments: argparse.Namespace) -> int:
     """Train a model from a config; `key=value` changes one setting, FILE.yaml several."""
     planned = arguments.launch_plan  # by a launch script, which starts this command once more
     config = _load(arguments.config, arguments.overrides, to_run=not (arguments.plan or planned), quiet=planned)
-    if arguments.launch_plan:
+    if not arguments.plan:
+        _require_model("model.path", config.model.path)
+    if planned:
         return _show_launch_plan(config)
     if arguments.plan:
         from mm_agrae import config as configs
@@ -194,7 +196,6 @@ def _train(arguments: argparse.Namespace) -> int:
             f"Plan of {config.run_dir}", ["what", "how much"], [list(line) for line in configs.plan(config, rows)]
         )
         return 0
-    _require_model("model.path", config.model.path)
     from mm_agrae.trainer import Trainer
     from mm_agrae.view.report import write_report
 
@@ -275,7 +276,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     paths, config_path = checkpoints_and_config(models, arguments.config)
     planned = arguments.launch_plan
     config = _load(config_path, overrides, to_run=not planned, quiet=planned)
-    if arguments.launch_plan:
+    if planned:
         return _show_launch_plan(config)
     return evaluate_checkpoints(models, paths, config, Path(arguments.out))
 

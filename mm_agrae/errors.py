@@ -22,9 +22,9 @@ def no_model(name: str) -> str | None:
     hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
     if path.exists() or (hub_id and not path.parent.is_dir()):
         return None
-    beside = [str(other) for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(name, beside, n=1)
-    remedy = f"did you mean {close[0]!r}?" if close else "give a folder that is there, or a hub id (owner/name)"
+    beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
+    remedy = f"did you mean {str(path.parent / close[0])!r}?" if close else "give a folder that is there, or a hub id (owner/name)"
     downloaded = f" Of a hub id, give the folder that `hf download {name}` prints" if hub_id else ""
     return f"there is no such folder (looked in {Path.cwd()}); {remedy}{downloaded}"
 

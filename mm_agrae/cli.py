@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from mm_agrae import __version__
 from mm_agrae.errors import ConfigError, UserError, no_model
 from mm_agrae.out_of_memory import explained
+from mm_agrae.run.step_line import legend
 
 if TYPE_CHECKING:
     from mm_agrae.config import Config
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         argument("config", nargs=nargs, help=what)
         argument("overrides", nargs="*", metavar=OVERRIDE)
 
-    argument = add(_train, "train from a config")
+    argument = add(_train, "train a model", epilog=legend(), formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config(argument)
     argument("--overwrite", action="store_true", help="delete the run folder first if it holds a run")
     argument("--plan", action="store_true", help="print the plan and stop")
@@ -216,6 +217,9 @@ def _train(arguments: argparse.Namespace) -> int:
         trainer.reporter.say(f"checkpoint  {trainer.newest_checkpoint()}")
         trainer.reporter.say(f"report      {write_report(run_dir)}")
         errors = summary["reward_errors"]
+        for name, spans in summary["warnings"].items():
+            steps = ", ".join(f"{first}-{last}" for first, last in spans)
+            trainer.reporter.say(f"warning     {name} in steps {steps} (docs/warnings.md)")
         for kind, count in errors["kinds"].items():
             trainer.reporter.say(f"reward error, {count:,} times: {kind}")
         if errors["share"] > ERRORS_WITHOUT_NOTICE and not trainer.stop.exit_status:

@@ -33,13 +33,12 @@ from mm_agrae.run import checkpoint, metrics
 from mm_agrae.run.checkpointer import Checkpointer
 from mm_agrae.run.context import RunContext
 from mm_agrae.run.folder import RunFolder, summarise_evaluations
+from mm_agrae.run.step_line import step_line
 from mm_agrae.run.versions import versions
-from mm_agrae.step import Updater, one_line, rollout_records, step_metrics
+from mm_agrae.run.warnings import Watch
+from mm_agrae.step import Updater, rollout_records, step_metrics
 from mm_agrae.tasks import load_all
 from mm_agrae.types import Group
-
-STEPS_AT_ZERO = 3
-"""After so many steps without a correct answer people are told."""
 
 
 class Trainer:
@@ -62,7 +61,7 @@ class Trainer:
         self.stop = StopRequest(self.processes, self.reporter.say)
         self.steps_done = 0
         self.tokens_seen = 0
-        self.steps_at_zero = 0
+        self.watch = Watch()
         self._check_device()
         self._load_data()
         with self.processes.explained():
@@ -183,8 +182,9 @@ class Trainer:
                     values = self.step()
                     if logger:
                         logger.log(self.steps_done, values)
-                    self.reporter.say(one_line(values, self.steps_done, self.total_steps))
-                    self._warn_of_zeros(values)
+                    warnings = self.watch.add({"step": self.steps_done} | values)
+                    for line in (step_line(values, self.steps_done, self.total_steps), *warnings):
+                        self.reporter.say(line)
                     advance(1)
                     if self._due(self.config.checkpoint.every):
                         self.save()
@@ -193,16 +193,6 @@ class Trainer:
             except Exception:
                 self._save_after_error()
                 raise
-
-    def _warn_of_zeros(self, values: dict[str, float]) -> None:
-        """Say so when no answer has been correct for some steps."""
-        self.steps_at_zero = 0 if values["success/mean"] > 0 else self.steps_at_zero + 1
-        if self.steps_at_zero == STEPS_AT_ZERO:
-            self.reporter.say(
-                f"warning: no answer was correct in {STEPS_AT_ZERO} steps. Either the problems are too hard, or "
-                "completions are cut off (rollout.max_new_tokens), or gold answers and grading do not fit: see "
-                f"`mm-agrae data CONFIG` and `mm-agrae report {self.config.run_dir}`"
-            )
 
     def step(self) -> dict[str, float]:
         """One rollout and its optimiser steps. Returns the metrics of the step."""
@@ -397,6 +387,7 @@ class Trainer:
         config = self.config
         self.run.create(configs.dump(config), versions(), resume=config.resume != "never")
         self.run.rewind(self.steps_done)
+        self.watch = Watch(self.run.read_metrics())
         self.checkpointer.forget_after(self.steps_done)
         logger = metrics.MetricLogger(self.run, config.log.sinks, config.log.project, configs.public(config))
         stack.callback(logger.close)
@@ -426,6 +417,7 @@ class Trainer:
             "tokens": self.tokens_seen,
             "rows_skipped": self.collector.rows_skipped,
             "reward_errors": self._reward_errors(),
+            "warnings": self.watch.spans,
             "peak_memory_mb": metrics.peak_memory_mb(),
             "versions": versions(),
         }

@@ -330,6 +330,8 @@ class UpdateSection(Section):
     """Multiply k3 by the ratio of new to old policy, so that its gradient is that of the KL
     divergence: TRL's default, not GRPO's."""
     entropy_coef: NonNegative = 0.0
+    mask_truncated: bool = False
+    """Leave completions cut off at the token limit out of the loss. Their rewards count in their group's mean."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: NonNegative = 0.0
     betas: tuple[float, float] = (0.9, 0.999)

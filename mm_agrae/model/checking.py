@@ -57,7 +57,7 @@ def said_of(rows: Sequence[Row], max_tokens: int, *, skip: bool) -> Iterator[tup
             True,
             f"warning: {len(wrong):,} of {all_} gold answers are graded as wrong when a model gives just them, such "
             f"as {wrong[0].where}: {printable(wrong[0].wrong_gold, 100)!r}; see `mm-agrae data`, and set the source's "
-            "columns.answer, answer_after or grading",
+            "columns.answer, answer_after or grading (docs/warnings.md#gold-answers)",
         )
 
 

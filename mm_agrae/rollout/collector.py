@@ -319,7 +319,7 @@ class Collector:
                 "rollout.engine=hf, or rollout.vllm.dtype=float32 to see which"
             )
         if found.mean > settings.warn_above:
-            self.reporter.say(f"warning: {what}; check rollout.vllm.dtype and model.dtype")
+            self.reporter.say(f"warning: {what}; check rollout.vllm.dtype and model.dtype (docs/warnings.md#mismatch)")
 
     def _score(self, prompts: Prompts, completions: Completions, resample_round: int) -> list[Group]:
         count = self.config.rollout.completions_per_prompt

@@ -159,6 +159,8 @@ class Trainer:
             stack.enter_context(self.processes.explained())
             stack.enter_context(self.stop.listening())
             stack.enter_context(self.reporter.bars())
+            if not started_at_the_end:
+                self.collector.prefetch()
             self._evaluate_at_start()
             self._take_steps(logger)
             if self.checkpointer.saved_step != self.steps_done:
@@ -200,6 +202,7 @@ class Trainer:
         last = self.steps_done + 1 == self.total_steps
         groups = self._cached_groups() or self.collector.collect(self.steps_done, last)
         self._cache_groups(groups)
+        self.collector.store_images(groups)
         if not last:
             self.collector.prefetch()
         # Dropout is all that draws from torch's own state; a resumed run finds it as it was.

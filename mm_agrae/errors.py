@@ -24,11 +24,7 @@ def no_model(name: str) -> str | None:
         return None
     beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
-    remedy = (
-        f"did you mean {str(path.parent / close[0])!r}?"
-        if close
-        else "give a folder that is there, or a hub id (owner/name)"
-    )
+    remedy = f"did you mean {str(path.parent / close[0])!r}?" if close else "give one, or a hub id (owner/name)."
     downloaded = f" Of a hub id, give the folder that `hf download {name}` prints" if hub_id else ""
     return f"there is no such folder (looked in {Path.cwd()}); {remedy}{downloaded}"
 

@@ -72,27 +72,22 @@ def _outdated(
 
     What `above` or the command line (`typed`) sets stays, and is an error where it has no effect.
     """
+    from mm_agrae.advantage import RULES, accepted_settings
+
     for section, (choice, kind) in CHOICES.items():
         old, new = below.get(section), above.get(section)
         if not (isinstance(old, dict) and isinstance(new, dict) and isinstance(new.get(choice), str)):
             continue
-        former = old.get(choice, kind.model_fields[choice].default)
-        if not isinstance(former, str) or former == new[choice]:
+        former, chosen = old.get(choice, kind.model_fields[choice].default), new[choice]
+        if choice == "loss":
+            own, why = {"clip_low", "clip_high"} if former != chosen else set(), "has a default of its own"
+        elif isinstance(former, str) and {former, chosen} <= RULES.keys():
+            own, why = {*accepted_settings(former)} - {*accepted_settings(chosen)}, "does not take it"
+        else:
             continue
-        for name in sorted(old.keys() - new.keys() - typed.get(section, {}).keys()):
-            if old[name] is not None and _depends(choice, name, former, new[choice]):
-                why = "does not take it" if choice == "rule" else "has a default of its own"
-                yield section, name, f"{choice} {new[choice]!r} {why}"
-
-
-def _depends(choice: str, name: str, former: str, new: str) -> bool:
-    """Whether a setting belongs to the former rule and not to the new one, or is a loss's own."""
-    from mm_agrae import advantage
-
-    if choice == "loss":
-        return name in ("clip_low", "clip_high")
-    known = former in advantage.RULES and new in advantage.RULES
-    return known and name in advantage.accepted_settings(former) and name not in advantage.accepted_settings(new)
+        for name in sorted((own & old.keys()) - new.keys() - typed.get(section, {}).keys()):
+            if old[name] is not None:
+                yield section, name, f"{choice} {chosen!r} {why}"
 
 
 def _read(path: Path, built_on_it: tuple[Path, ...] = ()) -> list[dict[str, Any]]:

@@ -81,9 +81,12 @@ def test_overrides(tmp_path):
             "data.train.0.limit=5",
             "reward.parts={accuracy: 1.0}",
             "prompt.system=",
+            "data.check=off",
+            "update.shared_prompt=on",
         ],
     )
     assert config.train.steps == 7
+    assert (config.data.check, config.update.shared_prompt) == ("off", "on")
     assert config.update.learning_rate == 1e-5
     assert config.model.lora is not None
     assert config.model.lora.rank == 4

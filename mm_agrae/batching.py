@@ -165,13 +165,16 @@ def plan_update(
 
     `groups` are this rank's: those at positions p with p mod world = rank. Completions without a
     gradient (advantage 0, and neither KL nor entropy in the loss) are left out but count in the
-    denominator: the gradient is the same, the work less. A micro-batch holds at most
+    denominator: the gradient is the same, the work less. Of truncated ones under `update.mask_truncated`
+    the tokens do not count either, as in TRL. A micro-batch holds at most
     `update.micro_batch_completions` completions or, if `update.micro_batch_tokens` is set, so many
     tokens of prompts and completions; a group is cut only if it does not fit in one.
     """
     update = config.update
     # KL and entropy give every completion a gradient, also one without advantage.
     wanted_PG = (advantage_PG != 0) | (update.kl_coef > 0) | (update.entropy_coef > 0)
+    left_out_PG = torch.tensor([group.truncated for group in table.groups]) & update.mask_truncated
+    wanted_PG &= ~left_out_PG
     prompts = update.mini_batch_prompts or len(table.groups)
     own_prompts = [group.prompt for group in groups]
     local = {group.position: index for index, group in enumerate(groups)}
@@ -193,7 +196,7 @@ def plan_update(
             batches.append(idle_batch(own_prompts, device))
         denominator = Denominator(
             completions=prompts * advantage_PG.shape[1],
-            tokens=sum(sum(table.groups[p].lengths) for p in block),
+            tokens=int(table.length_PG[block].masked_fill(left_out_PG[block], 0).sum()),
             max_new_tokens=config.rollout.max_new_tokens,
         )
         plan.append(MiniBatch(denominator, batches))

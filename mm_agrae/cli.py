@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_agrae import __version__
-from mm_agrae.errors import ConfigError, UserError
+from mm_agrae.errors import ConfigError, UserError, no_model
 from mm_agrae.out_of_memory import explained
+from mm_agrae.run.step_line import legend
 
 if TYPE_CHECKING:
     from mm_agrae.config import Config
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         argument("config", nargs=nargs, help=what)
         argument("overrides", nargs="*", metavar=OVERRIDE)
 
-    argument = add(_train, "train from a config")
+    argument = add(_train, "train a model", epilog=legend(), formatter_class=argparse.RawDescriptionHelpFormatter)
     add_config(argument)
     argument("--overwrite", action="store_true", help="delete the run folder first if it holds a run")
     argument("--plan", action="store_true", help="print the plan and stop")
@@ -103,11 +104,11 @@ def _parser() -> argparse.ArgumentParser:
     argument("-n", type=int, default=12, help="how many examples")
     argument("--split", choices=["train", "evaluate"], default="train")
     argument("--completions", type=int, default=0, help="also sample this many of each")
-    argument("--out", default="sample.html", help="an .html page or a .png sheet")
+    argument("--out", type=Path, default="sample.html", help="an .html page or a .png sheet")
 
     argument = add(_report, "one HTML page of a run")
     argument("runs", nargs="+", metavar="RUN", help="run folders")
-    argument("--out", default="compare.html", help="page for several runs")
+    argument("--out", type=Path, default="compare.html", help="page for several runs")
 
     argument = add(_demo, "explore runs and query checkpoints in a browser")
     argument("paths", nargs="*", metavar="RUN|MODEL", help="besides the embedded ones")
@@ -135,22 +136,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _load(path: str, overrides: Sequence[str], *, to_run: bool = True, for_gpus: bool = False) -> Config:
+def _load(
+    path: str, overrides: Sequence[str], *, to_run: bool = True, for_gpus: bool = False, quiet: bool = False
+) -> Config:
     """The config, with its tasks, its rewards and its engine checked before a model is loaded.
 
-    `to_run`: the engine is going to sample, so what it needs must be installed. `for_gpus`: see `config.load`.
+    `to_run`: the engine is going to sample, so what it needs must be installed. `for_gpus`: see `config.load`, whose
+    remarks the first process alone makes, unless `quiet`.
     """
     from mm_agrae import config as configs
     from mm_agrae import tasks
     from mm_agrae.rewards import Rewarder
     from mm_agrae.rollout.engine import engine_class
 
-    config = configs.load(path, overrides, for_gpus=for_gpus)
+    def say(text: str) -> None:
+        if not quiet and os.environ.get("RANK", "0") == "0":
+            print(text, file=sys.stderr)
+
+    config = configs.load(path, overrides, for_gpus=for_gpus, say=say)
     Rewarder(config.reward, config.rollout.max_new_tokens).close()
     for source in (*config.data.train, *config.data.evaluate):
         tasks.check(source)
     engine_class(config.rollout.engine, to_run=to_run)
     return config
+
+
+def _require_model(what: str, name: str) -> None:
+    """Refuse what cannot be a model, before anything that takes seconds to import."""
+    if reason := no_model(name):
+        raise ConfigError(f"{what} {name!r}: {reason}")
+
+
+def _require_suffix(out: Path | None, *suffixes: str) -> None:
+    if out is not None and out.suffix.lower() not in suffixes:
+        raise ConfigError(f"--out {out}: end the name in {' or '.join(suffixes)}, the formats that can be written")
 
 
 def _show_launch_plan(config: Config) -> int:
@@ -162,8 +181,11 @@ def _show_launch_plan(config: Config) -> int:
 
 def _train(arguments: argparse.Namespace) -> int:
     """Train a model from a config; `key=value` changes one setting, FILE.yaml several."""
-    config = _load(arguments.config, arguments.overrides, to_run=not (arguments.plan or arguments.launch_plan))
-    if arguments.launch_plan:
+    planned = arguments.launch_plan  # by a launch script, which starts this command once more
+    config = _load(arguments.config, arguments.overrides, to_run=not (arguments.plan or planned), quiet=planned)
+    if not arguments.plan:
+        _require_model("model.path", config.model.path)
+    if planned:
         return _show_launch_plan(config)
     if arguments.plan:
         from mm_agrae import config as configs
@@ -195,10 +217,14 @@ def _train(arguments: argparse.Namespace) -> int:
         trainer.reporter.say(f"checkpoint  {trainer.newest_checkpoint()}")
         trainer.reporter.say(f"report      {write_report(run_dir)}")
         errors = summary["reward_errors"]
+        for name, spans in summary["warnings"].items():
+            steps = ", ".join(f"{first}-{last}" for first, last in spans)
+            trainer.reporter.say(f"warning     {name} in steps {steps} (docs/warnings.md)")
         for kind, count in errors["kinds"].items():
             trainer.reporter.say(f"reward error, {count:,} times: {kind}")
-        return 3 if errors["share"] > ERRORS_WITHOUT_NOTICE else 0
-    return 0
+        if errors["share"] > ERRORS_WITHOUT_NOTICE and not trainer.stop.exit_status:
+            return 3
+    return trainer.stop.exit_status
 
 
 def _delete_run(folder: Path) -> None:
@@ -247,11 +273,14 @@ def _eval(arguments: argparse.Namespace) -> int:
     models = [item for item in given if item not in overrides]
     if not models:
         raise ConfigError("eval: name at least one model or checkpoint")
+    for model in models:
+        _require_model("eval", model)
     from mm_agrae.evaluation.evaluate import checkpoints_and_config, evaluate_checkpoints
 
     paths, config_path = checkpoints_and_config(models, arguments.config)
-    config = _load(config_path, overrides, to_run=not arguments.launch_plan)
-    if arguments.launch_plan:
+    planned = arguments.launch_plan
+    config = _load(config_path, overrides, to_run=not planned, quiet=planned)
+    if planned:
         return _show_launch_plan(config)
     return evaluate_checkpoints(models, paths, config, Path(arguments.out))
 
@@ -261,6 +290,7 @@ def _data(arguments: argparse.Namespace) -> int:
     are graded as wrong. Of a path, `split=test` is an option of its task, and model.path=MODEL the model whose tokens
     are counted. Status 1 if a run would stop at a row.
     """
+    _require_suffix(arguments.out, ".html", ".png")
     from mm_agrae.progress import Reporter
     from mm_agrae.view.sample import config_of, show_data
 
@@ -270,11 +300,12 @@ def _data(arguments: argparse.Namespace) -> int:
 
 def _sample(arguments: argparse.Namespace) -> int:
     """Show examples of a config's data: images, questions and gold answers."""
+    _require_suffix(arguments.out, ".html", ".png")
     from mm_agrae.view.sample import write_samples
 
     config = _load(arguments.config, arguments.overrides, to_run=arguments.completions > 0)
     path = write_samples(
-        config, split=arguments.split, count=arguments.n, completions=arguments.completions, out=Path(arguments.out)
+        config, split=arguments.split, count=arguments.n, completions=arguments.completions, out=arguments.out
     )
     print(path)
     return 0
@@ -282,12 +313,13 @@ def _sample(arguments: argparse.Namespace) -> int:
 
 def _report(arguments: argparse.Namespace) -> int:
     """Write RUN/report.html; of several runs, one page that compares them."""
+    _require_suffix(arguments.out, ".html")
     from mm_agrae.view.report import write_report, write_runs_report
 
     if len(arguments.runs) == 1:
         print(write_report(Path(arguments.runs[0])))
     else:
-        print(write_runs_report([Path(run) for run in arguments.runs], Path(arguments.out)))
+        print(write_runs_report([Path(run) for run in arguments.runs], arguments.out))
     return 0
 
 
@@ -296,8 +328,9 @@ def _demo(arguments: argparse.Namespace) -> int:
 
     Without arguments it opens on the embedded checkpoints and the example run.
     """
-    from mm_agrae.view.demo_settings import settings_for
+    from mm_agrae.view.demo_settings import require_address, settings_for
 
+    require_address(arguments.host, arguments.port)
     settings = settings_for(
         arguments.paths,
         host=arguments.host,
@@ -318,6 +351,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     """Write a trained policy as a checkpoint that transformers and vLLM load, LoRA merged."""
+    _require_model("export", arguments.source)
     from mm_agrae.run.export import export
 
     made = export(Path(arguments.source), Path(arguments.out), arguments.dtype)

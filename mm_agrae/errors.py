@@ -4,7 +4,9 @@ Anything else that escapes is a bug of ours and keeps its traceback; the command
 """
 
 import difflib
+import re
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:
@@ -12,6 +14,19 @@ def nearest(word: str, choices: Iterable[str]) -> str:
     names = list(choices)
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else "valid: " + ", ".join(names)
+
+
+def no_model(name: str) -> str | None:
+    """Why `name` can be no model: it is neither on this machine nor a hub id. None if it may be one."""
+    path = Path(name)
+    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+    if path.exists() or (hub_id and not path.parent.is_dir()):
+        return None
+    beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.7)
+    remedy = f"did you mean {str(path.parent / close[0])!r}?" if close else "give one, or a hub id (owner/name)."
+    downloaded = f" Of a hub id, give the folder that `hf download {name}` prints" if hub_id else ""
+    return f"there is no such folder (looked in {Path.cwd()}); {remedy}{downloaded}"
 
 
 class UserError(Exception):

@@ -1,6 +1,7 @@
 """Progress bars on a terminal; plain lines where there is none. Quiet on all but one process."""
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,6 +9,11 @@ from typing import Any
 from rich import progress
 from rich.console import Console
 from rich.table import Table
+
+MOST_COLUMNS = 80
+"""A wider table is continued below, with its first column repeated."""
+LINE_EVERY_S = 30.0
+"""Where there is no terminal, a bar that has no other lines becomes one so often."""
 
 
 class Reporter:
@@ -22,12 +28,21 @@ class Reporter:
         self.console.print(text, markup=False)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="left" if index == 0 else "right")
-        for row in rows:
-            table.add_row(*row)
-        self.console.print(table)
+        cells = [*zip(columns, *rows, strict=True)]  # by column
+        widths = [max(map(len, column)) + 3 for column in cells]
+        start = 1
+        while start < len(columns):
+            end = start + 1
+            while end < len(columns) and 1 + widths[0] + sum(widths[start : end + 1]) <= MOST_COLUMNS:
+                end += 1
+            table = Table(title=title if start == 1 else None, title_justify="left", title_style="bold")
+            table.add_column(cells[0][0])
+            for name, *_ in cells[start:end]:
+                table.add_column(name, justify="right")
+            for row in zip(cells[0][1:], *(column[1:] for column in cells[start:end]), strict=True):
+                table.add_row(*row)
+            self.console.print(table)
+            start = end
 
     @contextmanager
     def bars(self) -> Iterator[None]:
@@ -50,11 +65,14 @@ class Reporter:
                 self._bars = None
 
     @contextmanager
-    def bar(self, name: str, total: int, keep: bool = False) -> Iterator[Callable[[int], None]]:
-        """A bar of `total` units; the value is called with the units just finished."""
+    def bar(self, name: str, total: int, keep: bool = False, lines: bool = False) -> Iterator[Callable[[int], None]]:
+        """A bar of `total` units; the value is called with the units just finished.
+
+        `lines`: without a terminal, say now and then how far it is.
+        """
         bars = self._bars
         if bars is None:
-            yield lambda units: None
+            yield self._lines(name, total) if lines else lambda units: None
             return
         task: Any = bars.add_task(name, total=total)
         try:
@@ -62,3 +80,16 @@ class Reporter:
         finally:
             if not keep:
                 bars.remove_task(task)
+
+    def _lines(self, name: str, total: int) -> Callable[[int], None]:
+        done, began = 0, time.monotonic()
+        said = began
+
+        def advance(units: int) -> None:
+            nonlocal done, said
+            done, now = done + units, time.monotonic()
+            if now - said >= LINE_EVERY_S:
+                said = now
+                self.say(f"{name}: {done:,} of {total:,} in {now - began:.0f} s")
+
+        return advance

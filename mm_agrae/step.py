@@ -242,7 +242,7 @@ def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
         "completions/correct": table.success_PG.sum().item(),
         "completions/mean_tokens": length_PG.mean().item(),
         "completions/max_tokens": length_PG.max().item(),
-        "completions/truncated": sum(group.truncated for group in groups) / completions,
+        "completions/truncated": sum(sum(group.truncated) for group in groups) / completions,
         # The mean of −log p over sampled tokens is an unbiased estimate of the entropy (nats).
         "policy/entropy": -sum(group.logprob_sum for group in groups) / max(1.0, tokens),
         "tokens/completion": tokens,
@@ -252,19 +252,6 @@ def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
     for name in sorted({name for part in parts for name in part}):
         values[f"reward/{name}"] = float(np.mean([part[name] for part in parts if name in part]))
     return values
-
-
-def one_line(values: dict[str, float], step: int, total_steps: int) -> str:
-    """What a person wants to know of a step, from its metrics."""
-    errors = f"  reward errors {values['reward/errors']:.0f}" if values["reward/errors"] else ""
-    return (
-        f"step {step:{len(str(total_steps))}}/{total_steps}  "
-        f"reward {values['reward/mean']:.3f}  correct {values['success/mean']:6.1%}  "
-        f"ω {values['advantage/omega']:.2f}  mixed {values['groups/mixed']:4.0%}  "
-        f"entropy {values['policy/entropy']:.3f}  "
-        f"tokens {values['completions/mean_tokens']:.0f}  "
-        f"|g| {values['update/grad_norm']:.2f}  {values['seconds/total']:.1f} s{errors}"
-    )
 
 
 def rollout_records(

@@ -18,13 +18,13 @@ from mm_agrae import config as configs
 from mm_agrae.advantage import AdvantageLevels
 from mm_agrae.batching import StepTable, plan_update
 from mm_agrae.config import Config
-from mm_agrae.errors import DataError
+from mm_agrae.errors import ConfigError, DataError
 from mm_agrae.evaluation.evaluate import evaluate_all
 from mm_agrae.model import checking
 from mm_agrae.model.memory import require_fit
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
-from mm_agrae.parallel.processes import Processes, StopRequest, announced
+from mm_agrae.parallel.processes import Processes, Stopped, StopRequest, announced
 from mm_agrae.progress import Reporter
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout import derive_seed, engine_class
@@ -33,13 +33,12 @@ from mm_agrae.run import checkpoint, metrics
 from mm_agrae.run.checkpointer import Checkpointer
 from mm_agrae.run.context import RunContext
 from mm_agrae.run.folder import RunFolder, summarise_evaluations
+from mm_agrae.run.step_line import step_line
 from mm_agrae.run.versions import versions
-from mm_agrae.step import Updater, one_line, rollout_records, step_metrics
+from mm_agrae.run.warnings import Watch
+from mm_agrae.step import Updater, rollout_records, step_metrics
 from mm_agrae.tasks import load_all
 from mm_agrae.types import Group
-
-STEPS_AT_ZERO = 3
-"""After so many steps without a correct answer people are told."""
 
 
 class Trainer:
@@ -59,10 +58,10 @@ class Trainer:
         torch.manual_seed(derive_seed(config.train.seed, "start"))
         self.run = RunFolder(config.run_dir)
         self.stopwatch = metrics.Stopwatch(self._note)
-        self.stop = StopRequest(lambda: self.reporter.say("stopping after this step; once more to stop at once"))
+        self.stop = StopRequest(self.processes, self.reporter.say)
         self.steps_done = 0
         self.tokens_seen = 0
-        self.steps_at_zero = 0
+        self.watch = Watch()
         self._check_device()
         self._load_data()
         with self.processes.explained():
@@ -145,7 +144,8 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Evaluate, take every step that is left, evaluate again. Returns the run's summary.
 
-        SIGINT and SIGTERM end the run after the present step, with a checkpoint; a second one ends it at once. An
+        SIGINT and SIGTERM end the run after the present step, with a checkpoint; an evaluation is cut short, and done
+        anew when the run goes on (`stop.exit_status` is then that of SIGINT). A second signal ends it at once. An
         error midway (a bad row, a full disk, an engine that breaks down) leaves the records of all steps done and, if
         the disk allows, a checkpoint of the last whole step.
         """
@@ -159,11 +159,13 @@ class Trainer:
             stack.enter_context(self.processes.explained())
             stack.enter_context(self.stop.listening())
             stack.enter_context(self.reporter.bars())
+            if not started_at_the_end:
+                self.collector.prefetch()
             self._evaluate_at_start()
             self._take_steps(logger)
             if self.checkpointer.saved_step != self.steps_done:
                 self.save()
-            if self._stop_everywhere():
+            if self.stop.everywhere():
                 self.reporter.say(f"stopped after step {self.steps_done}; the same command goes on from there")
             elif self.config.evaluate.after and not (started_at_the_end and self._evaluated("after")):
                 self.evaluate("after")
@@ -178,12 +180,13 @@ class Trainer:
             advance(self.steps_done)
             self.stopwatch.lap()  # what came before belongs to no step
             try:
-                while self.steps_done < self.total_steps and not self._stop_everywhere():
+                while self.steps_done < self.total_steps and not self.stop.everywhere():
                     values = self.step()
                     if logger:
                         logger.log(self.steps_done, values)
-                    self.reporter.say(one_line(values, self.steps_done, self.total_steps))
-                    self._warn_of_zeros(values)
+                    warnings = self.watch.add({"step": self.steps_done} | values)
+                    for line in (step_line(values, self.steps_done, self.total_steps), *warnings):
+                        self.reporter.say(line)
                     advance(1)
                     if self._due(self.config.checkpoint.every):
                         self.save()
@@ -193,22 +196,13 @@ class Trainer:
                 self._save_after_error()
                 raise
 
-    def _warn_of_zeros(self, values: dict[str, float]) -> None:
-        """Say so when no answer has been correct for some steps."""
-        self.steps_at_zero = 0 if values["success/mean"] > 0 else self.steps_at_zero + 1
-        if self.steps_at_zero == STEPS_AT_ZERO:
-            self.reporter.say(
-                f"warning: no answer was correct in {STEPS_AT_ZERO} steps. Either the problems are too hard, or "
-                "completions are cut off (rollout.max_new_tokens), or gold answers and grading do not fit: see "
-                f"`mm-agrae data CONFIG` and `mm-agrae report {self.config.run_dir}`"
-            )
-
     def step(self) -> dict[str, float]:
         """One rollout and its optimiser steps. Returns the metrics of the step."""
         config, watch = self.config, self.stopwatch
         last = self.steps_done + 1 == self.total_steps
         groups = self._cached_groups() or self.collector.collect(self.steps_done, last)
         self._cache_groups(groups)
+        self.collector.store_images(groups)
         if not last:
             self.collector.prefetch()
         # Dropout is all that draws from torch's own state; a resumed run finds it as it was.
@@ -264,19 +258,23 @@ class Trainer:
         If they are the best so far, their checkpoint is saved and marked.
         """
         self.collector.sync()
-        with self.stopwatch("evaluate"):
-            evaluate_all(
-                name,
-                self.config,
-                self.evaluation_tasks,
-                self.engine,
-                self.processing,
-                self.collector.rewarder,
-                self.run,
-                self.reporter,
-                self.processes,
-            )
-        self._keep_best()
+        try:
+            with self.stopwatch("evaluate"):
+                evaluate_all(
+                    name,
+                    self.config,
+                    self.evaluation_tasks,
+                    self.engine,
+                    self.processing,
+                    self.collector.rewarder,
+                    self.run,
+                    self.reporter,
+                    self.processes,
+                    self.stop,
+                )
+            self._keep_best()
+        except Stopped:
+            self.reporter.say(f"evaluation {name!r} was not finished; the same command does it when it goes on")
 
     def _evaluated(self, name: str) -> bool:
         """Whether the run folder holds the results of the evaluation `name`."""
@@ -353,6 +351,13 @@ class Trainer:
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
+        """Take up the run's progress. Raises ConfigError if that is more than the config asks for."""
+        if state["step"] > self.total_steps:
+            raise ConfigError(
+                f"the run has done {state['step']} steps, more than the {self.total_steps} of train.steps or "
+                "train.epochs: ask for as many or more, go on from an earlier checkpoint (resume=PATH), or give "
+                "another run_dir, or --overwrite"
+            )
         self.steps_done, self.tokens_seen = state["step"], state["tokens_seen"]
         self.collector.load_data_state(state)
         self.updater.bad_gradients = state.get("bad_gradients", 0)
@@ -385,14 +390,11 @@ class Trainer:
         config = self.config
         self.run.create(configs.dump(config), versions(), resume=config.resume != "never")
         self.run.rewind(self.steps_done)
+        self.watch = Watch(self.run.read_metrics())
         self.checkpointer.forget_after(self.steps_done)
         logger = metrics.MetricLogger(self.run, config.log.sinks, config.log.project, configs.public(config))
         stack.callback(logger.close)
         return logger
-
-    def _stop_everywhere(self) -> bool:
-        self.stop.requested = any(self.processes.gather([self.stop.requested], "stop"))
-        return self.stop.requested
 
     def _note(self, stage: str) -> None:
         done = stage in ("log", "checkpoint", "evaluate")
@@ -418,6 +420,7 @@ class Trainer:
             "tokens": self.tokens_seen,
             "rows_skipped": self.collector.rows_skipped,
             "reward_errors": self._reward_errors(),
+            "warnings": self.watch.spans,
             "peak_memory_mb": metrics.peak_memory_mb(),
             "versions": versions(),
         }

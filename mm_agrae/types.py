@@ -121,7 +121,7 @@ class GroupSummary:
     prompt_length: int
     parts: list[dict[str, float]]
     errors: int
-    truncated: int
+    truncated: list[bool]
     logprob_sum: float
 
 
@@ -148,7 +148,7 @@ class Group:
             prompt_length=len(self.prompt),
             parts=[dict(score.parts) for score in self.scores],
             errors=sum(bool(score.error) for score in self.scores),
-            truncated=sum(c.finish_reason == "length" for c in self.completions),
+            truncated=[c.finish_reason == "length" for c in self.completions],
             logprob_sum=sum(sum(completion.logprobs) for completion in self.completions),
         )
 

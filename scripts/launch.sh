@@ -38,8 +38,8 @@ launch() { # arguments of mm-agrae
             fsdp2*) export ACCELERATE_USE_FSDP=true FSDP_VERSION=2 ;;
         esac
         if [ "$parallel" = fsdp2_offload ]; then export FSDP_OFFLOAD_PARAMS=true; fi
-        exec torchrun --standalone --nproc_per_node "$processes" -m mm_agrae.cli "$@"
+        exec python scripts/launch.py torchrun --standalone --nproc_per_node "$processes" -m mm_agrae.cli "$@"
     fi
-    exec accelerate launch --num_processes "$processes" \
+    exec python scripts/launch.py accelerate launch --num_processes "$processes" \
         --config_file "configs/accelerate/$parallel.yaml" -m mm_agrae.cli "$@"
 }

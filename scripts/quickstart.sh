@@ -6,6 +6,4 @@
 source "$(dirname "$0")/environment.sh"
 prepare_environment
 export HF_HUB_OFFLINE=1
-# So small a model gains little from a second thread, and one does not mind what else is running.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec mm-agrae train configs/quickstart.yaml ${1:+--overwrite "$@"}

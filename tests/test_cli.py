@@ -6,15 +6,16 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 
 import pytest
 import yaml
-from helpers import TEXT, VL, run_config
+from helpers import ROOT, TEXT, VL, run_config
 from run_folders import evaluate, make_run
 
-from mm_agrae import cli
+from mm_agrae import cli, progress
 from mm_agrae import config as configs
 from mm_agrae.progress import Reporter
 from mm_agrae.run.folder import summarise_evaluations
@@ -204,3 +205,80 @@ def test_a_mistake_is_one_clear_line(tmp_path, change, expected):
     output = run("train", tmp_path / "c.yaml", expect=2)
     assert expected in output
     assert "Traceback" not in output
+
+
+def test_what_is_not_there_is_refused_at_once(tmp_path, monkeypatch):
+    """Folders, ports and suffixes, in one line each and before torch is imported."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    busy = socket.create_server(("127.0.0.1", 0))
+    port = busy.getsockname()[1]
+    cases = {
+        "eval runs/quickstrat": "did you mean 'runs/quickstart'?",
+        "eval nowhere --config c.yaml": "eval 'nowhere': there is no such folder",
+        "demo runs/other": "`hf download runs/other`",
+        "export /no/where out": "export '/no/where': there is no such folder",
+        f"demo --port {port}": f"listen on 127.0.0.1, port {port} (Address already in use); give another --port",
+        "demo --port 70000": "--port is 70000; it must be from 1 to 65535",
+        "demo --host 192.0.2.1": "a --host of this machine",
+        "sample c.yaml --out x.pdf": "--out x.pdf: end the name in .html or .png",
+        "data c.yaml --out x.pdf": "end the name in .html or .png",
+        "report a b --out x.pdf": "end the name in .html",
+    }
+    script = f"""
+import sys
+from mm_agrae import cli
+for line in {list(cases)}:
+    assert cli.main(line.split()) == 2, line
+assert "torch" not in sys.modules
+"""
+    with busy:
+        result = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+    assert result.returncode == 0, result.stderr
+    for expected, line in zip(cases.values(), result.stderr.splitlines(), strict=True):
+        assert line.startswith("error: ")
+        assert expected in line
+
+
+PART = """
+import os, signal
+def interrupting(example, completion):
+    with open({calls!r}, "ab") as file:
+        file.write(b".")
+        if file.tell() == 14:  # the second model's
+            os.kill(os.getppid(), signal.SIGINT)
+    return 0.0
+"""
+
+
+def test_an_interrupted_eval_keeps_what_was_finished(tmp_path):
+    (tmp_path / "part.py").write_text(PART.format(calls=str(tmp_path / "calls")))
+    parts = {"accuracy": 1.0, f"{tmp_path / 'part.py'}:interrupting": 0.0}
+    (tmp_path / "c.yaml").write_text(configs.dump(run_config(tmp_path / "run", TEXT, reward={"parts": parts})))
+    shutil.copytree(TEXT, tmp_path / "second")
+    out = tmp_path / "out"
+    output = command("eval", TEXT, tmp_path / "second", "--config", tmp_path / "c.yaml", "--out", out, expect=130)
+    assert f"interrupted; the evaluations that were finished are in {out}" in output
+    assert [path.name for path in (out / "evaluations").iterdir()] == ["text"]
+
+
+def test_tables_fit_80_columns(capsys):
+    columns = [["", *"abc"], *([f"model {n}", *["100.0% [100.0%, 100.0%]"] * 3] for n in range(4))]
+    header, *rows = zip(*columns, strict=True)
+    Reporter().table("test", header, rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [sum(f"model {n}" in line for line in lines) for n in range(4)] == [1, 1, 1, 1]
+    assert sum("│ b " in line for line in lines) == 2
+    assert sum("test" in line for line in lines) == 1
+
+
+def test_without_a_terminal_a_bar_is_a_line_now_and_then(capsys, monkeypatch):
+    reporter = Reporter()
+    with reporter.bars(), reporter.bar("evaluate", 2000, lines=True) as advance:
+        advance(1000)
+        monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+        advance(500)
+    assert capsys.readouterr().out == "evaluate: 1,500 of 2,000 in 0 s\n"

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -162,6 +163,40 @@ def step_gradients(trainer):
         trainer.collector.rewarder = rewarder
         trainer.step()
     return captured
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
+def test_truncated_completions_left_out_as_trl_masks_them(tmp_path, loss):
+    """TRL sets their mask to 0: no loss from them, and no token of theirs in a denominator. KL and entropy go too."""
+    update = {"loss": loss, "entropy_coef": 0.01, "kl_coef": 0.05, "mini_batch_prompts": 2}
+    ours = Trainer(run_config(tmp_path / "a", TEXT, update=update | {"mask_truncated": True}), Reporter(False))
+    theirs = Trainer(run_config(tmp_path / "b", TEXT, update=update), Reporter(False))
+    run, eos, cut_off = theirs.updater.run, torch.tensor(sorted(processing(TEXT).eos_ids)), []
+
+    def masked(plan, note):
+        for index, mini in enumerate(plan):
+            for batch in mini.batches:
+                last_B = batch.token_BT[torch.arange(len(batch.length_B)), batch.length_B - 1]
+                batch.mask_BT[~torch.isin(last_B, eos)] = 0
+                cut_off.extend((~torch.isin(last_B, eos)).tolist())
+            tokens = int(sum(batch.mask_BT.sum() for batch in mini.batches))
+            plan[index] = replace(mini, denominator=replace(mini.denominator, tokens=tokens))
+        return run(plan, note)
+
+    theirs.updater.run = masked
+    a, b = step_gradients(ours), step_gradients(theirs)
+    assert 0 < sum(cut_off) < len(cut_off) == 16
+    scale = max(g.abs().max().item() for g in b.values())
+    assert scale > 0
+    assert difference(a, b) < 1e-5 * scale
+
+
+def test_with_everything_cut_off_and_left_out_nothing_changes(tmp_path):
+    update = {"mask_truncated": True, "kl_coef": 0.1, "loss": "dapo"}
+    trainer = Trainer(
+        run_config(tmp_path / "run", TEXT, rollout={"max_new_tokens": 2}, update=update), Reporter(False)
+    )
+    assert all(not gradient.any() for gradient in step_gradients(trainer).values())
 
 
 def test_skipping_groups_without_signal_keeps_the_gradient(tmp_path):

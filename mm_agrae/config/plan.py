@@ -50,6 +50,7 @@ RESUMABLE = (
     "log",
     "data.evaluate",
     "data.check",
+    "data.prefetch_threads",
     "prompt.max_tokens",
     "train.timeout_minutes",
     "train.check_memory",

@@ -5,38 +5,93 @@ the key and the nearest valid one. Nothing else is loaded before a config is kno
 """
 
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mm_agrae.config.schema import SECRET_NAME, URL_SECRET, Config
+from mm_agrae.config.schema import SECRET_NAME, URL_SECRET, AdvantageSection, Config, UpdateSection
 from mm_agrae.errors import ConfigError, nearest
 
 MAX_VALUES, MAX_DEPTH = 100_000, 50
 """Of a config file: far above what anybody writes."""
 
 
-def load(path: str | Path, overrides: Sequence[str] = (), *, for_gpus: bool = False) -> Config:
+CHOICES: dict[str, tuple[str, type[BaseModel]]] = {
+    "advantage": ("rule", AdvantageSection),
+    "update": ("loss", UpdateSection),
+}
+"""Section -> the setting in it that decides what some others of the section mean."""
+
+
+def load(
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    for_gpus: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Config:
     """Read a YAML config and apply overrides: `key=value`, or further YAML files laid over it.
 
     A file may build on another one: `base: other.yaml`, relative to itself. Sections are merged key by key, anything
-    else is replaced, by what comes later. `for_gpus`: `model.dtype: auto` is that of GPUs, whatever this machine has.
-    Raises ConfigError naming the file and the key.
+    else is replaced, by what comes later. Where it names another rule or loss, settings of the former one in files
+    below are left out; `say` gets a line on each. `for_gpus`: `model.dtype: auto` is that of GPUs, whatever this
+    machine has. Raises ConfigError naming the file and the key.
     """
-    values = _read(Path(path))
+    layers: list[dict[str, Any] | str] = [*_read(Path(path))]
     for override in overrides:
-        if "=" not in override and Path(override).suffix in (".yaml", ".yml"):
-            values = _merge(values, _read(Path(override)))
+        is_file = "=" not in override and Path(override).suffix in (".yaml", ".yml")
+        layers += _read(Path(override)) if is_file else [override]
+    typed: dict[str, Any] = {}
+    for layer in layers:
+        if isinstance(layer, str) and layer.startswith(tuple(f"{section}." for section in CHOICES)):
+            apply_override(typed, layer)
+    values: dict[str, Any] = {}
+    for layer in layers:
+        above: dict[str, Any] = {}
+        if isinstance(layer, str):
+            apply_override(above, layer)
         else:
-            apply_override(values, override)
+            above = layer
+        for section, name, reason in _outdated(values, above, typed):
+            say(f"left out {section}.{name}={values[section][name]} of a config file: {reason}")
+            values = values | {section: {key: value for key, value in values[section].items() if key != name}}
+        if isinstance(layer, str):
+            apply_override(values, layer)
+        else:
+            values = _merge(values, above)
     return parse(values, source=str(path), for_gpus=for_gpus)
 
 
-def _read(path: Path, built_on_it: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """The plain values of a config file, over those of its `base`."""
+def _outdated(
+    below: Mapping[str, Any], above: Mapping[str, Any], typed: Mapping[str, Any]
+) -> Iterator[tuple[str, str, str]]:
+    """Settings in `below` of a rule or a loss that `above` replaces, as (section, name, why they go).
+
+    What `above` or the command line (`typed`) sets stays, and is an error where it has no effect.
+    """
+    from mm_agrae.advantage import RULES, accepted_settings
+
+    for section, (choice, kind) in CHOICES.items():
+        old, new = below.get(section), above.get(section)
+        if not (isinstance(old, dict) and isinstance(new, dict) and isinstance(new.get(choice), str)):
+            continue
+        former, chosen = old.get(choice, kind.model_fields[choice].default), new[choice]
+        if choice == "loss":
+            own, why = {"clip_low", "clip_high"} if former != chosen else set(), "has a default of its own"
+        elif isinstance(former, str) and {former, chosen} <= RULES.keys():
+            own, why = {*accepted_settings(former)} - {*accepted_settings(chosen)}, "does not take it"
+        else:
+            continue
+        for name in sorted((own & old.keys()) - new.keys() - typed.get(section, {}).keys()):
+            if old[name] is not None:
+                yield section, name, f"{choice} {chosen!r} {why}"
+
+
+def _read(path: Path, built_on_it: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """The plain values of a config file, after those of its `base`."""
     named_by = f" (base of {built_on_it[-1]})" if built_on_it else ""
     try:
         if path.resolve() in [other.resolve() for other in built_on_it]:
@@ -53,10 +108,10 @@ def _read(path: Path, built_on_it: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"config {path}: expected a mapping of settings at the top level")
     base = values.pop("base", None)
     if base is None:
-        return values
+        return [values]
     if not isinstance(base, str):
         raise ConfigError(f"config {path}: base must be the path of one file (got {base!r})")
-    return _merge(_read(path.parent / base, (*built_on_it, path)), values)
+    return [*_read(path.parent / base, (*built_on_it, path)), values]
 
 
 def _from_yaml(text: str) -> Any:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from mm_agrae.errors import nearest
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+_on_or_off = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
+"""YAML reads a bare on or off as true or false."""
 NonNegative = Annotated[float, Field(ge=0)]
 
 SECRET_NAME = re.compile(
@@ -96,7 +98,10 @@ class DataSection(Section):
     shuffle: bool = True
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row that cannot be used does: stop the run, or be counted and left out."""
-    check: Literal["off", "sample", "all"] = "sample"
+    prefetch_threads: Annotated[int, Field(ge=0)] = 2
+    """Threads that read, decode, resize and tokenise the next step's prompts during the present one, held in main
+    memory till then, and store its images. 0: every step prepares its own."""
+    check: Annotated[Literal["off", "sample", "all"], _on_or_off] = "sample"
     """Before training: grade the gold answers of some rows against themselves (sample), or read every row, image and
     prompt length in parallel processes (all), as `mm-agrae doctor` does. A bad row then ends the run at its start."""
 
@@ -173,7 +178,7 @@ class VllmSection(Section):
 class MismatchSection(Section):
     """What is done about an engine whose log-probabilities differ from the trained model's."""
 
-    correction: Literal["auto", "off", "token", "sequence"] = "auto"
+    correction: Annotated[Literal["auto", "off", "token", "sequence"], _on_or_off] = "auto"
     """Truncated importance sampling by π_old / π_engine, of each token or of whole completions.
     auto: token for every engine but hf, whose numbers are the model's own."""
     limit: Annotated[float, Field(ge=1)] = 2.0
@@ -318,7 +323,7 @@ class UpdateSection(Section):
     """Completions in one forward and backward pass on one device: bounds memory, not results."""
     micro_batch_tokens: PositiveInt | None = None
     """The same bound in tokens of prompts and completions; if set, it is used instead."""
-    shared_prompt: Literal["auto", "on", "off"] = "auto"
+    shared_prompt: Annotated[Literal["auto", "on", "off"], _on_or_off] = "auto"
     """Send each prompt and its images through the model once a group instead of once a
     completion. auto: where the model can."""
     clip_low: NonNegative | None = None
@@ -330,6 +335,8 @@ class UpdateSection(Section):
     """Multiply k3 by the ratio of new to old policy, so that its gradient is that of the KL
     divergence: TRL's default, not GRPO's."""
     entropy_coef: NonNegative = 0.0
+    mask_truncated: bool = False
+    """Leave completions cut off at the token limit out of the loss. Their rewards count in their group's mean."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: NonNegative = 0.0
     betas: tuple[float, float] = (0.9, 0.999)

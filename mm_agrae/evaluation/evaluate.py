@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ from mm_agrae.types import Completion, Example, Prompt, Score
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from mm_agrae.parallel.processes import Processes
+    from mm_agrae.parallel.processes import Processes, StopRequest
 
 
 @dataclass
@@ -58,13 +59,16 @@ def evaluate_all(
     run_folder: RunFolder,
     reporter: Reporter,
     processes: Processes | None = None,
+    stop: StopRequest | None = None,
 ) -> list[EvaluationResult]:
     """Sample and grade every evaluation set; results go into the run folder under `name`.
 
     `tasks` are the sets of `config.data.evaluate` by label. The engine must hold the weights to
     evaluate. With `processes` every rank calls this and takes its share of the problems; only the
-    main one writes and returns results. Raises DataError as `run` and `write`.
+    main one writes and returns results. Raises DataError as `run` and `write`, Stopped as `stop` does.
     """
+    # A vLLM engine of several processes has collective calls at every token.
+    may_check = stop is not None and config.rollout.vllm.tensor_parallel == 1
     rank, world = (processes.rank, processes.world) if processes else (0, 1)
     sections = {each.label: config.evaluate.for_source(each) for each in config.data.evaluate}
     results = []
@@ -72,7 +76,13 @@ def evaluate_all(
         section, started = sections[label], time.perf_counter()
         mine = range(rank, len(task), world)
         count = len(mine) * (section.samples + section.greedy)
-        with reporter.bar(f"evaluate {label} ({name})", count) as advance:
+        with reporter.bar(f"evaluate {label} ({name})", count, lines=True) as advance:
+
+            def on_progress(finished: int, advance: Callable[[int], None] = advance) -> None:
+                advance(finished)
+                if stop and may_check:
+                    stop.check()
+
             problems = run(
                 engine,
                 processing,
@@ -81,7 +91,8 @@ def evaluate_all(
                 mine,
                 section,
                 on_bad_row=config.data.on_bad_row,
-                on_progress=advance,
+                on_progress=on_progress,
+                stop=stop,
             )
         if processes:
             problems = processes.gather(problems, "evaluation")
@@ -103,12 +114,15 @@ def run(
     *,
     on_bad_row: str = "error",
     on_progress: Callable[[int], None] | None = None,
+    stop: StopRequest | None = None,
 ) -> list[EvaluatedProblem]:
     """Sample and grade the examples of `task` at `indices`.
 
     The seeds of a problem depend on `section.seed` and its index alone, so that checkpoints are compared with the same
-    random numbers. Raises DataError for a row that cannot be used, unless `on_bad_row` is "skip".
+    random numbers. Raises DataError for a row that cannot be used, unless `on_bad_row` is "skip", and what
+    `stop.interruptible` does.
     """
+    may_stop = stop.interruptible if stop else lambda work: work()
     problems: list[EvaluatedProblem] = []
     prompts: list[Prompt] = []
     refused: set[int] = set()
@@ -125,14 +139,15 @@ def run(
         decodings.insert(0, (range(-1, 0), section.model_copy(update={"temperature": 0.0})))
     for numbers, sampling in decodings:
         seeds = [derive_seed(section.seed, "evaluate", problem.index) for problem in problems]
-        groups = engine.generate(prompts, len(numbers), sampling, seeds, on_progress)
+        groups = may_stop(partial(engine.generate, prompts, len(numbers), sampling, seeds, on_progress))
         refused |= {p.index for p, group in zip(problems, groups, strict=True) if not group}
         sampled = [
             (problem, number, completion)
             for problem, group in zip(problems, groups, strict=True)
             for number, completion in zip(numbers, group, strict=bool(group))
         ]
-        scores = rewarder.score([p.example for p, _, _ in sampled], [c for _, _, c in sampled], stop=True)
+        answered = [problem.example for problem, _, _ in sampled]
+        scores = may_stop(partial(rewarder.score, answered, [c for _, _, c in sampled], stop=True))
         for (problem, number, completion), score in zip(sampled, scores, strict=True):
             problem.records.append(_sample_record(problem.example, number, completion, score))
     if refused and on_bad_row == "error":
@@ -257,11 +272,15 @@ def evaluate_checkpoints(models: Sequence[str], paths: Sequence[str], config: Co
     reporter = Reporter()
     run_folder = RunFolder(out).create(configs.dump(config), versions(), resume=True)
     results: list[EvaluationResult] = []
-    with Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder, reporter.bars():
-        for name, path in zip(_names(models), paths, strict=True):
-            processing, _, engine = build_engine(config, path)
-            with contextlib.closing(engine):
-                results += evaluate_all(name, config, tasks, engine, processing, rewarder, run_folder, reporter)
+    try:
+        with Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder, reporter.bars():
+            for name, path in zip(_names(models), paths, strict=True):
+                processing, _, engine = build_engine(config, path)
+                with contextlib.closing(engine):
+                    results += evaluate_all(name, config, tasks, engine, processing, rewarder, run_folder, reporter)
+    except KeyboardInterrupt:
+        reporter.say(f"interrupted; the evaluations that were finished are in {out}")
+        return 130
     for label in tasks:
         _table(reporter, label, [result for result in results if result.label == label])
     reporter.say(f"results and samples in {out}")
@@ -278,21 +297,16 @@ def _names(models: Sequence[str]) -> list[str]:
 
 
 def _table(reporter: Reporter, label: str, results: Sequence[EvaluationResult]) -> None:
-    rows = []
+    columns = [["", *(f"pass@{k}" for k in results[0].pass_at_k), "greedy", "entropy", "tokens"]]
     for result in results:
-        intervals = [*result.pass_at_k.values(), *([result.greedy] if result.greedy else [])]
-        rows.append(
+        intervals = [*result.pass_at_k.values(), result.greedy]
+        columns.append(
             [
                 result.name,
-                *(f"{each.mean:.1%} [{each.low:.1%}, {each.high:.1%}]" for each in intervals),
+                *(f"{each.mean:.1%} [{each.low:.1%}, {each.high:.1%}]" if each else "-" for each in intervals),
                 "-" if result.entropy is None else f"{result.entropy:.3f}",
                 f"{result.mean_tokens:.0f}",
             ]
         )
-    ks = [f"pass@{k}" for k in results[0].pass_at_k]
-    greedy = ["greedy"] if results[0].greedy else []
-    reporter.table(
-        f"{label}: {results[0].problems} problems × {results[0].samples} samples",
-        ["checkpoint", *ks, *greedy, "entropy", "tokens"],
-        rows,
-    )
+    header, *rows = zip(*columns, strict=True)
+    reporter.table(f"{label}: {results[0].problems} problems × {results[0].samples} samples", header, rows)

@@ -57,7 +57,7 @@ def said_of(rows: Sequence[Row], max_tokens: int, *, skip: bool) -> Iterator[tup
             True,
             f"warning: {len(wrong):,} of {all_} gold answers are graded as wrong when a model gives just them, such "
             f"as {wrong[0].where}: {printable(wrong[0].wrong_gold, 100)!r}; see `mm-agrae data`, and set the source's "
-            "columns.answer, answer_after or grading",
+            "columns.answer, answer_after or grading (docs/warnings.md#gold-answers)",
         )
 
 
@@ -93,7 +93,7 @@ def look_at(example: Example | Row, processing: Processing | None) -> Row:
 def look_at_all(task: Concatenation, indices: Sequence[int], make: Maker, reporter: Reporter) -> list[Row]:
     """The examples of a task at `indices`, in worker processes if there are many. Raises ModelError."""
     found: list[Row] = []
-    with reporter.bars(), reporter.bar("reading rows", len(indices)) as advance:
+    with reporter.bars(), reporter.bar("reading rows", len(indices), lines=True) as advance:
         for rows in _rows(task, indices, make):
             found += rows
             advance(len(rows))

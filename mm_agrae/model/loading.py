@@ -5,14 +5,13 @@ with images, Qwen's numbering of image tokens; `misfit` says in one line what an
 """
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mm_agrae.config import ModelSection
-from mm_agrae.errors import ModelError, one_line
+from mm_agrae.errors import ModelError, no_model, one_line
 from mm_agrae.model.compat import prepare
 from mm_agrae.model.lora import add_lora, load_lora, model_and_adapter
 
@@ -148,8 +147,7 @@ def cannot_load(path: str, what: str, error: Exception) -> ModelError:
     """A ModelError that says which of the files behind `model.path` failed."""
     base, adapter = model_and_adapter(path)
     problem = one_line(error)
-    # Hub ids have one slash at most, and what transformers says of longer ones is no help.
-    if not Path(base).exists() and (base.count("/") > 1 or base.startswith((".", "/", "~"))):
+    if no_model(base):  # what transformers says of it is no help
         problem = "there is no such folder"
     elif "contains custom code" in str(error):
         problem = "it brings code of its own; set model.trust_remote_code=true if you trust it"

@@ -8,6 +8,7 @@ is the one that is trained: softmax(logits / temperature) with the placeholder i
 import contextlib
 import copy
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +39,16 @@ from mm_agrae.types import MicroBatch, Prompt
 
 EXCLUDED = -1e4
 """Added to the logit of an id that can't be sampled. Finite, so that 0 · log 0 is not NaN."""
+
+
+SMALL = 20_000_000
+"""Parameters below which a second CPU thread takes longer to wait for than it saves."""
+
+
+def one_thread_if_small(parameters: int, device: torch.device) -> None:
+    """Have torch use one CPU thread for a small model, unless OMP_NUM_THREADS says how many."""
+    if device.type == "cpu" and parameters < SMALL and not os.environ.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(1)
 
 
 class Policy(nn.Module):
@@ -75,6 +86,7 @@ class Policy(nn.Module):
         self._in_replica = self._always_runs_vision = False
         self._barrier: Callable[[], None] = lambda: None
         self.to(device)
+        one_thread_if_small(sum(p.numel() for p in self.model.parameters()), compute_device or torch.device(device))
         bias_V = torch.zeros(self.hf.get_output_embeddings().weight.shape[0])
         excluded = [index for index in processing.forbidden_ids if index < len(bias_V)]
         bias_V[excluded] = EXCLUDED

@@ -1,7 +1,7 @@
 """Example -> Prompt: chat template, images, token ids. The only owner of tokenizer and processor.
 
-Each prompt is processed exactly once, and the tensors made here serve rollout and update. For every
-row the number of image placeholders is checked against the number of image features.
+Each prompt is processed exactly once, and the tensors made here serve rollout and update. Several threads may prepare
+prompts: their images are decoded and resized side by side, only the tokenizer is for one at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import datetime
 import functools
 import hashlib
 import itertools
+import math
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -66,7 +67,7 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 def _exclusive(method: Method) -> Method:
     """For methods of `Processing`: tokenizers are not made for two threads at once, and prompts are
-    prepared in one while the update runs in another."""
+    prepared in some while rollout and update run in another."""
 
     @functools.wraps(method)
     def locked(self: Any, *args: Any) -> Any:
@@ -103,7 +104,7 @@ class Processing:
         self.family: str = config.model_type
         self.tokenizer: Any = getattr(self.processor, "tokenizer", self.processor)
         if self.is_multimodal:
-            self._require_patches()
+            self._set_pixel_budget()
         self._control = _control_tokens(self.tokenizer)
         self._lock = threading.Lock()
         self._pixels: WeakValueDictionary[bytes, torch.Tensor] = WeakValueDictionary()
@@ -131,9 +132,8 @@ class Processing:
         self.forbidden_ids = _ids(*forbidden)
         """Ids that a policy never samples: image, video and padding placeholders."""
 
-    @_exclusive
     def prompt(self, example: Example) -> Prompt:
-        """Render, tokenize and process one example.
+        """Render, tokenize and process one example. Threads may share this object.
 
         Raises DataError naming the row: an unreadable image, more or fewer markers than images,
         control tokens in the text, or a prompt longer than `prompt.max_tokens`.
@@ -151,20 +151,31 @@ class Processing:
             if found := self._control.search(text):
                 raise DataError(f"{where}: the question holds the control token {found[0]}; remove it")
         originals = [open_image(source, origin=where) for source in example.images]
-        images = [self._shown(image, where) for image in originals]
-        if images:
-            sizes = [tuple(image.size for image in each) for each in (originals, images)]
-            example = replace(example, image_sizes=sizes[0], shown_sizes=sizes[1])
+        images = [self._shown(image) for image in originals]
+        if not images:
+            return self._with_text(example, question, where)
+        sizes = [tuple(image.size for image in each) for each in (originals, images)]
+        example = replace(example, image_sizes=sizes[0], shown_sizes=sizes[1])
+        # Not by way of the processor, which would have images wait for the tokenizer.
+        patches = self.processor.image_processor(images, do_resize=False, return_tensors="pt")
+        made = (patches["pixel_values"], patches["image_grid_thw"])
+        return self._with_text(example, question, where, images, _digest(images), *made)
+
+    @_exclusive
+    def _with_text(
+        self,
+        example: Example,
+        question: str,
+        where: str,
+        images: Sequence[Image.Image] = (),
+        digest: bytes = b"",
+        pixel_values: Any = None,
+        image_grid_thw: Any = None,
+    ) -> Prompt:
         text = self._render_example(example, question, where)
+        long = self._with_placeholders(text, image_grid_thw, where) if images else text
         # The template writes all control tokens itself, BOS included.
-        options: dict[str, Any] = {"return_tensors": "pt", "add_special_tokens": False}
-        if images:
-            options |= {"do_resize": False, "return_mm_token_type_ids": True}
-            inputs = self.processor(text=[text], images=images, **options)
-            self._check_image_tokens(inputs, len(images), where)
-        else:
-            inputs = self.tokenizer([text], **options)
-        token_ids = inputs["input_ids"][0]
+        token_ids = self.tokenizer([long], return_tensors="pt", add_special_tokens=False)["input_ids"][0]
         if len(token_ids) > self.settings.max_tokens:
             raise DataError(
                 f"{where}: the prompt is {len(token_ids)} tokens, more than prompt.max_tokens = "
@@ -175,19 +186,21 @@ class Processing:
             example=example,
             text=text,
             token_ids=token_ids,
-            mm_token_type_ids=inputs["mm_token_type_ids"][0] if images else None,
-            pixel_values=self._one_copy(images, inputs["pixel_values"]) if images else None,
-            image_grid_thw=inputs["image_grid_thw"] if images else None,
+            mm_token_type_ids=(token_ids == self.image_token_id).long() if images else None,
+            # One copy for the same images, as long as one of their prompts is alive.
+            pixel_values=self._pixels.setdefault(digest, pixel_values) if images else None,
+            image_grid_thw=image_grid_thw,
             images=tuple(images),
         )
 
-    def _one_copy(self, images: Sequence[Image.Image], pixel_values: torch.Tensor) -> torch.Tensor:
-        """The same tensor for the same images, as long as one of their prompts is alive."""
-        digest = hashlib.sha256()
-        for image in images:
-            digest.update(repr(image.size).encode())
-            digest.update(image.tobytes())
-        return self._pixels.setdefault(digest.digest(), pixel_values)
+    def _with_placeholders(self, text: str, grid_N3: torch.Tensor, where: str) -> str:
+        """The text with as many placeholders for an image as it has features, as Qwen's processors write it."""
+        token = self.tokenizer.convert_ids_to_tokens(self.image_token_id)
+        first, *rest = text.split(token)
+        if len(rest) != len(grid_N3):
+            raise DataError(f"{where}: {len(rest)} image placeholders for {len(grid_N3)} images")
+        features_N = grid_N3.prod(-1) // self.processor.image_processor.merge_size**2
+        return first + "".join(token * int(count) + piece for count, piece in zip(features_N, rest, strict=True))
 
     @property
     def opens_thinking(self) -> bool:
@@ -211,8 +224,7 @@ class Processing:
         ]
         if self.is_multimodal:
             low, high = self._pixel_budget()
-            side = self.processor.image_processor.patch_size * 2
-            tokens = f"up to {high // side**2:,} tokens an image"
+            tokens = f"up to {high // self._side**2:,} tokens an image"
             lines.append(("pixels", f"{low:,} to {high:,}, {tokens}"))
         names = self.tokenizer.convert_ids_to_tokens
         for label, ids in (("ends at", self.eos_ids), ("never sampled", self.forbidden_ids)):
@@ -234,15 +246,23 @@ class Processing:
     def save(self, folder: str) -> None:
         self.processor.save_pretrained(folder)
 
-    def _shown(self, image: Image.Image, where: str) -> Any:
-        from qwen_vl_utils import fetch_image
+    def _shown(self, image: Image.Image) -> Image.Image:
+        """The image as the model sees it: sides that are multiples of `_side`, an area within the budget."""
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        low, high = self._pixel_budget()
-        request = {"image": image, "min_pixels": low, "max_pixels": high}
-        try:
-            return fetch_image(request, image_patch_size=self.processor.image_processor.patch_size)
-        except ValueError as error:
-            raise DataError(f"{where}: image of {image.width}×{image.height}: {error}") from None
+        (width, height), side, (low, high) = image.size, self._side, self._pixel_budget()
+        new_height, new_width = smart_resize(height, width, side, low, high)
+        if new_height * new_width > high:  # of thin images it rounds a side up
+            aspect = max(image.size) / min(image.size)
+            short = max(side, int(math.sqrt(high / aspect)) // side * side)
+            long = min(int(math.sqrt(high * aspect)), high // short) // side * side
+            new_width, new_height = (short, long) if width < height else (long, short)
+        return image.resize((new_width, new_height))
+
+    @property
+    def _side(self) -> int:
+        """Pixels along a side of what becomes one token."""
+        return self.processor.image_processor.patch_size * self.processor.image_processor.merge_size
 
     def _pixel_budget(self) -> tuple[int, int]:
         """Smallest and largest area; where settings and checkpoint cross, the setting wins."""
@@ -253,8 +273,11 @@ class Processing:
             return low, high
         return (low, max(low, high)) if settings.min_pixels else (min(low, high), high)
 
-    def _require_patches(self) -> None:
-        """Raise ModelError unless images become patches under a pixel budget, as Qwen's do."""
+    def _set_pixel_budget(self) -> None:
+        """Have checkpoints and exports say the budget trained with.
+
+        Raises ModelError unless images become patches under a pixel budget, as Qwen's do.
+        """
         image_processor: Any = getattr(self.processor, "image_processor", None)
         size = getattr(image_processor, "size", None) or {}
         fits = all(hasattr(image_processor, name) for name in ("patch_size", "merge_size"))
@@ -266,7 +289,7 @@ class Processing:
                 "(patch_size, merge_size, a budget of pixels); Qwen2-VL, Qwen2.5-VL and Qwen3-VL "
                 "fit"
             )
-        side = image_processor.patch_size * 2
+        side = self._side
         low, high = self._pixel_budget()
         if low > high or high < side**2:
             raise ModelError(
@@ -274,6 +297,7 @@ class Processing:
                 f"min_pixels ≤ max_pixels and max_pixels ≥ {side**2} (one token of "
                 f"{side}×{side} pixels)"
             )
+        image_processor.size = type(size)(shortest_edge=low, longest_edge=high)
 
     def _chat_template(self) -> str:
         path = self.settings.chat_template
@@ -367,14 +391,13 @@ class Processing:
         token = self._control.match(rest.lstrip()) if found else None
         return self.tokenizer.convert_tokens_to_ids(token[0]) if token else None
 
-    def _check_image_tokens(self, inputs: Any, images: int, where: str) -> None:
-        placeholders = int((inputs["input_ids"] == self.image_token_id).sum())
-        merge = self.processor.image_processor.merge_size**2
-        features = int((inputs["image_grid_thw"].prod(-1) // merge).sum())
-        if placeholders != features or len(inputs["image_grid_thw"]) != images:
-            raise DataError(
-                f"{where}: {placeholders} image placeholders for {features} image features of {images} images"
-            )
+
+def _digest(images: Sequence[Image.Image]) -> bytes:
+    digest = hashlib.sha256()
+    for image in images:
+        digest.update(repr(image.size).encode())
+        digest.update(image.tobytes())
+    return digest.digest()
 
 
 def _ids(*values: Any) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ from mm_agrae.parallel.strategies import backend, check_environment, make_strate
 from mm_agrae.parallel.watchdog import GRACE_S, Watchdog
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 
 def start(config: Config) -> PartialState:
@@ -142,15 +143,56 @@ def _is_communication_error(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in words)
 
 
+class Stopped(Exception):
+    """An evaluation ends, on every rank alike, because one of them was asked to stop."""
+
+
+class _CutShort(BaseException):
+    """Raised by a signal in what need not be finished; no `except Exception` may take it for an error."""
+
+
 class StopRequest:
     """Whether the run was asked to stop: the step is finished and saved instead of ending at once.
 
-    `on_request` is called when it first is.
+    `say` is called when it first is. `exit_status` is 130 once SIGINT has cut an evaluation short, else 0.
     """
 
-    def __init__(self, on_request: Callable[[], None]):
+    def __init__(self, processes: Processes, say: Callable[[str], None]):
         self.requested = False
-        self._on_request = on_request
+        self.exit_status = 0
+        self._processes, self._say = processes, say
+        self._at_once = False
+        self._signal = 0
+
+    def everywhere(self) -> bool:
+        """Whether any rank was asked to; every rank calls this."""
+        self.requested = any(self._processes.gather([self.requested], "stop"))
+        return self.requested
+
+    def interruptible(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns; a signal ends it at once. Raises Stopped on all ranks if any was asked to stop.
+
+        With several processes a signal must not part them in a collective call: there `check`, called where there is
+        none, ends the work of the process that was asked, and the others finish theirs.
+        """
+        result: list[Result] = []
+        if not self.everywhere():
+            try:
+                try:
+                    self._at_once = self._processes.world == 1
+                    result.append(work())
+                finally:
+                    self._at_once = False
+            except _CutShort:
+                self.exit_status = 130 if self._signal == signal.SIGINT else 0
+        if self.everywhere():
+            raise Stopped
+        return result[0]
+
+    def check(self) -> None:
+        """Within the work of `interruptible`: end it if this process was asked to stop."""
+        if self.requested:
+            raise _CutShort
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -162,8 +204,10 @@ class StopRequest:
         def ask(number: int, frame: Any) -> None:
             if self.requested:
                 raise KeyboardInterrupt
-            self.requested = True
-            self._on_request()
+            self.requested, self._signal = True, number
+            self._say("stopping: a step is finished first, an evaluation is not; once more to stop at once")
+            if self._at_once:
+                raise _CutShort
 
         earlier = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
         try:

@@ -11,6 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from threading import Lock
 
 from mm_agrae.batching import StepTable
 from mm_agrae.errors import DataError, EngineError, with_skip
@@ -59,7 +60,7 @@ class Collector:
         self, context: RunContext, task: Concatenation, processing: Processing, policy: Policy, engine: Engine
     ):
         self.config, self.processes = context.config, context.processes
-        self.reporter, self.stopwatch = context.reporter, context.stopwatch
+        self.reporter, self.stopwatch, self.folder = context.reporter, context.stopwatch, context.folder
         self.task, self.processing, self.policy, self.engine = task, processing, policy, engine
         self.order = DataOrder(len(task), self.config.train.seed, self.config.data.shuffle)
         self.rows_skipped = len(task.skipped)
@@ -71,8 +72,11 @@ class Collector:
         self._overlapped: _Overlapped | None = None
         self._sampling_thread = ThreadPoolExecutor(1, "rollout")
         self._prefetched: dict[int, Future[Prompt]] = {}
-        """Prompts of the next step by row, being prepared while the update runs."""
-        self._prefetch_thread = ThreadPoolExecutor(1, "prompts")
+        """Prompts of the next step by row, being prepared during the present one."""
+        # Threads, as decoding, resizing and cutting into patches run outside the interpreter lock (it is held for 7 % of
+        # the time): processes are no faster, and would send each prompt's pixels, up to 100 MB, through a pipe.
+        self._prefetch_threads = ThreadPoolExecutor(self.config.data.prefetch_threads or 1, "prompts")
+        self._task_lock = Lock()
 
     def collect(self, step: int, last: bool) -> list[Group]:
         """This rank's groups of a step (from 0), resampled where dynamic sampling asks for it.
@@ -89,6 +93,8 @@ class Collector:
         for resample_round in range(rounds):
             with self.stopwatch("prompts"):
                 prompts = self._draw_prompts(positions)
+            if not last:
+                self.prefetch()
             if resample_round == 0:
                 self._check_mismatch(step, list(prompts.values()))
             count = len(prompts) * rollout.completions_per_prompt
@@ -143,7 +149,7 @@ class Collector:
     def close(self) -> None:
         self.engine.close()
         self._sampling_thread.shutdown(wait=False, cancel_futures=True)
-        self._prefetch_thread.shutdown(wait=True, cancel_futures=True)
+        self._prefetch_threads.shutdown(wait=True, cancel_futures=True)
 
     @property
     def data_state(self) -> dict[str, int]:
@@ -171,7 +177,7 @@ class Collector:
         groups: list[Group] = []
         with self.stopwatch("prompts"), contextlib.suppress(DataError, IndexError):
             for row, prompt_ids, values in cached[0] if cached else []:
-                prompt = self._prompt(row)
+                prompt = self._take(row)
                 if prompt.token_ids.tolist() == prompt_ids:
                     groups.append(Group(prompt=prompt, **values))
                     self._row_at[groups[-1].position] = row
@@ -184,17 +190,34 @@ class Collector:
         return groups
 
     def prefetch(self) -> None:
-        """Begin to prepare the next step's prompts (reading, decoding, processing) in a thread.
+        """Begin to prepare the prompts of the next rows (reading, decoding, processing) in threads.
 
-        `_draw_prompts` uses them in the order in which it would have made them itself, so that
-        nothing but the time changes. The data cursor does not move.
+        `_draw_prompts` uses them in the order in which it would have made them itself, so that nothing but the time
+        changes: the data cursor does not move, and the error of a bad row is raised where the row is drawn.
         """
+        if not self.config.data.prefetch_threads:
+            return
         rows = self.order.peek(self.config.rollout.prompts_per_step)
-        own = rows[self.processes.rank :: self.processes.world]
-        self._prefetched = {row: self._prefetch_thread.submit(self._prompt, row) for row in dict.fromkeys(own)}
+        before, self._prefetched = self._prefetched, {}
+        for row in rows[self.processes.rank :: self.processes.world]:
+            if row not in self._prefetched:
+                self._prefetched[row] = before.get(row) or self._prefetch_threads.submit(self._prompt, row)
+
+    def store_images(self, groups: Iterable[Group]) -> None:
+        """Begin to store a step's images, which takes longer than decoding them; logging finds them stored."""
+        if self.config.data.prefetch_threads and self.config.log.rollouts:
+            for image in chain.from_iterable(group.prompt.images for group in groups):
+                self._prefetch_threads.submit(self.folder.store_image, image)
+
+    def _take(self, row: int) -> Prompt:
+        """The prompt of a row, prefetched or not. Raises DataError."""
+        prefetched = self._prefetched.pop(row, None)
+        return prefetched.result() if prefetched else self._prompt(row)
 
     def _prompt(self, row: int) -> Prompt:
-        return self.processing.prompt(self.task[row])
+        with self._task_lock:  # a task may be anyone's code
+            example = self.task[row]
+        return self.processing.prompt(example)
 
     def _draw_prompts(self, positions: Iterable[int]) -> Prompts:
         """This rank's prompts by position; a bad row is skipped on all ranks alike."""
@@ -206,9 +229,8 @@ class Collector:
             for position, row in [(position, self.order.next()) for position in missing]:
                 if position % self.processes.world != self.processes.rank:
                     continue
-                prefetched = self._prefetched.pop(row, None)
                 try:
-                    drawn[position] = prefetched.result() if prefetched else self._prompt(row)
+                    drawn[position] = self._take(row)
                     self._row_at[position] = row
                 except DataError as error:
                     if self.config.data.on_bad_row == "error":
@@ -319,7 +341,7 @@ class Collector:
                 "rollout.engine=hf, or rollout.vllm.dtype=float32 to see which"
             )
         if found.mean > settings.warn_above:
-            self.reporter.say(f"warning: {what}; check rollout.vllm.dtype and model.dtype")
+            self.reporter.say(f"warning: {what}; check rollout.vllm.dtype and model.dtype (docs/warnings.md#mismatch)")
 
     def _score(self, prompts: Prompts, completions: Completions, resample_round: int) -> list[Group]:
         count = self.config.rollout.completions_per_prompt

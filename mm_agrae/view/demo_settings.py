@@ -1,11 +1,11 @@
 """What the demo may show and to whom: the settings that the whole app is built from."""
 
-import re
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mm_agrae.errors import ConfigError
+from mm_agrae.errors import ConfigError, no_model
 
 DATA = Path(__file__).parent.parent.parent / "data"
 EMBEDDED = {
@@ -57,6 +57,9 @@ def settings_for(paths: Sequence[str], **options: object) -> DemoSettings:
     of a run folder, if any, in the playground; anything else is a model. Embedded models come
     first, the embedded run last. Raises ConfigError for a folder that does not exist.
     """
+    for path in paths:
+        if reason := no_model(path):
+            raise ConfigError(f"demo: {path} is not a run folder, a checkpoint or a model id: {reason}")
     from mm_agrae.run import checkpoint
 
     models = embedded_models()
@@ -70,15 +73,26 @@ def settings_for(paths: Sequence[str], **options: object) -> DemoSettings:
                 models[_free_name(folder.resolve().name, models)] = str(newest)
         elif any(folder.glob("*/config.yaml")):
             runs.append(folder)
-        elif folder.exists() or _MODEL_ID.fullmatch(path):
-            models[_free_name(folder.resolve().name, models)] = path
         else:
-            raise ConfigError(f"demo: {path} is not a run folder, a checkpoint or a model id")
+            models[_free_name(folder.resolve().name, models)] = path
     all_runs = (*runs, *embedded_runs())
     return DemoSettings(models=models, runs=all_runs, **options)  # type: ignore[arg-type]
 
 
-_MODEL_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+def require_address(host: str, port: int) -> None:
+    """Raise ConfigError if the demo cannot listen there."""
+    if not 0 <= port < 1 << 16:
+        raise ConfigError(f"demo: --port is {port}; it must be from 1 to 65535, or left out for a free one")
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((host, port))
+            listener.listen()
+    except OSError as error:
+        raise ConfigError(
+            f"demo: cannot listen on {host}, port {port or 'any'} ({error.strerror}); give another --port, or none "
+            "for a free one, and a --host of this machine (127.0.0.1: for itself alone, 0.0.0.0: for others too)"
+        ) from None
 
 
 def _free_name(name: str, taken: Mapping[str, str]) -> str:

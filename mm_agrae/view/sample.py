@@ -79,7 +79,8 @@ def write_samples(config: Config, *, split: str, count: int, completions: int, o
     `completions` graded samples per example from the config's model. Raises ConfigError for a
     split without data, DataError for data that cannot be used.
     """
-    if out.suffix == ".png" and completions:
+    as_sheet = out.suffix.lower() == ".png"
+    if as_sheet and completions:
         raise ConfigError(f"sample: {out} cannot show completions; use .html")
     sources = config.data.train if split == "train" else config.data.evaluate
     if not sources:
@@ -92,11 +93,12 @@ def write_samples(config: Config, *, split: str, count: int, completions: int, o
         content: str | bytes = sample_html(
             [problem.example for problem in problems], [problem.records for problem in problems]
         )
-    elif out.suffix == ".png":
+    elif as_sheet:
         content = encode_png(contact_sheet([task[index] for index in indices]))
     else:
         content = sample_html([task[index] for index in indices])
     try:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
         raise ConfigError(f"sample: cannot write {out} ({error.strerror})") from None

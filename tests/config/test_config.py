@@ -81,9 +81,12 @@ def test_overrides(tmp_path):
             "data.train.0.limit=5",
             "reward.parts={accuracy: 1.0}",
             "prompt.system=",
+            "data.check=off",
+            "update.shared_prompt=on",
         ],
     )
     assert config.train.steps == 7
+    assert (config.data.check, config.update.shared_prompt) == ("off", "on")
     assert config.update.learning_rate == 1e-5
     assert config.model.lora is not None
     assert config.model.lora.rank == 4
@@ -152,3 +155,35 @@ def test_epochs_become_steps():
     assert configs.total_steps(config, train_rows=100) == 12
     with pytest.raises(ConfigError, match="prompts_per_step = 16 is more than"):
         configs.total_steps(config, train_rows=7)
+
+
+AGRAE = {"advantage": {"rule": "agrae", "alpha": 0.5, "eps": 1e-5}, "update": {"loss": "gspo", "clip_high": 4e-4}}
+
+
+def test_a_new_rule_or_loss_leaves_the_settings_of_the_former_one_behind(tmp_path):
+    """Those of files below; not those that both take, those typed, and those of the same file."""
+    path, over, typo = tmp_path / "config.yaml", tmp_path / "over.yaml", tmp_path / "typo.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | AGRAE))
+    over.write_text(yaml.safe_dump({"base": "config.yaml", "advantage": {"rule": "grpo"}, "update": {"loss": "dapo"}}))
+    typo.write_text(yaml.safe_dump(MINIMAL | {"advantage": {"alhpa": 0.5}}))
+    lines = [
+        "left out advantage.alpha=0.5 of a config file: rule 'grpo' does not take it",
+        "left out update.clip_high=0.0004 of a config file: loss 'dapo' has a default of its own",
+    ]
+    for file, typed in ((path, ["advantage.rule=grpo", "update.loss=dapo"]), (path, [str(over)]), (over, [])):
+        said = []
+        config = configs.load(file, typed, say=said.append)
+        assert said == lines
+        assert (config.advantage.rule, config.advantage.settings) == ("grpo", {"eps": 1e-5})
+        assert (config.update.loss, config.update.clip_high) == ("dapo", None)
+    said = []
+    kept = configs.load(path, ["advantage.rule=agrae", "update.loss=grpo", "update.clip_high=0.3"], say=said.append)
+    assert (kept.advantage.settings["alpha"], kept.update.clip_high, said) == (0.5, 0.3, [])
+    for file, typed, expected in (
+        (path, ["advantage.rule=grpo", "advantage.alpha=1"], "advantage.alpha has no effect"),
+        (path, ["advantage.alpha=1", str(over)], "advantage.alpha has no effect"),
+        (over, ["advantage.alpha=1"], "advantage.alpha has no effect"),
+        (typo, ["advantage.rule=grpo"], "advantage.alhpa: unknown setting"),
+    ):
+        with pytest.raises(ConfigError, match=expected):
+            configs.load(file, typed)

@@ -16,8 +16,9 @@ from mm_agrae.model import checking
 from mm_agrae.model.checking import is_right_by_itself, look_at_all, said_of
 from mm_agrae.progress import Reporter
 from mm_agrae.run.folder import RunFolder
+from mm_agrae.run.warnings import STEPS_AT_ZERO
 from mm_agrae.tasks import load_all
-from mm_agrae.trainer import STEPS_AT_ZERO, Trainer
+from mm_agrae.trainer import Trainer
 from mm_agrae.types import Example
 
 NO_EVALUATION = {"before": False, "after": False}

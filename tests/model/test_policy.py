@@ -5,6 +5,7 @@ import torch
 from helpers import TEXT, VL, batch_of, policy, processing
 
 from mm_agrae.config import LoraSection
+from mm_agrae.model.policy import SMALL, one_thread_if_small
 
 BOTH = pytest.mark.parametrize("path", [VL, TEXT], ids=["vl", "text"])
 
@@ -76,3 +77,25 @@ def test_bfloat16_keeps_float32_weights_when_they_learn():
             logp_BT = rounded(micro)[0]
             assert logp_BT.dtype == torch.float32
             assert 0 < (logp_BT - reference).abs().max() < 0.5
+
+
+def test_a_small_model_on_a_cpu_takes_one_thread_unless_told_otherwise(monkeypatch):
+    before, cpu = torch.get_num_threads(), torch.device("cpu")
+    try:
+        for given, parameters, device, expected in (
+            (None, SMALL, cpu, 2),
+            (None, SMALL - 1, torch.device("cuda"), 2),
+            ("2", SMALL - 1, cpu, 2),
+            (None, SMALL - 1, cpu, 1),
+        ):
+            monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+            if given:
+                monkeypatch.setenv("OMP_NUM_THREADS", given)
+            torch.set_num_threads(2)
+            one_thread_if_small(parameters, device)
+            assert torch.get_num_threads() == expected
+        torch.set_num_threads(2)
+        policy(TEXT)
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)

@@ -1,5 +1,6 @@
 """A run that was cut off and taken up again ends as the uninterrupted one, bit for bit."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -329,3 +330,45 @@ def test_sigterm_finishes_the_step_and_saves(tmp_path):
     saved = checkpoint.newest(tmp_path / "run" / "checkpoints")
     assert saved.name == f"step_{steps:06d}"
     assert checkpoint.damaged(saved) == []
+
+
+class SignalsInEvaluation(Reporter):
+    """Sends this process a signal at the first completion of an evaluation that has one of these names."""
+
+    def __init__(self, number, name):
+        super().__init__(enabled=False)
+        self.number, self.name = number, name
+
+    @contextlib.contextmanager
+    def bar(self, name, *arguments, **options):
+        def advance(units):
+            if self.name in name:
+                os.kill(os.getpid(), self.number)
+                raise AssertionError("the evaluation went on")
+
+        yield advance
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "steps", "status"),
+    [(signal.SIGINT, "(before)", 0, 130), (signal.SIGTERM, "(step_000001)", 1, 0), (signal.SIGINT, "(after)", 2, 130)],
+)
+def test_a_signal_cuts_an_evaluation_short(tmp_path, number, name, steps, status):
+    config = run_config(tmp_path / "run", TEXT, evaluate={"every": 1})
+    trainer = Trainer(config, SignalsInEvaluation(number, name))
+    trainer.train()
+    assert (trainer.steps_done, trainer.stop.exit_status) == (steps, status)
+    run = RunFolder(tmp_path / "run")
+    assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == f"step_{steps:06d}"
+    assert len(run.read_evaluations()) == steps
+    assert not run.read_summary()["finished"]
+    Trainer(config, Reporter(enabled=False)).train()
+    assert [result.name for result in run.read_evaluations()] == ["before", "step_000001", "after"]
+    assert run.read_summary()["finished"]
+
+
+def test_fewer_steps_than_the_run_has_done_are_refused(whole, tmp_path):
+    config = copied(whole, tmp_path / "run", 4)
+    fewer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 3})})
+    with pytest.raises(ConfigError, match="has done 4 steps, more than the 3 of"):
+        Trainer(fewer, Reporter(enabled=False))

@@ -293,3 +293,17 @@ def test_two_offloaded_processes_start_anew_over_an_old_run(environment, tmp_pat
     assert "on 2 processes" in out
     assert out.count("step 1/1") == 1
     assert not (run / "old").exists()
+
+
+@pytest.mark.parametrize(
+    "launcher", ["torchrun --standalone --nproc_per_node 2", "accelerate launch --num_processes 1"]
+)
+def test_a_launcher_adds_no_traceback_to_an_error(launcher, tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "launch.py", *launcher.split(), "-m", "mm_agrae.cli", "train"]
+    result = subprocess.run(
+        [*command, tmp_path / "none.yaml"], capture_output=True, text=True, timeout=500, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert f"error: config {tmp_path / 'none.yaml'}: cannot be read" in result.stderr
+    assert "Traceback" not in result.stderr

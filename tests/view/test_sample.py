@@ -65,10 +65,11 @@ def test_write_samples_as_page_and_sheet(tmp_path):
     assert page.count("<article") == page.count("data:image/png;base64,") == 3
     sheet = Image.open(write_samples(sample_config(), out=tmp_path / "x.png", **options))
     assert sheet.width == 3 * 320
+    assert write_samples(sample_config(), out=tmp_path / "new" / "x.PNG", **options).read_bytes()[1:4] == b"PNG"
     for name, change, words in (
         ("x.png", {"completions": 1}, "use .html"),
         ("x.html", {"split": "evaluate"}, "data.evaluate names no data"),
-        ("gone/x.html", {}, "cannot write"),
+        ("x.png/x.html", {}, "cannot write"),
     ):
         with pytest.raises(ConfigError, match=words):
             write_samples(sample_config(), out=tmp_path / name, **(options | change))

@@ -13,9 +13,11 @@ EMBEDDED = {
     "GRPO": DATA / "trained" / "vl_grpo",
     "A-GRAE": DATA / "trained" / "vl_agrae",
     "base (text)": DATA / "warm_start" / "text",
+    "GRPO (text)": DATA / "trained" / "text_grpo",
+    "A-GRAE (text)": DATA / "trained" / "text_agrae",
 }
 """Checkpoints in the source tree, by their display names."""
-EXAMPLE_RUN = DATA / "example_run"
+EXAMPLE_RUNS = (DATA / "example_run", DATA / "example_run_text")
 
 
 def embedded_models() -> dict[str, str]:
@@ -24,8 +26,8 @@ def embedded_models() -> dict[str, str]:
 
 
 def embedded_runs() -> tuple[Path, ...]:
-    """The small run in the source tree, if it exists."""
-    return (EXAMPLE_RUN,) if (EXAMPLE_RUN / "config.yaml").is_file() else ()
+    """The small runs in the source tree that exist."""
+    return tuple(run for run in EXAMPLE_RUNS if (run / "config.yaml").is_file())
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from mm_agrae.view.playground_checkpoints import CheckpointCache
 
 pytestmark = needs_browser
 
-START = SyntheticTask("test")[4]
-DESCRIBED = SyntheticTask("test", modality="text")[4]
+START = SyntheticTask("test")[0]
+DESCRIBED = SyntheticTask("test", modality="text")[0]
 HOSTILE = '<script>window.hacked=1</script><img src=x onerror="window.hacked=2">${window.hacked=3}{{window.hacked=4}}'
 
 

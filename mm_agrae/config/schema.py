@@ -99,8 +99,8 @@ class DataSection(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row that cannot be used does: stop the run, or be counted and left out."""
     prefetch_threads: Annotated[int, Field(ge=0)] = 2
-    """Threads that read, decode, resize and tokenise the next step's prompts during the present one, held in main
-    memory till then, and store its images. 0: every step prepares its own."""
+    """Threads that decode, resize and tokenise the next step's prompts (held in main memory till then) during the
+    present one, and store its images. 0: every step prepares its own."""
     check: Annotated[Literal["off", "sample", "all"], _on_or_off] = "sample"
     """Before training: grade the gold answers of some rows against themselves (sample), or read every row, image and
     prompt length in parallel processes (all), as `mm-agrae doctor` does. A bad row then ends the run at its start."""

@@ -248,11 +248,11 @@ class Processing:
 
     def _shown(self, image: Image.Image) -> Image.Image:
         """The image as the model sees it: sides that are multiples of `_side`, an area within the budget."""
-        from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+        from qwen_vl_utils.vision_process import smart_resize
 
         (width, height), side, (low, high) = image.size, self._side, self._pixel_budget()
         new_height, new_width = smart_resize(height, width, side, low, high)
-        if new_height * new_width > high:  # of thin images it rounds a side up
+        if not 0 < new_height * new_width <= high:  # a thin image, of which it rounds a side to 0 or up
             aspect = max(image.size) / min(image.size)
             short = max(side, int(math.sqrt(high / aspect)) // side * side)
             long = min(int(math.sqrt(high * aspect)), high // short) // side * side

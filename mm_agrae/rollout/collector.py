@@ -73,8 +73,8 @@ class Collector:
         self._sampling_thread = ThreadPoolExecutor(1, "rollout")
         self._prefetched: dict[int, Future[Prompt]] = {}
         """Prompts of the next step by row, being prepared during the present one."""
-        # Threads, as decoding, resizing and cutting into patches run outside the interpreter lock (it is held for 7 % of
-        # the time): processes are no faster, and would send each prompt's pixels, up to 100 MB, through a pipe.
+        # Threads, as decoding, resizing and cutting into patches hold the interpreter lock for 7 % of their time:
+        # processes are no faster, and would send each prompt's pixels, up to 100 MB, through a pipe.
         self._prefetch_threads = ThreadPoolExecutor(self.config.data.prefetch_threads or 1, "prompts")
         self._task_lock = Lock()
 

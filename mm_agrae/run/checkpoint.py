@@ -34,6 +34,7 @@ from mm_agrae import __version__
 from mm_agrae import config as configs
 from mm_agrae.config import Config
 from mm_agrae.errors import ConfigError, RunFolderError
+from mm_agrae.model.compat import readable_by_4
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 
@@ -86,6 +87,7 @@ class Snapshot:
             for name, content in self.files.items():
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 (aside / name).write_bytes(content)
+            readable_by_4(aside)
             torch.save(dict(self.training), aside / TRAINING_FILE)
             sums = {str(path.relative_to(aside)): _checksum(path) for path in _files(aside)}
             state = {"format": FORMAT, **self.state, "sha256": sums}

@@ -9,6 +9,7 @@ import torch
 
 from mm_agrae.config import ModelSection, PromptSection
 from mm_agrae.errors import RunFolderError
+from mm_agrae.model.compat import readable_by_4
 from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
@@ -22,7 +23,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def export(source: Path, out: Path, dtype: Dtype = "auto", *, trust_remote_code: bool = False) -> dict[str, Any]:
-    """Write `source` to the new folder `out`, for transformers, vLLM or this package to load.
+    """Write `source` to the new folder `out`, for transformers (4.57 or later), vLLM or this package to load.
 
     `source` is a checkpoint (full or LoRA), a LoRA adapter, or a run folder (its newest checkpoint). `dtype` "auto"
     keeps that of the (base) model's files; LoRA is merged in float32 and rounded once. Returns what is written to
@@ -47,6 +48,9 @@ def export(source: Path, out: Path, dtype: Dtype = "auto", *, trust_remote_code:
     weights = {
         name: tensor.to(target) if tensor.is_floating_point() else tensor for name, tensor in policy.full_weights()
     }
+    for name, tensor in weights.items():
+        if tensor.untyped_storage().nbytes() > tensor.nbytes:  # an expert, sliced from all: safetensors refuses it
+            weights[name] = tensor.clone()
     facts = {
         "source": str(folder),
         "step": state.get("step"),
@@ -67,6 +71,7 @@ def export(source: Path, out: Path, dtype: Dtype = "auto", *, trust_remote_code:
         hf.config.save_pretrained(temporary)
         hf.generation_config.save_pretrained(temporary)
         processing.save(str(temporary))
+        readable_by_4(temporary)
         config = folder / checkpoint.CONFIG_FILE
         if config.is_file():
             shutil.copy(config, temporary / config.name)

@@ -251,7 +251,7 @@ class RunFolder:
     def store_image(self, image: Image) -> str:
         """Store an image unless an equal one is stored, and return its path in the run folder.
 
-        The name is the SHA-256 of its pixels. The object must not be changed between calls, which may come from any thread.
+        The name is the SHA-256 of its pixels. The object must not be changed between calls. Any thread may call.
         """
         known = self._stored.get(id(image))
         if known is not None:

@@ -1,5 +1,6 @@
 """Every family through the policy: shared and repeated prompts, rollout, dtypes, modules."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,10 +8,12 @@ import torch
 from families import FAMILIES, VISION, batch_for, build, gradients, prompts_for, randomise_lora, require_equal, trained
 from helpers import sampling
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from mm_agrae.config import LoraSection
 from mm_agrae.errors import ModelError
 from mm_agrae.rollout.hf import HFEngine
+from mm_agrae.run.export import export
 
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -117,3 +120,27 @@ def test_frozen_vision_computes_the_same(checkpoint, family):
     batch = batch_for(processing, frozen)
     (logp, grads), (expected, all_grads) = gradients(frozen, batch), gradients(whole, batch)
     require_equal((logp, grads), (expected, {name: all_grads[name] for name in grads}))
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3_text", "qwen3_moe"])
+def test_exports_name_things_as_transformers_4_does(family, checkpoint, tmp_path):
+    export(Path(checkpoint(family)), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    text = config.get("text_config", config)
+    assert text["rope_theta"] == (1e6 if family == "gemma3_text" else 1e4)
+    tokenizer = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert "extra_special_tokens" not in tokenizer
+    assert tokenizer["tokenizer_class"] in ("PreTrainedTokenizerFast", "Qwen2Tokenizer")
+    if family == "qwen2_5_vl":
+        assert text["rope_scaling"]["mrope_section"] == [2, 3, 3]
+        size = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["size"]
+        assert size == {"shortest_edge": 784, "longest_edge": 112896}
+    if family == "gemma3_text":
+        assert (text["rope_local_base_freq"], text["rope_scaling"]) == (1e4, None)
+    if family == "qwen3_moe":
+        assert text["num_experts"] == 4
+    loader = AutoModelForImageTextToText if family in VISION else AutoModelForCausalLM
+    fresh, report = loader.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] | report["unexpected_keys"]
+    before, after = loader.from_pretrained(checkpoint(family)).state_dict(), fresh.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

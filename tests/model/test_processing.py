@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import VISION, write_family
 from helpers import TEXT, VL, examples, processing
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
@@ -134,6 +135,39 @@ def test_an_image_is_the_same_however_it_is_given(tmp_path):
     for prompt in prompts[1:]:
         assert torch.equal(prompt.token_ids, prompts[0].token_ids)
         assert torch.equal(prompt.pixel_values, prompts[0].pixel_values)
+
+
+@pytest.mark.parametrize("family", VISION)
+def test_prompts_are_those_of_the_processor(family, tmp_path):
+    """Images are cut into patches without it, so that they need not wait for the tokenizer."""
+    made = Processing(write_family(family, tmp_path), PromptSection())
+    prompt = made.prompt(Example("a", "<image> or <image>?", "1", (white(57, 300), examples(VL, 1)[0].images[0])))
+    inputs = made.processor(
+        text=[prompt.text], images=list(prompt.images), do_resize=False, return_mm_token_type_ids=True,
+        return_tensors="pt", add_special_tokens=False,
+    )  # fmt: skip
+    assert torch.equal(prompt.token_ids, inputs["input_ids"][0])
+    assert torch.equal(prompt.mm_token_type_ids, inputs["mm_token_type_ids"][0])
+    assert torch.equal(prompt.pixel_values, inputs["pixel_values"])
+    assert torch.equal(prompt.image_grid_thw, inputs["image_grid_thw"])
+
+
+@pytest.mark.parametrize("low", [784, 15680])
+def test_thin_images_fit_the_budget(low):
+    made = Processing(VL, PromptSection(min_pixels=low, max_pixels=15680))
+    theirs = made.processor.image_processor.get_number_of_image_patches
+
+    def shown(*size):
+        return made.prompt(Example("a", "?", "1", (white(*size),))).images[0].size
+
+    assert shown(30, 640) == (28, 560)
+    for aspect in (1, 5, 21, 60, 123, 200):
+        for short in (8, 13, 30, 100):
+            size = shown(short, short * aspect)
+            assert shown(short * aspect, short) == size[::-1]
+            assert size[0] % 28 == size[1] % 28 == 0 < size[0] <= size[1]
+            area = theirs(short * aspect, short) * 14 * 14
+            assert size[0] * size[1] == area if area <= 15680 and short > 14 else size[0] * size[1] <= 15680
 
 
 def test_text_rows_of_a_vision_model_are_plain_text():

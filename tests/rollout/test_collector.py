@@ -7,7 +7,9 @@ import threading
 import pytest
 import torch
 from helpers import TEXT, VL, run_config
+from PIL import Image
 
+from mm_agrae.errors import DataError
 from mm_agrae.progress import Reporter
 from mm_agrae.rollout.collector import Collector
 from mm_agrae.run.folder import RunFolder
@@ -53,7 +55,7 @@ def test_dynamic_sampling_replaces_groups_without_an_advantage(tmp_path, rule, w
 
 
 @pytest.mark.parametrize("path", [VL, TEXT])
-def test_prompts_prepared_during_the_update_change_nothing(tmp_path, monkeypatch, path):
+def test_prefetched_prompts_change_nothing(tmp_path, monkeypatch, path):
     """With bad rows, an epoch that ends within a step, and a row that comes twice in one step."""
     rows = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(5)]
     rows.insert(3, {"question": "x" * 9000, "answer": "1"})
@@ -78,9 +80,8 @@ def test_prompts_prepared_during_the_update_change_nothing(tmp_path, monkeypatch
 
     monkeypatch.setattr(Collector, "_prompt", noting)
     found = []
-    for name in ("prefetched", "in_turn"):
-        if name == "in_turn":
-            monkeypatch.setattr(Collector, "prefetch", lambda self: None)
+    for name, count in (("prefetched", 3), ("in_turn", 0)):
+        sections["data"]["prefetch_threads"] = count
         threads.append([])
         trainer = trained(run_config(tmp_path / name, path, **sections))
         run = RunFolder(tmp_path / name)
@@ -91,8 +92,35 @@ def test_prompts_prepared_during_the_update_change_nothing(tmp_path, monkeypatch
     assert found[0][:3] == found[1][:3]
     weights = (state.values() for *_, state in found)
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
-    assert any(name.startswith("prompts") for name in threads[0])
+    assert len({name for name in threads[0] if name.startswith("prompts")}) > 1
     assert not any(name.startswith("prompts") for name in threads[1])
+    stored = [sorted((tmp_path / name).glob("images/*")) for name in ("prefetched", "in_turn")]
+    assert [path.name for path in stored[0]] == [path.name for path in stored[1]]
+    assert not any(thread.name.startswith("prompts") for thread in threading.enumerate())
+
+
+def test_a_bad_image_ends_the_run_where_it_is_needed(tmp_path):
+    """Not at the step during which it is prefetched; with the same message."""
+    Image.new("RGB", (60, 60), "white").save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes((tmp_path / "good.png").read_bytes()[:60])
+    images = ["good.png"] * 4 + ["bad.png", "good.png"]
+    rows = [{"question": "1+1?", "answer": "2", "images": [image]} for image in images]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = []
+    for count in (0, 2):
+        data = {"train": [{"task": "files", "path": str(file)}], "evaluate": [], "shuffle": False, "check": "off"}
+        config = run_config(
+            tmp_path / f"run{count}", VL, evaluate=NO_EVALUATION, train={"steps": 3},
+            data=data | {"prefetch_threads": count},
+            rollout={"prompts_per_step": 2, "completions_per_prompt": 2, "max_new_tokens": 4},
+        )  # fmt: skip
+        trainer = Trainer(config, Reporter(enabled=False))
+        with pytest.raises(DataError, match=r"rows\.jsonl.*5.*bad\.png.*truncated") as error:
+            trainer.train()
+        found.append((str(error.value), trainer.steps_done))
+    assert found[0] == found[1]
+    assert found[0][1] == 2
 
 
 def test_data_order_visits_every_row_once_an_epoch():

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import TEXT, VL, engine, policy, processing, prompts, run_config, sampling, small_files
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
@@ -19,6 +20,7 @@ from mm_agrae.model.processing import Processing
 from mm_agrae.model.weights import adapter_config, adapter_weights, save_adapter
 from mm_agrae.run.export import EXPORT_FILE, export
 from mm_agrae.trainer import Trainer
+from mm_agrae.types import Example
 
 BOTH = pytest.mark.parametrize("path", [VL, TEXT], ids=["vl", "text"])
 CLASSES = {VL: AutoModelForImageTextToText, TEXT: AutoModelForCausalLM}
@@ -303,6 +305,68 @@ def test_an_export_writes_what_its_run_writes(path, lora, run, tmp_path):
     # A policy embeds patches by a matrix product, plain transformers by a convolution.
     torch.testing.assert_close(logits(policy(str(out)).hf, path), logits(plain, path), rtol=1e-4, atol=1e-4)
     assert plain.generation_config.eos_token_id == list(processing(path).eos_ids)
+
+
+OTHER_TRANSFORMERS = """
+import sys
+import torch
+from mm_agrae.model.compat import prepare
+prepare()
+import transformers
+assert transformers.__version__.startswith("4."), transformers.__version__
+folder, inputs, out = sys.argv[1:]
+inputs = torch.load(inputs)
+is_vl = "pixel_values" in inputs
+loader = transformers.AutoModelForImageTextToText if is_vl else transformers.AutoModelForCausalLM
+model = loader.from_pretrained(folder).eval()
+inputs.pop("mm_token_type_ids", None)
+tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+found = {"special": sorted(tokenizer.all_special_tokens), "ids": tokenizer("1+1=<|image_pad|><|im_end|>")["input_ids"]}
+if is_vl:
+    found["budget"] = dict(transformers.AutoProcessor.from_pretrained(folder).image_processor.size)
+with torch.no_grad():
+    torch.save(found | {"logits": model(**inputs).logits}, out)
+"""
+
+
+@BOTH
+@pytest.mark.skipif("MM_AGRAE_TRANSFORMERS_4" not in os.environ, reason="needs a folder with transformers 4.57")
+def test_transformers_4_reads_the_same_from_an_export(path, tmp_path):
+    """pip install --target FOLDER --no-deps transformers==4.57.6 'tokenizers<=0.23' 'huggingface_hub<1'"""
+    out = tmp_path / "export"
+    export(Path(path), out)
+    torch.save(model_inputs(prompts(path, 1)[0]), tmp_path / "inputs.pt")
+    (tmp_path / "other.py").write_text(OTHER_TRANSFORMERS)
+    paths = os.pathsep.join([os.environ["MM_AGRAE_TRANSFORMERS_4"], str(Path(__file__).parents[2])])
+    names = [tmp_path / "other.py", out, tmp_path / "inputs.pt", tmp_path / "found.pt"]
+    result = subprocess.run(
+        [sys.executable, *map(str, names)], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths}
+    )
+    assert result.returncode == 0, result.stderr
+    found, made = torch.load(tmp_path / "found.pt"), processing(path)
+    assert found["special"] == sorted(made.tokenizer.all_special_tokens)
+    assert found["ids"] == made.tokenizer("1+1=<|image_pad|><|im_end|>")["input_ids"]
+    if path == VL:
+        size = made.processor.image_processor.size
+        assert found["budget"] == {name: size[name] for name in ("shortest_edge", "longest_edge")}
+    theirs = logits(CLASSES[path].from_pretrained(out), path)
+    torch.testing.assert_close(found["logits"], theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_plain_transformers_makes_the_image_tokens_of_the_training(tmp_path):
+    """prompt.max_pixels goes into checkpoints and exports."""
+    nothing = {"before": False, "after": False}
+    config = run_config(tmp_path / "run", prompt={"max_pixels": 50176}, train={"steps": 1}, evaluate=nothing)
+    trainer = Trainer(config)
+    trainer.train()
+    export(tmp_path / "run", tmp_path / "out")
+    image = Image.effect_noise((640, 480), 90).convert("RGB")
+    ours = trainer.processing.prompt(Example("a", "?", "1", (image,)))
+    for folder in (trainer.newest_checkpoint(), tmp_path / "out"):
+        theirs = AutoProcessor.from_pretrained(folder)(text=[ours.text], images=[image], return_tensors="pt")
+        assert torch.equal(theirs["input_ids"][0], ours.token_ids)
+        assert torch.equal(theirs["image_grid_thw"], ours.image_grid_thw)
+        assert Processing(str(folder), PromptSection()).prompt(ours.example).images[0].size == ours.images[0].size
 
 
 def test_an_adapter_folder_in_bfloat16(tmp_path):

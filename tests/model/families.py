@@ -13,19 +13,23 @@ from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.types import Completion, Example
 
+TOKENIZER = AutoTokenizer.from_pretrained(VL)
+VOCABULARY = len(TOKENIZER)
+PAD, EOS, START, END, IMAGE, VIDEO = TOKENIZER.convert_tokens_to_ids(
+    ["<|endoftext|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+)
 SMALL = {
-    "vocab_size": 643, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": 633,
-    "bos_token_id": None, "eos_token_id": 635, "max_position_embeddings": 512,
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "pad_token_id": PAD,
+    "bos_token_id": None, "eos_token_id": EOS, "max_position_embeddings": 512,
     "initializer_range": 0.2,
 }  # fmt: skip
 WORDS = 600
 """Ids from here on are special."""
-START, END, IMAGE = 636, 637, 639
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 QWEN_VL = {
     "text_config": SMALL | {"rope_parameters": ROPE}, "vision_start_token_id": START,
-    "vision_end_token_id": END, "image_token_id": IMAGE, "video_token_id": 640,
+    "vision_end_token_id": END, "image_token_id": IMAGE, "video_token_id": VIDEO,
 }  # fmt: skip
 TOWER = {"depth": 2, "num_heads": 2, "patch_size": 14, "initializer_range": 0.2}
 # Short windows, so that prompts do not fit into them.
@@ -59,7 +63,7 @@ def make_model(family, settings=None, dtype=torch.float32):
         else transformers.AutoModelForCausalLM
     )
     model = loader.from_config(config, dtype=torch.float32)
-    model.generation_config.eos_token_id = 635
+    model.generation_config.eos_token_id = EOS
     return model.to(dtype).eval()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import transformers
-from families import SLIDING, SMALL, build, write_family
+from families import IMAGE, SLIDING, SMALL, VOCABULARY, build, write_family
 from helpers import TEXT
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
@@ -16,8 +16,8 @@ CLIP_VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
     "image_size": 28, "patch_size": 14,
 }  # fmt: skip
-T5 = {"vocab_size": 643, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2}
-MAMBA = {"vocab_size": 643, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1}
+T5 = {"vocab_size": VOCABULARY, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 2}
+MAMBA = {"vocab_size": VOCABULARY, "hidden_size": 32, "state_size": 4, "num_hidden_layers": 1}
 TEXT_IN_LLAVA = SMALL | {"model_type": "llama", "num_hidden_layers": 1}
 TEXT_IN_GEMMA = SMALL | SLIDING | {"sliding_window": 8}
 HYBRID = {
@@ -37,7 +37,7 @@ MISFITS = {
         {
             "vision_config": CLIP_VISION | {"model_type": "clip_vision_model"},
             "text_config": TEXT_IN_LLAVA,
-            "image_token_index": 639,
+            "image_token_index": IMAGE,
         },
         "LlavaForConditionalGeneration",
         "does not number image tokens as Qwen's models do",
@@ -47,7 +47,7 @@ MISFITS = {
             "vision_config": CLIP_VISION,
             "text_config": TEXT_IN_GEMMA,
             "mm_tokens_per_image": 1,
-            "image_token_index": 639,
+            "image_token_index": IMAGE,
         },
         "Gemma3ForConditionalGeneration",
         "does not number image tokens as Qwen's models do",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import VISION, write_family
+from families import EOS, IMAGE, VISION, write_family
 from helpers import TEXT, VL, examples, processing
 from PIL import Image
 from tokenizers import AddedToken, Tokenizer
@@ -389,6 +389,6 @@ def test_the_description_names_what_is_sent(path):
     assert lines["system prompt"] == "Be kind."
     shown = lines["prompt"].replace("{question}", QUESTION.question)
     assert shown == repr(made.prompt(QUESTION).text)
-    assert lines["ends at"] == "<|im_end|> (635)"
-    assert "<|image_pad|> (639)" in lines["never sampled"]
+    assert lines["ends at"] == f"<|im_end|> ({EOS})"
+    assert f"<|image_pad|> ({IMAGE})" in lines["never sampled"]
     assert ("pixels" in lines) == (path == VL)

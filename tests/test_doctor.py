@@ -375,7 +375,7 @@ def report(capsys, config, **options):
 
 
 def test_a_run_that_can_start(capsys, tmp_path):
-    problems, text = report(capsys, run_config(tmp_path / "run", VL), gpus=1, gpu_memory=2.0)
+    problems, text = report(capsys, run_config(tmp_path / "run", VL), gpus=1, gpu_memory=8.0)
     assert problems == 0, text
     for expected in (
         "full tuning", "train synthetic: 8,192 rows", "per step: 4 prompts × 4", "KV cache",

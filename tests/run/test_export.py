@@ -151,7 +151,9 @@ def test_frozen_bfloat16_weights_are_merged_in_float32():
     )
     ours = merged["model.layers.0.self_attn.q_proj.weight"]
     assert ours.dtype == torch.bfloat16
-    assert torch.equal(ours, exact.bfloat16())
+    # Rounded to float32 on the way, which moves hardly any; added in bfloat16 most would differ.
+    assert (ours != exact.bfloat16()).float().mean() < 1e-3
+    assert torch.allclose(ours.double(), exact, rtol=2**-8, atol=1e-6)
 
 
 @BOTH
@@ -294,7 +296,7 @@ def test_an_export_writes_what_its_run_writes(path, lora, run, tmp_path):
         prompts(path, 3), 1, sampling(temperature=0, max_new_tokens=16), [0, 1, 2]
     )
     assert greedy(plain, path) == [group[0].token_ids for group in sampled]
-    assert greedy(CLASSES[path].from_pretrained(path), path) != greedy(plain, path)
+    assert not torch.equal(logits(CLASSES[path].from_pretrained(path), path), logits(plain, path))
 
     # Tokenizer, processor and template are exported, for transformers and for this package.
     loader = AutoProcessor if path == VL else AutoTokenizer

@@ -146,13 +146,15 @@ def test_an_engine_or_a_gpu_that_breaks_down(tmp_path, whole, capsys, where):
 
 
 def test_rewards_that_are_nan_and_workers_that_die(tmp_path):
+    order = make(tmp_path / "order").collector.order
+    first = order.peek(2)
     (tmp_path / "mine.py").write_text(
-        "import os, signal\n"
+        f"import os, signal\nKILLED, NAN = {first}\n"
         "def reward(example, completion):\n"
-        "    long = sum(completion.token_ids)\n"
-        "    if long > 4220:\n"
+        "    number = int(example.id.rpartition('-')[2])\n"
+        "    if number == KILLED:\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return float('nan') if long < 3500 else 0.5\n"
+        "    return float('nan') if number == NAN else 0.5\n"
     )
     part = f"{tmp_path / 'mine.py'}:reward"
     make(tmp_path / "run", train={"steps": 1}, reward={"parts": {"accuracy": 1.0, part: 1.0}}).train()

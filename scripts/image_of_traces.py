@@ -59,7 +59,7 @@ def draw(run: RunFolder, before: dict, after: dict, out: Path) -> None:
                    color=COLOURS[sample["success"]], fontsize=10)  # fmt: skip
         right.text(0, height - 0.1, text, va="top", family="monospace", fontsize=9)
     figure.tight_layout()
-    figure.savefig(out, dpi=110)
+    figure.savefig(out, dpi=110, bbox_inches="tight")
 
 
 if __name__ == "__main__":

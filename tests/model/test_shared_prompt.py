@@ -474,8 +474,12 @@ def test_families_that_cannot_share_give_one_line():
     soft.set_attn_implementation("sdpa")
     eager = build("qwen2")
     eager.set_attn_implementation("eager")
-    positions = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=64))
-    recurrent = hf.MambaForCausalLM(hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4))
+    positions = hf.GPT2LMHeadModel(
+        hf.GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=2, n_positions=64)
+    )
+    recurrent = hf.MambaForCausalLM(
+        hf.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4)
+    )
     expected = {soft: "softcap", eager: "attn_implementation is eager", recurrent: "Mamba"}
     for model, words in expected.items():
         reason = unsupported_reason(model)

@@ -109,8 +109,9 @@ class Rewarder:
         with_images = any("images" in about.wants for about in self._own.values())
         light = {}
         for e in examples:
-            plain: dict[str, Any] = {name: dict(getattr(e, name)) for name in ("grading", "meta", "columns")}
-            light[id(e)] = replace(e, images=e.images if with_images else (), **plain)
+            columns = dict(e.columns) if self._own else {}  # messages among them may hold images
+            images = e.images if with_images else ()
+            light[id(e)] = replace(e, images=images, grading=dict(e.grading), meta=dict(e.meta), columns=columns)
         jobs: list[_Job] = []
         for key, positions in groupby(range(len(examples)), key=lambda index: id(examples[index])):
             indices = tuple(positions)

@@ -134,11 +134,11 @@ def gradients(policy, batch):
     return logp_BT.detach(), {name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None}
 
 
-def require_equal(one, two):
+def require_equal(one, two, rtol=1e-5):
     """Log-probabilities and gradients that differ by no more than the order of their sums."""
     (logp_1, grads_1), (logp_2, grads_2) = one, two
-    assert (logp_1 - logp_2).abs().max() <= 1e-5 * logp_2.abs().max()
+    assert (logp_1 - logp_2).abs().max() <= rtol * logp_2.abs().max()
     assert grads_1.keys() == grads_2.keys()
     largest = max(grad.abs().max() for grad in grads_2.values())
     assert largest > 0
-    assert max((grads_1[n] - grads_2[n]).abs().max() for n in grads_1) <= 1e-5 * largest
+    assert max((grads_1[n] - grads_2[n]).abs().max() for n in grads_1) <= rtol * largest

@@ -77,7 +77,8 @@ def test_eager_attention_repeats_prompts_and_says_so(checkpoint, family):
     assert eager.repeats_because == "model.attn_implementation is eager; it takes sdpa"
     _, sdpa = build(checkpoint(family))
     batch = batch_for(processing, sdpa)
-    require_equal(gradients(eager, batch), gradients(sdpa, batch))
+    # Two implementations of attention, and of its softmax: they round differently.
+    require_equal(gradients(eager, batch), gradients(sdpa, batch), rtol=1e-4)
     with pytest.raises(ModelError, match="eager"):
         build(checkpoint(family), "on", attn_implementation="eager")
 

@@ -81,7 +81,7 @@ class Setup:
         self.policy.version += 1
         return self.engine.sync()
 
-    def disturb(self, only="", size=0.3):
+    def disturb(self, only="", size=0.6):
         generator = torch.Generator().manual_seed(3)
         for name, value in self.policy.model.named_parameters():
             if value.requires_grad and only in name:

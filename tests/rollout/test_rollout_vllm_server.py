@@ -325,7 +325,7 @@ def test_a_run_with_one_step_overlap(pair, tmp_path):
     trainer = small_trainer(
         tmp_path, VL, "vllm_server",
         rollout={"overlap": True, "vllm": {"servers": [server.address for server in pair]}},
-        update={"learning_rate": 1e-2},
+        update={"learning_rate": 5e-2},
         train={"steps": 4},
     )  # fmt: skip
     trainer.train()

@@ -47,7 +47,7 @@ def test_other_weights_are_corrected_for_and_found_out(tmp_path, monkeypatch):
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in trainer.policy.parameters():
-            parameter += 0.001 * torch.randn_like(parameter)
+            parameter += 0.005 * torch.randn_like(parameter)
 
     def forgetful():
         trainer.engine.version = trainer.policy.version

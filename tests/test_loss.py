@@ -233,7 +233,7 @@ def covariances(step):
     """Of A and log π over the tokens, in plain numbers, by (row, token)."""
     cells = step["mask_BT"].nonzero().tolist()
     a = {(b, t): float(step["advantage_B"][b]) for b, t in cells}
-    logp = {(b, t): float(step["logp_BT"][b, t]) for b, t in cells}
+    logp = {(b, t): step["logp_BT"][b, t].item() for b, t in cells}
     mean_a, mean_logp = (sum(x.values()) / len(cells) for x in (a, logp))
     return {cell: (a[cell] - mean_a) * (logp[cell] - mean_logp) for cell in a}
 

@@ -208,7 +208,7 @@ def test_maxrl_divides_by_the_rate(success):
 
 def test_max_minus_second():
     a = compute("max_minus_second", [[0.2, 0.9, 0.5], [1.0, 0.0, 1.0], [0.0, 1.0, 0.0]], None)
-    close(a, torch.tensor([[0, 0.4, 0], [0, 0, 0], [0, 1, 0]]).double(), 1e-12)
+    close(a, torch.tensor([[0, 0.4, 0], [0, 0, 0], [0, 1, 0]], dtype=torch.float64), 1e-12)
 
 
 # ------------------------------------------------------------------------------------- GDPO

@@ -18,15 +18,18 @@ CLAMPED = {"rule": "edge", "low": 0.1, "high": 10.0}
 
 
 def prepared(tmp_path, **sections) -> Trainer:
-    return Trainer(run_config(tmp_path / "run", TEXT, evaluate=NO_EVALUATION, **sections), Reporter(enabled=False))
+    # Hot enough that groups have both correct and incorrect completions.
+    rollout = {"prompts_per_step": 8, "temperature": 1.6}
+    config = run_config(tmp_path / "run", TEXT, evaluate=NO_EVALUATION, rollout=rollout, **sections)
+    return Trainer(config, Reporter(enabled=False))
 
 
 def test_sampled_entropies_reach_the_rule(tmp_path):
     trainer = prepared(tmp_path, advantage={**CLAMPED, "entropy_from": "sampled"}, train={"steps": 1})
     trainer.train()
     records = RunFolder(tmp_path / "run").read_rollouts(1)
-    table = {name: torch.tensor([r[name] for r in records]).double().view(4, 4) for name in ("reward", "entropy")}
-    actual = torch.tensor([r["advantage"] for r in records]).double().view(4, 4)
+    table = {name: torch.tensor([r[name] for r in records]).double().view(8, 4) for name in ("reward", "entropy")}
+    actual = torch.tensor([r["advantage"] for r in records]).double().view(8, 4)
     assert actual.any()
     expected = compute("edge", table["reward"], None, entropy_PG=table["entropy"], low=0.1, high=10.0)
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)

@@ -7,6 +7,7 @@ gathered numbers of the whole step, so that one process and N processes compute 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,7 +16,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from mm_agrae import advantage
 from mm_agrae.advantage import AdvantageLevels
-from mm_agrae.config.schema import AdvantageSection, Config, UpdateSection
+from mm_agrae.config.objective import rule_settings
+from mm_agrae.config.schema import Config, UpdateSection
 from mm_agrae.loss import Denominator
 from mm_agrae.types import Completion, Group, GroupSummary, MicroBatch, Prompt
 
@@ -131,16 +133,31 @@ class StepTable:
     reward_PG: torch.Tensor
     success_PG: torch.Tensor
     length_PG: torch.Tensor
+    entropy_PG: torch.Tensor
 
     @classmethod
     def of(cls, groups: Iterable[GroupSummary]) -> StepTable:
         groups = sorted(groups, key=lambda group: group.position)
-        columns = zip(*((each.rewards, each.success, each.lengths) for each in groups), strict=True)
+        columns = zip(*((each.rewards, each.success, each.lengths, each.entropies) for each in groups), strict=True)
         return cls(groups, *(torch.tensor(column, dtype=torch.float64) for column in columns))
 
-    def advantages(self, section: AdvantageSection) -> AdvantageLevels:
+    def advantages(self, config: Config) -> AdvantageLevels:
         """Advantages of the whole step by the rule that the config names."""
-        return advantage.levels(section.rule, self.reward_PG, self.success_PG, self.length_PG, **section.settings)
+        weights = config.reward.parts | ({"overlong": 1.0} if config.reward.overlong else {})
+        weights = {name: weight for name, weight in weights.items() if weight}
+        return advantage.levels(
+            config.advantage.rule,
+            self.reward_PG,
+            self.success_PG,
+            self.length_PG,
+            entropy_PG=self.entropy_PG,
+            problem_P=[group.problem for group in self.groups],
+            difficulty_P=[group.difficulty for group in self.groups],
+            part_FPG=[[[part.get(name, math.nan) for part in g.parts] for g in self.groups] for name in weights]
+            or None,
+            weight_F=list(weights.values()) or None,
+            **rule_settings(config),
+        )
 
 
 @dataclass(frozen=True)
@@ -171,8 +188,8 @@ def plan_update(
     tokens of prompts and completions; a group is cut only if it does not fit in one.
     """
     update = config.update
-    # KL and entropy give every completion a gradient, also one without advantage.
-    wanted_PG = (advantage_PG != 0) | (update.kl_coef > 0) | (update.entropy_coef > 0)
+    # KL and entropy give every completion a gradient, also one without advantage; the top of the entropies is of all.
+    wanted_PG = (advantage_PG != 0) | (update.kl_coef > 0) | update.entropy_bonus | (update.top_entropy < 1)
     left_out_PG = torch.tensor([group.truncated for group in table.groups]) & update.mask_truncated
     wanted_PG &= ~left_out_PG
     prompts = update.mini_batch_prompts or len(table.groups)

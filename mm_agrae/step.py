@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import torch
 
 from mm_agrae import loss as losses
 from mm_agrae.advantage import AdvantageLevels
-from mm_agrae.batching import MiniBatch, StepTable
+from mm_agrae.batching import MiniBatch, StepTable, plan_update
 from mm_agrae.config import Config
 from mm_agrae.errors import ModelError
 from mm_agrae.loss import LossOutput, SamplerWeight
@@ -45,6 +45,7 @@ class Updater:
         optimizer, self.scheduler = _optimizer(self.config, policy, self.processes.device, total_steps)
         self.module, self.optimizer = self.strategy.prepare(policy, optimizer)
         self.bad_gradients = self.bad_in_a_row = 0
+        self.entropy_coef, self.entropy = self.config.update.entropy_coef, 0.0
         self._exact_engine = exact_engine
         self._sharing_checked = False
 
@@ -74,12 +75,37 @@ class Updater:
                     advance(1)
                 norms.append(self.optimiser_step())
         gathered = self.processes.gather([totals.read()], "update")
+        means = reduce(UpdateTotals.merge, gathered).means(len(norms))
+        if update.entropy_target is not None:
+            means["update/entropy_coef"] = self.entropy_coef
+            self.entropy = means["update/entropy"]
+            change = update.entropy_step if self.entropy <= update.entropy_target else -update.entropy_step
+            self.entropy_coef = min(1.0, max(0.0, self.entropy_coef + change))
         return {
-            **reduce(UpdateTotals.merge, gathered).means(len(norms)),
+            **means,
             "update/grad_norm": float(np.mean(norms)),
             "update/bad_gradients": float(self.bad_gradients),
             "update/learning_rate": self.scheduler.get_last_lr()[0],
         }
+
+    @torch.no_grad()
+    def exact_entropy(self, groups: Sequence[Group], table: StepTable) -> StepTable:
+        """The table with each completion's mean Shannon entropy (nats) under the policy, by a forward pass."""
+        # The number of a completion stands in for its advantage: by it the row is found again.
+        number_PG = torch.arange(1.0, table.reward_PG.numel() + 1).view_as(table.reward_PG)
+        where = {"rank": self.processes.rank, "world": self.processes.world, "device": self.processes.device}
+        self.module.eval()
+        found = []
+        for mini in plan_update(groups, table, number_PG, self.config, **where):
+            for batch in mini.batches:
+                length_B = batch.mask_BT.sum(1)
+                mean_B = ((self.module(batch)[1] * batch.mask_BT).sum(1) / length_B.clamp(min=1)).clamp(min=0)
+                rows = zip(batch.advantage_B.tolist(), mean_B.tolist(), length_B.tolist(), strict=True)
+                found += [(int(number) - 1, mean) for number, mean, length in rows if length]
+        entropy_PG = table.entropy_PG.clone()
+        for number, mean in self.processes.gather(found, "entropies"):
+            entropy_PG.view(-1)[number] = mean
+        return replace(table, entropy_PG=entropy_PG)
 
     @torch.no_grad()
     def _old_and_reference_logprobs(self, plan: Sequence[MiniBatch]) -> None:
@@ -97,6 +123,10 @@ class Updater:
         update = self.config.update
         logp_BT, entropy_BT = self.module(batch)
         weight = self._sampler_weight(batch, logp_BT)
+        weight_BT = weight.weight_BT if weight else None
+        if update.top_entropy < 1:
+            top_BT = losses.top_entropy_mask(entropy_BT, batch.mask_BT, update.top_entropy)
+            weight_BT = top_BT if weight_BT is None else top_BT * weight_BT
         output = losses.policy_loss(
             update.loss,
             logp_BT=logp_BT,
@@ -110,8 +140,9 @@ class Updater:
             kl_coef=update.kl_coef,
             unbiased_kl=update.unbiased_kl,
             entropy_BT=entropy_BT,
-            entropy_coef=update.entropy_coef,
-            sampler_weight_BT=weight.weight_BT if weight else None,
+            entropy_coef=self.entropy_coef if self.entropy <= (update.entropy_target or math.inf) else 0.0,
+            options=update.loss_options,
+            sampler_weight_BT=weight_BT,
         )
         self.strategy.backward(output.loss)
         totals.add(output, weight)
@@ -244,7 +275,10 @@ def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
         "completions/max_tokens": length_PG.max().item(),
         "completions/truncated": sum(sum(group.truncated) for group in groups) / completions,
         # The mean of −log p over sampled tokens is an unbiased estimate of the entropy (nats).
-        "policy/entropy": -sum(group.logprob_sum for group in groups) / max(1.0, tokens),
+        "policy/entropy": sum(
+            mean * length for group in groups for mean, length in zip(group.entropies, group.lengths, strict=True)
+        )
+        / max(1.0, tokens),
         "tokens/completion": tokens,
         "tokens/prompt": float(sum(group.prompt_length for group in groups)),
     }

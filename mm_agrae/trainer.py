@@ -118,7 +118,7 @@ class Trainer:
             model,
             self.processing,
             temperature=config.rollout.temperature,
-            entropy_grad=config.update.entropy_coef > 0,
+            entropy_grad=config.update.entropy_bonus,
             shared_prompt=config.update.shared_prompt,
             device=self.processes.loading_device,
             compute_device=self.processes.device,
@@ -209,7 +209,9 @@ class Trainer:
         torch.manual_seed(derive_seed(config.train.seed, "torch", self.steps_done))
         with watch("advantage"):
             table = StepTable.of(self.processes.gather([g.summary() for g in groups], "rewards"))
-            levels = table.advantages(config.advantage)
+            if config.advantage.entropy_from != "sampled" and configs.uses_entropy(config):
+                table = self.updater.exact_entropy(groups, table)
+            levels = table.advantages(config)
         with watch("update"):
             self.collector.check_versions(groups)
             plan = plan_update(
@@ -339,7 +341,7 @@ class Trainer:
         if newest := self.newest_checkpoint():
             self.reporter.say(f"the same command goes on from {newest}")
 
-    def _state(self) -> dict[str, int]:
+    def _state(self) -> dict[str, Any]:
         """The run's progress after a whole step, whatever of the next one has begun."""
         return {
             "step": self.steps_done,
@@ -348,6 +350,7 @@ class Trainer:
             "policy_version": self.policy.version,
             "bad_gradients": self.updater.bad_gradients,
             "bad_in_a_row": self.updater.bad_in_a_row,
+            "entropy_control": [self.updater.entropy_coef, self.updater.entropy],
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
@@ -362,6 +365,8 @@ class Trainer:
         self.collector.load_data_state(state)
         self.updater.bad_gradients = state.get("bad_gradients", 0)
         self.updater.bad_in_a_row = state.get("bad_in_a_row", 0)
+        if "entropy_control" in state:
+            self.updater.entropy_coef, self.updater.entropy = state["entropy_control"]
         self.stopwatch.totals.update(state.get("seconds", {}))
 
     def _cache_groups(self, groups: Sequence[Group]) -> None:

@@ -111,7 +111,8 @@ class Score:
 class GroupSummary:
     """What every rank needs to know of a group to compute advantages and plan the update.
 
-    Numbers alone, small enough to be gathered from all ranks.
+    Numbers alone, small enough to be gathered from all ranks. `entropies` are estimates (nats): the mean of −log p of
+    the sampled tokens, 0 without tokens. Groups of one `problem` are variants of it; `difficulty` is 1 (easy) to 9.
     """
 
     position: int
@@ -120,9 +121,11 @@ class GroupSummary:
     lengths: list[int]
     prompt_length: int
     parts: list[dict[str, float]]
+    entropies: list[float]
+    problem: int
+    difficulty: float
     errors: int
     truncated: list[bool]
-    logprob_sum: float
 
 
 @dataclass
@@ -140,6 +143,7 @@ class Group:
     resample_round: int = 0
 
     def summary(self) -> GroupSummary:
+        difficulty = self.prompt.example.meta.get("difficulty")
         return GroupSummary(
             position=self.position,
             rewards=[score.reward for score in self.scores],
@@ -147,9 +151,11 @@ class Group:
             lengths=[len(completion.token_ids) for completion in self.completions],
             prompt_length=len(self.prompt),
             parts=[dict(score.parts) for score in self.scores],
+            entropies=[-sum(c.logprobs) / max(1, len(c.logprobs)) for c in self.completions],
+            problem=self.position,
+            difficulty=float(difficulty) if isinstance(difficulty, int | float) else 5.0,
             errors=sum(bool(score.error) for score in self.scores),
             truncated=[c.finish_reason == "length" for c in self.completions],
-            logprob_sum=sum(sum(completion.logprobs) for completion in self.completions),
         )
 
 

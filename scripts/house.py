@@ -21,7 +21,7 @@ LIMITS = {
     "reading path lines": 4_500,
 }
 READING_PATH = (
-    "types", "config/schema", "advantage", "loss", "batching", "step", "trainer",
+    "types", "config/schema", "advantage", "advantage_input", "loss", "batching", "step", "trainer",
     "rollout/collector", "rollout/hf", "model/policy",
 )  # fmt: skip
 """An afternoon: these files, in this order, are a whole training step."""

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
+from mm_agrae.config.objective import check_loss, check_rule, try_rule
 from mm_agrae.errors import nearest
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -282,6 +283,9 @@ class AdvantageSection(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     rule: str = "agrae"
+    entropy_from: Literal["exact", "sampled"] | None = None
+    """Entropy of a completion, for the rules that use it. exact (the default): by a forward pass before the update.
+    sampled: the mean of −log p of its tokens, which costs nothing and is noisy for short completions."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -290,25 +294,7 @@ class AdvantageSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> AdvantageSection:
-        from mm_agrae import advantage
-
-        if self.rule not in advantage.RULES:
-            raise ValueError(f"advantage.rule is {self.rule!r}; {nearest(self.rule, advantage.RULES)}")
-        accepted = advantage.accepted_settings(self.rule)
-        everywhere = {key for rule in advantage.RULES for key in advantage.accepted_settings(rule)}
-        for key in self.settings:
-            if key not in everywhere:
-                raise ValueError(f"advantage.{key}: unknown setting; {nearest(key, accepted)}")
-            if key not in accepted:
-                takes = ", ".join(accepted) or "no settings"
-                raise ValueError(
-                    f"advantage.{key} has no effect under rule {self.rule!r}, which takes {takes}; "
-                    "remove it or choose another rule"
-                )
-        try:
-            advantage.check_settings(self.rule, self.settings)
-        except ValueError as error:
-            raise ValueError(str(error).replace("advantage setting ", "advantage.")) from None
+        check_rule(self)
         return self
 
 
@@ -334,7 +320,15 @@ class UpdateSection(Section):
     unbiased_kl: bool = False
     """Multiply k3 by the ratio of new to old policy, so that its gradient is that of the KL
     divergence: TRL's default, not GRPO's."""
+    loss_options: dict[str, float] = {}
+    """Options of the loss's own, such as tau_positive of sapo; see `loss.py`."""
+    top_entropy: Fraction = 1.0
+    """Only this share of a micro-batch's tokens, those of the highest entropy, carry the policy loss."""
     entropy_coef: NonNegative = 0.0
+    entropy_target: Annotated[float, Field(gt=0)] | None = None
+    """Steer the coefficient: after each rollout it rises by `entropy_step` if the policy's mean entropy (nats) was at
+    most this, else it falls, between 0 and 1. The bonus is off while the entropy is above."""
+    entropy_step: NonNegative = 0.005
     mask_truncated: bool = False
     """Leave completions cut off at the token limit out of the loss. Their rewards count in their group's mean."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
@@ -348,11 +342,12 @@ class UpdateSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> UpdateSection:
-        from mm_agrae.loss import LOSSES
-
-        if self.loss not in LOSSES:
-            raise ValueError(f"update.loss: {self.loss!r} is not valid; {nearest(self.loss, LOSSES)}")
+        check_loss(self)
         return self
+
+    @property
+    def entropy_bonus(self) -> bool:
+        return self.entropy_coef > 0 or self.entropy_target is not None
 
 
 class TrainSection(Section):
@@ -452,6 +447,7 @@ class Config(Section):
                 f"update.mini_batch_prompts is {mini}, which does not divide "
                 f"rollout.prompts_per_step = {prompts}; the nearest that does is {nearest}"
             )
+        try_rule(self)
         buffer = self.reward.overlong.buffer_tokens if self.reward.overlong else 0
         if buffer > self.rollout.max_new_tokens:
             raise ValueError(

@@ -114,7 +114,7 @@ class Collector:
         """Positions, over all ranks, of groups that the update would skip: all advantages are 0."""
         summaries = [group.summary() for group in groups]
         table = StepTable.of(self.processes.gather(summaries, "dynamic sampling"))
-        advantage_PG = table.advantages(self.config.advantage).advantage_PG
+        advantage_PG = table.advantages(self.config).advantage_PG
         return [
             group.position
             for group, advantage_G in zip(table.groups, advantage_PG, strict=True)

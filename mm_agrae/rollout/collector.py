@@ -61,7 +61,9 @@ class Collector:
         self.config, self.processes = context.config, context.processes
         self.reporter, self.stopwatch = context.reporter, context.stopwatch
         self.task, self.processing, self.policy, self.engine = task, processing, policy, engine
-        self.order = DataOrder(len(task), self.config.train.seed, self.config.data.shuffle)
+        data = self.config.data
+        difficulty = task.difficulty if data.easy_to_hard else ()
+        self.order = DataOrder(len(task), self.config.train.seed, data.shuffle, difficulty)
         self.rows_skipped = len(task.skipped)
         self.behaviour_version = engine.version
         self.values: dict[str, float] = {}

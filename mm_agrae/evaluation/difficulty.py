@@ -40,22 +40,20 @@ def auroc(rating_N: np.ndarray, failed_N: np.ndarray) -> float | None:
     return float((rank[failed].sum() - count * (count + 1) / 2) / (count * others)) if count and others else None
 
 
-def rates(correct_MN: np.ndarray, human_N: np.ndarray) -> dict[str, float]:
+def rates(correct_MN: np.ndarray, human_N: np.ndarray) -> dict[str, float | None]:
     """Shares of items: `saturated` of all, `savant` (saturated) of the hardest third, `brittle` of the easiest.
 
     The thirds end at interpolated quantiles of the human difficulty, which belong to them, so that with few items or
-    many ties they overlap. Raises ValueError if there are no items.
+    many ties they overlap. None of no items.
     """
-    if not human_N.size:
-        raise ValueError("rates: no items")
     solved_N = pass_rate(correct_MN)
     solved_N, human_N = solved_N[np.isfinite(solved_N)], human_N[np.isfinite(solved_N)]
-    easy, hard = np.quantile(human_N, [1 / 3, 2 / 3])
+    easy, hard = np.quantile(human_N, [1 / 3, 2 / 3]) if human_N.size else (np.nan, np.nan)
     saturated = solved_N > SATURATED
     return {
-        "saturated": float(saturated.mean()),
-        "savant": float(saturated[human_N >= hard].mean()),
-        "brittle": float((solved_N[human_N <= easy] < BRITTLE).mean()),
+        "saturated": mean(saturated),
+        "savant": mean(saturated[human_N >= hard]),
+        "brittle": mean(solved_N[human_N <= easy] < BRITTLE),
     }
 
 
@@ -171,6 +169,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[str], list[list[st
 
 
 def mean(values_N: np.ndarray) -> float | None:
+    """Of what is known; None if nothing is."""
     known = values_N[np.isfinite(values_N)]
     return float(known.mean()) if known.size else None
 

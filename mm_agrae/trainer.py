@@ -33,6 +33,7 @@ from mm_agrae.run import checkpoint, metrics
 from mm_agrae.run.checkpointer import Checkpointer
 from mm_agrae.run.context import RunContext
 from mm_agrae.run.folder import RunFolder, summarise_evaluations
+from mm_agrae.run.problems import difficulty_of, difficulty_source, keep_difficulty
 from mm_agrae.run.step_line import step_line
 from mm_agrae.run.versions import versions
 from mm_agrae.run.warnings import Watch
@@ -62,6 +63,7 @@ class Trainer:
         self.steps_done = 0
         self.tokens_seen = 0
         self.watch = Watch()
+        self.difficulty: dict[str, float] = {}
         self._check_device()
         self._load_data()
         with self.processes.explained():
@@ -99,6 +101,10 @@ class Trainer:
         }
         if len(self.task) == 0:
             raise DataError("data.train holds no usable rows")
+        if data.difficulty_from:
+            own = [difficulty_of(difficulty_source(self.config))] if self.is_main else []
+            self.difficulty = self.processes.gather(own, "difficulty")[0]
+            self.reporter.say(self.task.rate(self.difficulty, data.difficulty_from))
         self.total_steps = configs.total_steps(self.config, len(self.task))
         plan = configs.plan(self.config, len(self.task), self.world)
         self.reporter.table(f"Plan of {self.config.run_dir}", ["what", "how much"], plan)
@@ -394,6 +400,8 @@ class Trainer:
             return None
         config = self.config
         self.run.create(configs.dump(config), versions(), resume=config.resume != "never")
+        if self.difficulty:
+            keep_difficulty(self.run.path, self.difficulty)
         self.run.rewind(self.steps_done)
         self.watch = Watch(self.run.read_metrics())
         self.checkpointer.forget_after(self.steps_done)

@@ -40,7 +40,7 @@ class Example:
     for its images, for rewards. `system` is the row's own system turn (empty: `prompt.system`), `history` the turns
     before the question, as ("user" or "assistant", text); their markers stand for the first of the images.
     `image_sizes` and `shown_sizes`, width and height in pixels of each image as stored and as the model sees it, are
-    there once the prompt has been made.
+    there once the prompt has been made. `difficulty` is DIVA's D, from 1 (easy) to 9, by `data.difficulty_from`.
     """
 
     id: str
@@ -55,6 +55,7 @@ class Example:
     history: tuple[tuple[str, str], ...] = ()
     image_sizes: tuple[tuple[int, int], ...] = field(default=(), compare=False)
     shown_sizes: tuple[tuple[int, int], ...] = field(default=(), compare=False)
+    difficulty: float = 5.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,6 +97,11 @@ class DataSection(Section):
     """Several sources are concatenated, then shuffled."""
     evaluate: tuple[DataSource, ...] = ()
     shuffle: bool = True
+    difficulty_from: str = ""
+    """A run whose rollouts say how hard each problem is: D = 1 + 8·(1 − pass rate). Or a table as `mm-agrae difficulty
+    --rollouts` writes it. A problem that is not in it has D = 5."""
+    easy_to_hard: bool = False
+    """Visit the problems of each epoch by rising D; `shuffle` then decides among equal ones."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row that cannot be used does: stop the run, or be counted and left out."""
     prefetch_threads: Annotated[int, Field(ge=0)] = 2
@@ -105,6 +110,12 @@ class DataSection(Section):
     check: Annotated[Literal["off", "sample", "all"], _on_or_off] = "sample"
     """Before training: grade the gold answers of some rows against themselves (sample), or read every row, image and
     prompt length in parallel processes (all), as `mm-agrae doctor` does. A bad row then ends the run at its start."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if self.easy_to_hard and not self.difficulty_from:
+            raise ValueError("data.easy_to_hard needs data.difficulty_from, a run that says what is easy")
+        return self
 
 
 class PromptSection(Section):

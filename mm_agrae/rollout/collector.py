@@ -62,7 +62,9 @@ class Collector:
         self.config, self.processes = context.config, context.processes
         self.reporter, self.stopwatch, self.folder = context.reporter, context.stopwatch, context.folder
         self.task, self.processing, self.policy, self.engine = task, processing, policy, engine
-        self.order = DataOrder(len(task), self.config.train.seed, self.config.data.shuffle)
+        data = self.config.data
+        difficulty = task.difficulty if data.easy_to_hard else ()
+        self.order = DataOrder(len(task), self.config.train.seed, data.shuffle, difficulty)
         self.rows_skipped = len(task.skipped)
         self.behaviour_version = engine.version
         self.values: dict[str, float] = {}

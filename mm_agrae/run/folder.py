@@ -10,6 +10,7 @@
                                              read gzipped (samples.jsonl.gz) as well
     checkpoints/                             written by `checkpoint`
     rollout_cache_0.safetensors              rollouts of the step under way, see `rollout.cache`
+    difficulty.json                          written by `mm-agrae difficulty`, see `evaluation.alignment`
     summary.json                             totals of the finished run
     report.html                              written by `view.report`
 
@@ -117,6 +118,13 @@ class RunFolder:
     def read_summary(self) -> dict[str, Any]:
         """Empty until the run has ended."""
         return self._read_json("summary.json")
+
+    def write_difficulty(self, results: Mapping[str, Any]) -> None:
+        self._write("difficulty.json", to_json(results, indent=2) + "\n")
+
+    def read_difficulty(self) -> dict[str, Any]:
+        """What `mm-agrae difficulty` measured, by evaluation set; empty if it was not run here."""
+        return self._read_json("difficulty.json")
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Add one line. Numbers that are not finite are written as null."""

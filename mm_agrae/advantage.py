@@ -68,10 +68,16 @@ def compute(name: str, reward_PG: Any, success_PG: Any, length_PG: Any = None, *
     return levels(name, reward_PG, success_PG, length_PG, **settings).advantage_PG
 
 
-def levels(name: str, reward_PG: Any, success_PG: Any, length_PG: Any = None, **settings: Any) -> AdvantageLevels:
-    """As `compute`, with the advantages before and after each level, ω and the rates."""
+def levels(
+    name: str, reward_PG: Any, success_PG: Any, length_PG: Any = None, *, before_PG: Any = None, **settings: Any
+) -> AdvantageLevels:
+    """As `compute`, with the advantages before and after each level, ω and the rates.
+
+    `before_PG`, rewards and successes as sampled, are given where completions have been corrected since: ω and the
+    rates are taken of them.
+    """
     check_settings(name, settings)
-    return _rule(name)(_step(reward_PG, success_PG, length_PG), **settings)
+    return _rule(name)(_step(reward_PG, success_PG, length_PG, before_PG), **settings)
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
@@ -276,6 +282,7 @@ class Step:
     length_PG: Tensor | None
     dtype: torch.dtype  # of the result
     rounding: float  # relative difference up to which two rewards count as equal
+    before: Step | None = None  # rewards and successes as sampled, where completions have been corrected since
 
     def centre(self, value_PG: Tensor) -> Tensor:
         """value − group mean; 0 where the group has no spread."""
@@ -322,13 +329,15 @@ class Step:
         return self.length_PG
 
     def omega(self, source: str) -> float:
-        """ω, Eq. 11, clamped to [0, 1]."""
-        value_PG = self.reward_PG if source == "reward" else self.correct_PG()
+        """ω, Eq. 11, clamped to [0, 1]; as p, of the completions as they were sampled."""
+        step = self.before or self
+        value_PG = step.reward_PG if source == "reward" else step.correct_PG()
         return min(1.0, max(0.0, float(value_PG.mean())))
 
     def rate_P(self, source: str) -> Tensor:
         """p of each group, the mean of its successes or rewards."""
-        rate_P = (self.reward_PG if source == "reward" else self.correct_PG()).mean(dim=1)
+        step = self.before or self
+        rate_P = (step.reward_PG if source == "reward" else step.correct_PG()).mean(dim=1)
         # Rounding may put the mean of rewards of 1 just above 1.
         bad_P = (rate_P < -1e-6) | (rate_P > 1 + 1e-6)
         _refuse(bad_P, rate_P, "the mean reward stands for a rate here and must be in [0, 1]")
@@ -336,7 +345,8 @@ class Step:
 
     def recorded_rate_P(self, source: str = "success") -> Tensor:
         """p for the record, where the rule does not use it and so does not check it."""
-        value_PG = self.reward_PG if source == "reward" else self.success_PG
+        step = self.before or self
+        value_PG = step.reward_PG if source == "reward" else step.success_PG
         if value_PG is None:
             return self.reward_PG.new_full((len(self.reward_PG),), math.nan)
         return value_PG.mean(dim=1)
@@ -365,7 +375,7 @@ class Step:
 # ---------------------------------------------------------------------- checking the input
 
 
-def _step(reward: Any, success: Any, length: Any) -> Step:
+def _step(reward: Any, success: Any, length: Any, before: Any = None) -> Step:
     reward_PG = _tensor("reward_PG", reward)
     dtype = torch.float64 if reward_PG.dtype == torch.float64 else torch.float32
     # Worked out in float64: a z near 0 is a difference of nearly equal numbers, which in float32
@@ -401,6 +411,7 @@ def _step(reward: Any, success: Any, length: Any) -> Step:
         like_reward("length_PG", length),
         dtype=dtype,
         rounding=8 * torch.finfo(dtype).eps,
+        before=None if before is None else _step(like_reward("before_PG", before[0]), before[1], None),
     )
 
 

@@ -80,11 +80,13 @@ def micro_batch(prompts: Sequence[Prompt], rows: Sequence[UpdateRow], device: to
     token_BT[inside_BT] = torch.tensor([t for each in completions for t in each.token_ids])
     logp_BT = torch.zeros(inside_BT.shape)
     logp_BT[inside_BT] = torch.tensor([logp for each in completions for logp in each.logprobs])
+    first_B1 = torch.tensor([[completion.learns_from] for completion in completions])
+    learning_BT = inside_BT & (torch.arange(inside_BT.shape[1]) >= first_B1)
     return MicroBatch(
         prompts=[prompts[index] for index in used],
         prompt_index_B=torch.tensor([used.index(row.prompt) for row in rows]),
         token_BT=token_BT.to(device),
-        mask_BT=inside_BT.float().to(device),
+        mask_BT=learning_BT.float().to(device),
         advantage_B=torch.tensor([row.advantage for row in rows]).to(device),
         sampling_logp_BT=logp_BT.to(device),
         length_B=length_B,
@@ -125,22 +127,31 @@ def split_by_tokens(
 
 @dataclass(frozen=True)
 class StepTable:
-    """Numbers of every completion of the step, over all ranks, ordered by position."""
+    """Numbers of every completion of the step, over all ranks, ordered by position.
+
+    Rewards and success are there as the completions stand, and as they were sampled, before guided correction.
+    """
 
     groups: list[GroupSummary]
     reward_PG: torch.Tensor
     success_PG: torch.Tensor
+    reward_before_PG: torch.Tensor
+    success_before_PG: torch.Tensor
     length_PG: torch.Tensor
+    learning_PG: torch.Tensor
 
     @classmethod
     def of(cls, groups: Iterable[GroupSummary]) -> StepTable:
         groups = sorted(groups, key=lambda group: group.position)
-        columns = zip(*((each.rewards, each.success, each.lengths) for each in groups), strict=True)
+        names = ("rewards", "success", "rewards_before", "success_before", "lengths", "learning")
+        columns = ([getattr(each, name) for each in groups] for name in names)
         return cls(groups, *(torch.tensor(column, dtype=torch.float64) for column in columns))
 
     def advantages(self, section: AdvantageSection) -> AdvantageLevels:
         """Advantages of the whole step by the rule that the config names."""
-        return advantage.levels(section.rule, self.reward_PG, self.success_PG, self.length_PG, **section.settings)
+        before = (self.reward_before_PG, self.success_before_PG)
+        given = (self.reward_PG, self.success_PG, self.length_PG)
+        return advantage.levels(section.rule, *given, before_PG=before, **section.settings)
 
 
 @dataclass(frozen=True)
@@ -172,6 +183,7 @@ def plan_update(
     update = config.update
     # KL and entropy give every completion a gradient, also one without advantage.
     wanted_PG = (advantage_PG != 0) | (update.kl_coef > 0) | (update.entropy_coef > 0)
+    wanted_PG &= table.learning_PG > 0
     prompts = update.mini_batch_prompts or len(table.groups)
     own_prompts = [group.prompt for group in groups]
     local = {group.position: index for index, group in enumerate(groups)}
@@ -193,7 +205,7 @@ def plan_update(
             batches.append(idle_batch(own_prompts, device))
         denominator = Denominator(
             completions=prompts * advantage_PG.shape[1],
-            tokens=sum(sum(table.groups[p].lengths) for p in block),
+            tokens=sum(sum(table.groups[p].learning) for p in block),
             max_new_tokens=config.rollout.max_new_tokens,
         )
         plan.append(MiniBatch(denominator, batches))

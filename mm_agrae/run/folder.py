@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mm_agrae.errors import RunFolderError
 from mm_agrae.run.files import append_line, clean_text, explained, open_lines, to_json, write_atomic, write_jsonl
 from mm_agrae.run.records import (
+    LATER_COLUMNS,
     ROLLOUT_COLUMNS,
     EvaluationResult,
     RolloutRecord,
@@ -226,7 +227,7 @@ class RunFolder:
             try:
                 with pq.ParquetFile(path) as file:
                     stored = {current_name(name): name for name in file.schema_arrow.names}
-                    wanted = columns or list(ROLLOUT_COLUMNS)
+                    wanted = [c for c in columns or ROLLOUT_COLUMNS if c in stored or c not in LATER_COLUMNS]
                     if missing := set(wanted) - stored.keys():
                         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
                     yield file, [stored[name] for name in wanted]

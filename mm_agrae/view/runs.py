@@ -27,7 +27,16 @@ Record = Mapping[str, Any]
 STEPS_HELD = 4
 """How many steps to keep overviews of, least recently used out first."""
 
-_LIGHT = (*("resample_round", "prompt_index", "success", "finish_reason"), *("error", "reward", "advantage"))
+_LIGHT = (
+    "resample_round",
+    "prompt_index",
+    "success",
+    "finish_reason",
+    "error",
+    "reward",
+    "advantage",
+    "success_before",
+)
 _SEARCHED = ("completion", "question", "answer", "example_id")
 
 
@@ -167,6 +176,12 @@ class RunReader:
         }
 
 
+def sampled_success(row: Record) -> bool:
+    """Whether the completion was correct before guided correction."""
+    before = row.get("success_before")
+    return bool(row["success"] if before is None else before)
+
+
 def _overviews(chunks: Iterable[Sequence[Record]]) -> list[GroupOverview]:
     members: dict[tuple[int, int], list[tuple[int, Record]]] = {}
     for row, record in enumerate(itertools.chain.from_iterable(chunks)):
@@ -179,7 +194,7 @@ def _overviews(chunks: Iterable[Sequence[Record]]) -> list[GroupOverview]:
         groups.append(
             GroupOverview(
                 rows=tuple(row for row, _ in found),
-                correct=sum(bool(record["success"]) for record in records),
+                correct=sum(map(sampled_success, records)),
                 truncated=sum(record["finish_reason"] == "length" for record in records),
                 failed=len(errors),
                 timed_out=sum("timed out" in error for error in errors),

@@ -182,7 +182,8 @@ class RunFolder:
     def read_rollouts(
         self, step: int, columns: Sequence[str] | None = None, rows: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
-        """The rows of a step as dicts with the names of RolloutRecord, in the order written.
+        """The rows of a step as dicts with the names of RolloutRecord, in the order written. A file of an earlier
+        version may lack `LATER_COLUMNS`.
 
         `columns` and `rows` (indices from 0, returned in that order) read only a part, which
         saves time and memory. Raises ValueError for a column that does not exist,

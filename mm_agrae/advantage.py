@@ -48,6 +48,7 @@ def levels(
     difficulty_P: Any = None,
     part_FPG: Any = None,
     weight_F: Any = None,
+    before_PG: Any = None,
     **settings: Any,
 ) -> AdvantageLevels:
     """Advantages of one optimisation step before and after each level, ω and the rates.
@@ -60,6 +61,8 @@ def levels(
     difficulty_P  of each group, from 1 (easy) to 9, for `diva`; None: 5
     part_FPG      values of F reward parts (NaN where one does not apply), and weight_F their weights (None: 1), for
                   normalise_parts
+    before_PG     where completions have been corrected since: the pair of rewards and successes as they were sampled,
+                  of which ω and the rates are taken
     settings      those of the rule (`accepted_settings`); one left out has the rule's default
 
     Tensors, or anything `torch.as_tensor` takes. The result is float64 for float64 rewards and
@@ -71,8 +74,8 @@ def levels(
     an unknown rule or setting (with the nearest valid name) and a setting out of range.
     """
     check_settings(name, settings)
-    step = checked_step(reward_PG, success_PG, length_PG, entropy_PG, problem_P, difficulty_P, part_FPG, weight_F)
-    return _rule(name)(step, **settings)
+    more = entropy_PG, problem_P, difficulty_P, part_FPG, weight_F, before_PG
+    return _rule(name)(checked_step(reward_PG, success_PG, length_PG, *more), **settings)
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:

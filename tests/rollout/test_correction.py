@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mm_agrae.progress import Reporter
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout.collector import Collector
 from mm_agrae.run.folder import RunFolder
+from mm_agrae.step import step_metrics
 from mm_agrae.trainer import Trainer
 from mm_agrae.view.report import write_report
 
@@ -246,6 +248,50 @@ def test_what_is_learnt(tmp_path, train_on):
     trainer.policy.check_sharing(mini.batches[0])
 
 
+def test_entropies_of_corrected_completions(tmp_path):
+    """Sampled ones are of the sampled tokens, exact ones of all, whether they are in the loss or not."""
+    update = {"mask_truncated": True, "micro_batch_completions": 3}
+    correct = {"train_on": "added", "reflect": 0.3, "answer": 0.3, "solution": 0.4}
+    trainer = made_trainer(tmp_path / "run", TEXT, correct, advantage={"rule": "edge"}, update=update)
+    groups = groups_of(trainer)
+    table = StepTable.of([group.summary() for group in groups])
+    levels = table.advantages(trainer.config)
+    exact_PG = trainer.updater.exact_entropy(groups, table).entropy_PG
+    seen, every = set(), []
+    for group in groups:
+        means = []
+        for index, completion in enumerate(group.completions):
+            seen |= {completion.finish_reason, group.corrections[index].branch if index in group.corrections else ""}
+            row = UpdateRow(0, replace(completion, learns_from=0), 1.0)
+            with torch.no_grad():
+                whole = trainer.policy(micro_batch([group.prompt], [row], torch.device("cpu")))[1].mean()
+            assert float(exact_PG[group.position, index]) == pytest.approx(float(whole), rel=1e-4)
+            if sampled := completion.sampled_logprobs:
+                means.append(-sum(sampled) / len(sampled))
+                assert float(table.entropy_PG[group.position, index]) == pytest.approx(means[-1])
+                every += sampled
+        relative_G = (levels.sample_PG / levels.advantage_PG)[group.position]
+        for index, completion in enumerate(group.completions):
+            if not completion.sampled_logprobs:
+                assert float(table.entropy_PG[group.position, index]) == pytest.approx(sum(means) / max(1, len(means)))
+                assert levels.sample_PG[group.position, index] == 0 or float(relative_G[index]) == pytest.approx(1)
+    assert seen == {"stop", "length", "", "reflect", "answer", "solution"}
+    assert step_metrics(table, levels)["policy/entropy"] == pytest.approx(-sum(every) / len(every))
+
+
+def test_parts_of_rewards_are_those_after_the_correction(tmp_path):
+    reward = {"parts": {"accuracy": 0.9, "format": 0.1}}
+    gdpo = {"rule": "grpo", "normalise_parts": True}
+    trainer = made_trainer(tmp_path / "run", TEXT, {}, advantage=gdpo, reward=reward)
+    groups = groups_of(trainer)
+    table = StepTable.of([group.summary() for group in groups])
+    assert any(summary.parts != summary.parts_before for summary in table.groups)
+    given = {"part_FPG": [[[s.parts[name] for s in group.scores] for group in groups] for name in reward["parts"]]}
+    given |= {"weight_F": [0.9, 0.1], "normalise_parts": True}
+    expected = advantage.compute("grpo", table.reward_PG, None, **given)
+    torch.testing.assert_close(table.advantages(trainer.config).advantage_PG, expected)
+
+
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_inserted_tokens_have_weight_1(level):
     sampling = torch.tensor([[-1.0, math.nan, -2.0], [math.nan, math.nan, 0.0]])
@@ -263,6 +309,7 @@ def test_a_run_records_what_was_corrected(tmp_path):
     evaluate = {"before": True, "after": False, "samples": 2, "max_new_tokens": 64}
     sections = {
         "evaluate": evaluate,
+        "advantage": {"rule": "edge", "base": "agrae"},
         "reward": {"parts": {"accuracy": 0.9, "format": 0.1}},
         "rollout": {"mismatch": {"correction": "token"}},
         "update": {"mini_batch_prompts": 4, "kl_coef": 0.01, "entropy_coef": 0.001, "learning_rate": 1e-4},

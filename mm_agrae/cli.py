@@ -314,12 +314,14 @@ def _difficulty(arguments: argparse.Namespace) -> int:
     AUROC, Rasch abilities, saturation. MODEL is as for eval; several are examinees of one pool. With --rollouts RUN:
     how often each of a run's problems was solved, as a table that data.difficulty_from takes.
     """
-    from mm_agrae.evaluation.alignment import from_rollouts, measure
-
     if arguments.rollouts:
+        from mm_agrae.evaluation.alignment import from_rollouts
+
         out = arguments.out or arguments.rollouts / "problems.jsonl"
         return from_rollouts(arguments.rollouts, arguments.label, out)
     models, paths, config = _models(arguments, "difficulty")
+    from mm_agrae.evaluation.alignment import measure
+
     out = arguments.out or Path("runs/difficulty")
     return measure(models, paths, config, out, arguments.label, arguments.rating, arguments.proficiency)
 

@@ -148,10 +148,10 @@ def test_lists():
 def test_doctor_looks_at_a_config(tmp_path):
     (tmp_path / "c.yaml").write_text(configs.dump(run_config(tmp_path / "run")))
     path = tmp_path / "c.yaml"
-    output = command("doctor", path, "rollout.max_new_tokens=12", "--gpus", 2, "--gpu-memory", 4)
+    output = command("doctor", path, "rollout.max_new_tokens=12", "--gpus", 2, "--gpu-memory", 8)
     assert "64 sampled" not in output
     assert "up to 192 sampled" in output
-    assert "each of 2 processes, model sharded by FSDP2, with 4.0 GiB" in output
+    assert "each of 2 processes, model sharded by FSDP2, with 8.0 GiB" in output
     assert "nothing stands in the way" in output
     assert "no config.json" in command("doctor", path, "model.path=no/model", expect=1)
     assert "--gpus is 0" in command("doctor", path, "--gpus", 0, expect=2)

@@ -131,8 +131,8 @@ def expected(logged, rule="agrae", settings=None):
     ids=["text", "several updates per generation", "images"],
 )  # fmt: skip
 def test_a_run_uses_and_logs_our_advantages(path, arguments, tmp_path):
-    # Hot enough that few completions are the same.
-    trainer = build(tmp_path, path, arguments={"temperature": 2.0, **arguments}, **MIXED)
+    # So warm that hardly two completions are the same.
+    trainer = build(tmp_path, path, arguments=arguments | {"temperature": 3.0}, **MIXED)
     trainer.train()
     generations = trainer.args.max_steps * 2 // (trainer.args.steps_per_generation * trainer.num_iterations)
     assert len(trainer.scored) == generations

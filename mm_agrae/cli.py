@@ -1,4 +1,4 @@
-"""The command line: mm-agrae train | eval | data | sample | report | demo | export | serve | doctor.
+"""The command line: mm-agrae train | eval | difficulty | data | sample | report | demo | export | serve | doctor.
 
 Each command imports what it needs when it runs, so `mm-agrae --help` is quick.
 """
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        stage = {_eval: "evaluate", _sample: "rollout"}.get(arguments.command, "loading")
+        stage = {_eval: "evaluate", _difficulty: "evaluate", _sample: "rollout"}.get(arguments.command, "loading")
         problem = explained(error, stage=stage)
         if not isinstance(problem, UserError):
             raise
@@ -88,11 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     argument("--plan", action="store_true", help="print the plan and stop")
     argument("--launch-plan", action="store_true", help="print how the launch scripts start this, and stop")
 
-    argument = add(_eval, "pass@k of one or more checkpoints")
-    argument("overrides", nargs="+", metavar="MODEL|key=value")
-    argument("--config", help="config with data.evaluate (default: the checkpoint's)")
-    argument("--out", default="runs/eval", help="folder for results and all completions")
-    argument("--launch-plan", action="store_true", help="print how the launch scripts start this, and stop")
+    _add_evaluations(add)
 
     argument = add(_data, "what a data set is read as, and its bad rows")
     add_config(argument, what="a file, a folder, a hub id or a task, whose options may follow; or a config")
@@ -134,6 +130,23 @@ def _parser() -> argparse.ArgumentParser:
     argument("--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)")
     argument("--parallel", choices=["multi_gpu", "fsdp2"], help="copies or shards (default: as the scripts do)")
     return parser
+
+
+def _add_evaluations(add: Callable[..., Any]) -> None:
+    argument = add(_eval, "pass@k of one or more checkpoints")
+    argument("overrides", nargs="+", metavar="MODEL|key=value")
+    argument("--config", help="config with data.evaluate (default: the checkpoint's)")
+    argument("--out", default="runs/eval", help="folder for results and all completions")
+    argument("--launch-plan", action="store_true", help="print how the launch scripts start this, and stop")
+
+    argument = add(_difficulty, "model ratings and failures against a human label; or D from rollouts")
+    argument("overrides", nargs="*", metavar="MODEL|key=value")
+    argument("--rollouts", type=Path, metavar="RUN", help="of no model, but from this run's completions")
+    argument("--label", default="level", help="column or meta entry with the human difficulty (default: level)")
+    argument("--rating", choices=["spoken", "uncertainty"], default="spoken", help="uncertainty: a stand-in")
+    argument("--proficiency", default="none,low,average,high", help="any of these, joined by commas (default: all)")
+    argument("--config", help="config with data.evaluate (default: the checkpoint's)")
+    argument("--out", type=Path, help="a folder (default: runs/difficulty); with --rollouts, a file")
 
 
 def _load(
@@ -268,21 +281,49 @@ def _eval(arguments: argparse.Namespace) -> int:
 
     MODEL is a checkpoint folder, a run folder (its newest checkpoint), or a model id.
     """
+    models, paths, config = _models(arguments, "eval", planned=arguments.launch_plan)
+    if arguments.launch_plan:
+        return _show_launch_plan(config)
+    from mm_agrae.evaluation.evaluate import evaluate_checkpoints
+
+    return evaluate_checkpoints(models, paths, config, Path(arguments.out))
+
+
+def _models(
+    arguments: argparse.Namespace, command: str, *, planned: bool = False
+) -> tuple[list[str], list[str], Config]:
+    """The models that a command names, what they stand for, and the config to evaluate them with.
+
+    `planned`: a launch script asks, which starts the command once more.
+    """
     given = arguments.overrides
     overrides = [item for item in given if "=" in item and not Path(item).exists()]
     models = [item for item in given if item not in overrides]
     if not models:
-        raise ConfigError("eval: name at least one model or checkpoint")
+        raise ConfigError(f"{command}: name at least one model or checkpoint")
     for model in models:
-        _require_model("eval", model)
-    from mm_agrae.evaluation.evaluate import checkpoints_and_config, evaluate_checkpoints
+        _require_model(command, model)
+    from mm_agrae.evaluation.evaluate import checkpoints_and_config
 
     paths, config_path = checkpoints_and_config(models, arguments.config)
-    planned = arguments.launch_plan
-    config = _load(config_path, overrides, to_run=not planned, quiet=planned)
-    if planned:
-        return _show_launch_plan(config)
-    return evaluate_checkpoints(models, paths, config, Path(arguments.out))
+    return models, paths, _load(config_path, overrides, to_run=not planned, quiet=planned)
+
+
+def _difficulty(arguments: argparse.Namespace) -> int:
+    """Compare what models say of the difficulty of items, and whether they solve them, with a human label: Spearman,
+    AUROC, Rasch abilities, saturation. MODEL is as for eval; several are examinees of one pool. With --rollouts RUN:
+    how often each of a run's problems was solved, as a table that data.difficulty_from takes.
+    """
+    if arguments.rollouts:
+        from mm_agrae.evaluation.alignment import from_rollouts
+
+        out = arguments.out or arguments.rollouts / "problems.jsonl"
+        return from_rollouts(arguments.rollouts, arguments.label, out)
+    models, paths, config = _models(arguments, "difficulty")
+    from mm_agrae.evaluation.alignment import measure
+
+    out = arguments.out or Path("runs/difficulty")
+    return measure(models, paths, config, out, arguments.label, arguments.rating, arguments.proficiency)
 
 
 def _data(arguments: argparse.Namespace) -> int:

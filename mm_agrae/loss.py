@@ -14,8 +14,12 @@ entropy bonus. Each loss is one line of `LOSSES`:
 | dr_grpo | per token      | −min(ρA, clip(ρ)A)          | 1 / (N · max_new_tokens)  | .2, .2    |
 | gspo    | per completion | −min(ρA, clip(ρ)A)          | 1 / (N · own length)      | 3e-4, 4e-4|
 | cispo   | per token      | −detach(clip(ρ)) · A · logπ | 1 / tokens of the step    | none, 4   |
+| sapo    | per token      | −4/τ · σ(τ(ρ − 1)) · A      | 1 / (N · own length)      | none      |
+| clip_cov| per token      | as grpo, some tokens 0      | 1 / tokens of the step    | .2, .2    |
+| kl_cov  | per token      | −ρA, some + c·abs(log ρ)    | 1 / tokens of the step    | none      |
 
-N is the number of completions of the step; clip(ρ) bounds ρ to [1 − low, 1 + high].
+N is the number of completions of the step; clip(ρ) bounds ρ to [1 − low, 1 + high]. The last three have `options` of
+their own, the keyword arguments of their surrogates.
 
     B   rows of a micro-batch (one row per completion)
     T   completion tokens, right-padded
@@ -36,9 +40,11 @@ Arguments of `policy_loss`:
     entropy_BT         entropies (nats) of the distributions sampled from, needed if
                        entropy_coef > 0: the bonus is entropy_coef · mean over the step's tokens
     sampler_weight_BT  see `sampler_weight`; scales the surrogate, not the KL penalty
+    options            the loss's own, the keyword arguments of its surrogate, such as {"tau_positive": 1.0}
 
 The denominators count the whole optimiser step, over all ranks and micro-batches (`Denominator`), so the losses of the
-micro-batches ADD UP to that of the step, however it is cut. Sum over micro-batches and ranks; where gradients are
+micro-batches ADD UP to that of the step, however it is cut. (Not under top_entropy_mask, clip_cov and kl_cov: they
+choose tokens within each micro-batch, as TRL and verl do.) Sum over micro-batches and ranks; where gradients are
 averaged over ranks (DDP, FSDP), multiply by the number of ranks.
 
 Equal to TRL 1.16 (`tests/test_loss_trl.py`), with these correspondences:
@@ -52,8 +58,11 @@ Equal to TRL 1.16 (`tests/test_loss_trl.py`), with these correspondences:
 * TRL multiplies k3 by ρ unless use_bias_correction_kl=False: `unbiased_kl` here.
 """
 
-from collections.abc import Callable
+import inspect
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -116,13 +125,14 @@ def policy_loss(
     entropy_BT: Tensor | None = None,
     entropy_coef: float = 0.0,
     sampler_weight_BT: Tensor | None = None,
+    options: Mapping[str, float] | None = None,
 ) -> LossOutput:
     """What one micro-batch adds to the loss `name` of an optimiser step.
 
     The arguments are described at the top of the module. Raises ValueError for an unknown name,
-    shapes that disagree, a negative clip, or a coefficient without the values it needs.
+    shapes that disagree, a negative clip, an unknown option, or a coefficient without the values it needs.
     """
-    kind, low, high = _loss_and_bounds(name, clip_low, clip_high)
+    kind, low, high = loss_and_bounds(name, clip_low, clip_high, options or {})
     _check(
         logp_BT, advantage_B, kl_coef, entropy_coef, mask_BT=mask_BT, old_logp_BT=old_logp_BT,
         ref_logp_BT=ref_logp_BT, entropy_BT=entropy_BT, sampler_weight_BT=sampler_weight_BT,
@@ -137,11 +147,11 @@ def policy_loss(
     length_B1 = kept(torch.ones_like(logp_BT)).sum(dim=1, keepdim=True).clamp(min=1)
     logp_BT = kept(logp_BT)
     old_logp_BT = logp_BT.detach() if old_logp_BT is None else kept(old_logp_BT)
-    advantage_B1 = advantage_B.to(dtype)[:, None]
     # Bounded because a negative advantage leaves large ratios unclipped, and exp overflows.
     log_ratio_BT = (logp_BT - old_logp_BT).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio_BT = torch.exp(kind.log_ratio(log_ratio_BT, length_B1))
-    token_loss_BT, clipped_low_BT, clipped_high_BT = kind.surrogate(ratio_BT, advantage_B1, logp_BT, low, high)
+    tokens = _Tokens(ratio_BT, advantage_B.to(dtype)[:, None], logp_BT, ~padding_BT)
+    token_loss_BT, clipped_low_BT, clipped_high_BT = kind.surrogate(tokens, low, high, **(options or {}))
     if sampler_weight_BT is not None:
         token_loss_BT = token_loss_BT * kept(sampler_weight_BT.detach())
     sums = {
@@ -206,7 +216,8 @@ def sampler_weight(
     Truncated importance sampling. `level` "token" weighs each token by its own ratio; "sequence"
     all tokens of a completion by the product of theirs, which is unbiased but of high variance.
     `beyond` "truncate" gives min(ratio, limit); "mask" gives 0 above the limit and below 1/limit,
-    and the ratio in between. The values on padding do not matter.
+    and the ratio in between. A token that was not sampled (NaN) has weight 1, or in a sequence that of its sampled
+    tokens. The values on padding do not matter.
 
     Raises ValueError for an unknown level or mode, or a limit below 1.
     """
@@ -216,7 +227,7 @@ def sampler_weight(
             f"limit = {limit} at least 1"
         )
     padding_BT = ~mask_BT.bool()
-    gap_BT = (old_logp_BT - sampling_logp_BT).detach().masked_fill(padding_BT, 0)
+    gap_BT = (old_logp_BT - sampling_logp_BT).detach().masked_fill(padding_BT | sampling_logp_BT.isnan(), 0)
     log_ratio_BT = gap_BT
     if level == "sequence":
         log_ratio_BT = gap_BT.sum(dim=1, keepdim=True).expand_as(gap_BT)
@@ -234,6 +245,18 @@ def sampler_weight(
     return SamplerWeight(weight_BT, {name: value.sum() for name, value in sums.items()})
 
 
+def top_entropy_mask(entropy_BT: Tensor, mask_BT: Tensor, share: float) -> Tensor:
+    """1 on the `share` of the tokens with the highest entropy, else 0 (arXiv 2506.01939): a `sampler_weight_BT`.
+
+    The others then have no surrogate, but count in the denominators, the KL penalty and the entropy bonus.
+    """
+    inside_BT = mask_BT.bool()
+    if not inside_BT.any():
+        return torch.zeros_like(entropy_BT)
+    least = torch.quantile(entropy_BT.detach()[inside_BT].float(), 1 - share)
+    return (inside_BT & (entropy_BT >= least)).to(entropy_BT.dtype)
+
+
 def _token_log_ratio(log_ratio_BT: Tensor, length_B1: Tensor) -> Tensor:
     return log_ratio_BT
 
@@ -243,20 +266,70 @@ def _completion_log_ratio(log_ratio_BT: Tensor, length_B1: Tensor) -> Tensor:
     return (log_ratio_BT.sum(dim=1, keepdim=True) / length_B1).expand_as(log_ratio_BT)
 
 
+class _Tokens(NamedTuple):
+    """What a surrogate is made of: ρ and log π of the new policy [B, T], A [B, 1], and which tokens are no padding."""
+
+    ratio: Tensor
+    advantage: Tensor
+    logp: Tensor
+    inside: Tensor
+
+
 _Surrogate = tuple[Tensor, Tensor, Tensor]
 """Loss of each token, whether its ratio was clipped to the lower bound, and to the upper."""
 
 
-def _clipped(ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> _Surrogate:
+def _clipped(t: _Tokens, low: float, high: float) -> _Surrogate:
     """PPO: −min(ρA, clip(ρ)A). A clipped token has no gradient."""
-    loss = -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
-    return loss, (ratio < low) & (advantage < 0), (ratio > high) & (advantage > 0)
+    loss = -torch.minimum(t.ratio * t.advantage, t.ratio.clamp(low, high) * t.advantage)
+    return loss, (t.ratio < low) & (t.advantage < 0), (t.ratio > high) & (t.advantage > 0)
 
 
-def _clipped_weight(ratio: Tensor, advantage: Tensor, logp: Tensor, low: float, high: float) -> _Surrogate:
+def _clipped_weight(t: _Tokens, low: float, high: float) -> _Surrogate:
     """CISPO: −detach(clip(ρ)) · A · log π. Every token has a gradient, of bounded weight."""
-    loss = -ratio.clamp(low, high).detach() * advantage * logp
-    return loss, ratio < low, ratio > high
+    loss = -t.ratio.clamp(low, high).detach() * t.advantage * t.logp
+    return loss, t.ratio < low, t.ratio > high
+
+
+def _soft_gate(
+    t: _Tokens, low: float, high: float, *, tau_positive: float = 1.0, tau_negative: float = 1.05
+) -> _Surrogate:
+    """SAPO: −4/τ · σ(τ(ρ − 1)) · A, a smooth gate for the clip, with one τ for A > 0 and one for the others."""
+    tau = torch.where(t.advantage > 0, tau_positive, tau_negative)
+    never = torch.zeros_like(t.inside)
+    return -4 / tau * torch.sigmoid(tau * (t.ratio - 1)) * t.advantage, never, never
+
+
+def _clip_cov(
+    t: _Tokens, low: float, high: float, *, share: float = 2e-4, least: float = 1.0, most: float = 5.0
+) -> _Surrogate:
+    """Clip-Cov: as `_clipped`, and a random `share` of all tokens, of covariance between `least` and `most`, are 0."""
+    loss, clipped_low, clipped_high = _clipped(t, low, high)
+    covariance = _covariance(t)
+    eligible = (covariance > least) & (covariance < most) & t.inside & ~clipped_low & ~clipped_high
+    found = eligible.flatten().nonzero()[:, 0]
+    found = found[torch.randperm(len(found))[: _count(share, t)].to(found.device)]
+    return loss * torch.ones_like(loss).flatten().index_fill(0, found, 0).view_as(loss), clipped_low, clipped_high
+
+
+def _kl_cov(t: _Tokens, low: float, high: float, *, share: float = 2e-4, coef: float = 1.0) -> _Surrogate:
+    """KL-Cov: −ρA, and + coef · |log ρ| on the `share` of all tokens with the largest covariance."""
+    covariance = _covariance(t).masked_fill(~t.inside, -torch.inf).flatten()
+    chosen = covariance.topk(min(_count(share, t), len(covariance))).indices
+    penalty = torch.zeros_like(covariance).index_fill(0, chosen, coef).view_as(t.ratio) * t.ratio.log().abs()
+    never = torch.zeros_like(t.inside)
+    return penalty - t.ratio * t.advantage, never, never
+
+
+def _covariance(t: _Tokens) -> Tensor:
+    """What each token adds to the covariance of A and log π over the tokens of the micro-batch (arXiv 2505.22617)."""
+    values = (t.advantage.expand_as(t.logp), t.logp.detach())
+    by_advantage, by_logp = (x - (x * t.inside).sum() / t.inside.sum().clamp(min=1) for x in values)
+    return by_advantage * by_logp
+
+
+def _count(share: float, t: _Tokens) -> int:
+    return max(1, int(share * t.inside.sum()))
 
 
 def _mean_of_completion_means(length_B1: Tensor, step: Denominator) -> Tensor | float:
@@ -275,10 +348,10 @@ def _sum_over_constant(length_B1: Tensor, step: Denominator) -> Tensor | float:
 class Loss:
     """One loss: its default clip, and which ratio, surrogate and token weight it takes."""
 
-    clip_low: float
-    clip_high: float
+    clip_low: float | None  # None: it takes no clip
+    clip_high: float | None
     log_ratio: Callable[[Tensor, Tensor], Tensor]
-    surrogate: Callable[[Tensor, Tensor, Tensor, float, float], _Surrogate]
+    surrogate: Callable[..., _Surrogate]
     token_weight: Callable[[Tensor, Denominator], Tensor | float]
 
 
@@ -294,14 +367,31 @@ LOSSES: dict[str, Loss] = {
     # CISPO, arXiv 2506.13585, which sets no lower bound (low ≥ 1 is none, ratios being
     # positive); ρ ≤ 5 is the upper one that TRL's manual recommends, after arXiv 2510.13786.
     "cispo": Loss(1.0, 4.0, _token_log_ratio, _clipped_weight, _mean_of_tokens),
+    # SAPO, arXiv 2511.20347, with the temperatures of TRL's manual.
+    "sapo": Loss(None, None, _token_log_ratio, _soft_gate, _mean_of_completion_means),
+    # Clip-Cov and KL-Cov, arXiv 2505.22617, with verl's defaults.
+    "clip_cov": Loss(0.2, 0.2, _token_log_ratio, _clip_cov, _mean_of_tokens),
+    "kl_cov": Loss(None, None, _token_log_ratio, _kl_cov, _mean_of_tokens),
 }
 
 
-def _loss_and_bounds(name: str, clip_low: float | None, clip_high: float | None) -> tuple[Loss, float, float]:
-    """The loss, and the least and the largest ρ that is not clipped."""
+def loss_and_bounds(
+    name: str, clip_low: float | None, clip_high: float | None, options: Mapping[str, Any]
+) -> tuple[Loss, float, float]:
+    """The loss, and the least and the largest ρ that is not clipped. Raises ValueError as `policy_loss`."""
     if name not in LOSSES:
         raise ValueError(f"unknown loss {name!r}; valid: {', '.join(LOSSES)}")
     kind = LOSSES[name]
+    known = [p.name for p in inspect.signature(kind.surrogate).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for key, value in options.items():
+        if key not in known:
+            raise ValueError(f"loss {name!r} has no option {key!r}; it has {', '.join(known) or 'none'}")
+        if not value > 0:
+            raise ValueError(f"option {key} of loss {name!r} must be above 0, but it is {value}")
+    if kind.clip_low is None or kind.clip_high is None:
+        if (clip_low, clip_high) != (None, None):
+            raise ValueError(f"loss {name!r} has no clip; leave clip_low and clip_high out")
+        return kind, 0.0, math.inf
     clip_low = kind.clip_low if clip_low is None else clip_low
     clip_high = kind.clip_high if clip_high is None else clip_high
     if clip_low < 0 or clip_high < 0:

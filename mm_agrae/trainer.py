@@ -33,6 +33,7 @@ from mm_agrae.run import checkpoint, metrics
 from mm_agrae.run.checkpointer import Checkpointer
 from mm_agrae.run.context import RunContext
 from mm_agrae.run.folder import RunFolder, summarise_evaluations
+from mm_agrae.run.problems import difficulty_of, difficulty_source, keep_difficulty
 from mm_agrae.run.step_line import step_line
 from mm_agrae.run.versions import versions
 from mm_agrae.run.warnings import Watch
@@ -62,6 +63,7 @@ class Trainer:
         self.steps_done = 0
         self.tokens_seen = 0
         self.watch = Watch()
+        self.difficulty: dict[str, float] = {}
         self._check_device()
         self._load_data()
         with self.processes.explained():
@@ -99,6 +101,10 @@ class Trainer:
         }
         if len(self.task) == 0:
             raise DataError("data.train holds no usable rows")
+        if data.difficulty_from:
+            own = [difficulty_of(difficulty_source(self.config))] if self.is_main else []
+            self.difficulty = self.processes.gather(own, "difficulty")[0]
+            self.reporter.say(self.task.rate(self.difficulty, data.difficulty_from))
         self.total_steps = configs.total_steps(self.config, len(self.task))
         plan = configs.plan(self.config, len(self.task), self.world)
         self.reporter.table(f"Plan of {self.config.run_dir}", ["what", "how much"], plan)
@@ -118,7 +124,7 @@ class Trainer:
             model,
             self.processing,
             temperature=config.rollout.temperature,
-            entropy_grad=config.update.entropy_coef > 0,
+            entropy_grad=config.update.entropy_bonus,
             shared_prompt=config.update.shared_prompt,
             device=self.processes.loading_device,
             compute_device=self.processes.device,
@@ -209,7 +215,9 @@ class Trainer:
         torch.manual_seed(derive_seed(config.train.seed, "torch", self.steps_done))
         with watch("advantage"):
             table = StepTable.of(self.processes.gather([g.summary() for g in groups], "rewards"))
-            levels = table.advantages(config.advantage)
+            if config.advantage.entropy_from != "sampled" and configs.uses_entropy(config):
+                table = self.updater.exact_entropy(groups, table)
+            levels = table.advantages(config)
         with watch("update"):
             self.collector.check_versions(groups)
             plan = plan_update(
@@ -339,7 +347,7 @@ class Trainer:
         if newest := self.newest_checkpoint():
             self.reporter.say(f"the same command goes on from {newest}")
 
-    def _state(self) -> dict[str, int]:
+    def _state(self) -> dict[str, Any]:
         """The run's progress after a whole step, whatever of the next one has begun."""
         return {
             "step": self.steps_done,
@@ -348,6 +356,7 @@ class Trainer:
             "policy_version": self.policy.version,
             "bad_gradients": self.updater.bad_gradients,
             "bad_in_a_row": self.updater.bad_in_a_row,
+            "entropy_control": [self.updater.entropy_coef, self.updater.entropy],
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
@@ -362,6 +371,8 @@ class Trainer:
         self.collector.load_data_state(state)
         self.updater.bad_gradients = state.get("bad_gradients", 0)
         self.updater.bad_in_a_row = state.get("bad_in_a_row", 0)
+        if "entropy_control" in state:
+            self.updater.entropy_coef, self.updater.entropy = state["entropy_control"]
         self.stopwatch.totals.update(state.get("seconds", {}))
 
     def _cache_groups(self, groups: Sequence[Group]) -> None:
@@ -389,6 +400,8 @@ class Trainer:
             return None
         config = self.config
         self.run.create(configs.dump(config), versions(), resume=config.resume != "never")
+        if self.difficulty:
+            keep_difficulty(self.run.path, self.difficulty)
         self.run.rewind(self.steps_done)
         self.watch = Watch(self.run.read_metrics())
         self.checkpointer.forget_after(self.steps_done)

@@ -14,14 +14,14 @@ from typing import Any
 LIMITS = {
     "top modules": 12,
     "top folders": 11,
-    "package lines": 22_900,
+    "package lines": 24_400,
     "longest file": 500,
     "median file": 250,
     "functions above 70 lines": 0,
     "reading path lines": 4_500,
 }
 READING_PATH = (
-    "types", "config/schema", "advantage", "loss", "batching", "step", "trainer",
+    "types", "config/schema", "advantage", "advantage_input", "loss", "batching", "step", "trainer",
     "rollout/collector", "rollout/hf", "model/policy",
 )  # fmt: skip
 """An afternoon: these files, in this order, are a whole training step."""

@@ -32,6 +32,11 @@ def groups(draw, min_prompts=1):
     return torch.tensor(draw(st.lists(bits, min_size=prompts, max_size=prompts))).double()
 
 
+def entropies(success):
+    """Something for the rules that look at entropies."""
+    return {"entropy_PG": 0.1 + torch.arange(success.numel()).reshape(success.shape) % 7 * 0.3}
+
+
 # ------------------------------------------------------------------------------- golden
 
 
@@ -170,8 +175,9 @@ def test_order_of_groups_and_completions_does_not_matter(name, data):
     def shuffled(x):
         return x[rows][:, columns]
 
-    expected = shuffled(compute(name, reward, success, length))
-    actual = compute(name, shuffled(reward), shuffled(success), shuffled(length))
+    entropy = entropies(success)["entropy_PG"]
+    expected = shuffled(compute(name, reward, success, length, entropy_PG=entropy))
+    actual = compute(name, *map(shuffled, (reward, success, length)), entropy_PG=shuffled(entropy))
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
 
 
@@ -326,7 +332,7 @@ def test_released_code_rule_is_the_authors_arithmetic(success, alpha):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("grpo", ("eps",)),
+        ("grpo", ("normalise_parts", "eps")),
         ("dr_grpo", ()),
         ("psr", ()),
         ("w_reinforce", ("lam",)),
@@ -335,7 +341,7 @@ def test_released_code_rule_is_the_authors_arithmetic(success, alpha):
         (
             "agrae",
             (
-                "alpha", "sample_level", "group_level", "base", "omega_from", "rate_from", "eps",
+                "alpha", "sample_level", "group_level", "base", "omega_from", "rate_from", "normalise_parts", "eps",
             ),
         ),
     ],
@@ -399,7 +405,7 @@ def changed(value, group=1, completion=2):
         (r"base must be 'grpo' or 'dr_grpo'", "agrae", (changed(0),), {"base": "dapo"}),
         (r"sample_level must be true or false", "agrae", (changed(0),), {"sample_level": 1}),
         (r"no setting 'aplha'; did you mean 'alpha'", "agrae", (changed(0),), {"aplha": 1}),
-        (r"no setting 'alpha'; valid: eps", "grpo", (changed(0),), {"alpha": 1}),
+        (r"no setting 'alpha'; valid: normalise_parts, eps", "grpo", (changed(0),), {"alpha": 1}),
         (r"no setting 'alpha'; it has none", "dr_grpo", (changed(0),), {"alpha": 1}),
         (r"unknown advantage rule 'agrea'; did you mean 'agrae'", "agrea", (changed(0),), {}),
         (r"unknown advantage rule 'xyz'; valid: grpo, dr_grpo", "xyz", (changed(0),), {}),
@@ -427,11 +433,11 @@ def test_success_is_not_needed_where_it_has_no_part():
 @pytest.mark.parametrize("name", RULES)
 def test_any_finite_reward_gives_finite_advantages(name, data):
     success = data.draw(groups())
-    low, high = (0, 1) if name == "agrae_released_code" else (-1e6, 1e6)
+    low, high = (0, 1) if name in ("agrae_released_code", "maxrl") else (-1e6, 1e6)
     noise = data.draw(st.lists(st.floats(low, high, width=32), min_size=success.numel()))
     reward = torch.tensor(noise[: success.numel()]).reshape(success.shape)
     length = torch.ones_like(success)
-    assert torch.isfinite(compute(name, reward, success, length)).all()
+    assert torch.isfinite(compute(name, reward, success, length, **entropies(success))).all()
 
 
 # ------------------------------------------------------------------------------ the module
@@ -451,7 +457,7 @@ def test_rules_loop_over_neither_groups_nor_completions():
         success = torch.arange(prompts * size).reshape(prompts, size) % 2
         Count.calls = 0
         with Count():
-            compute(name, success.double(), success, success + 1)
+            compute(name, success.double(), success, success + 1, **entropies(success))
         return Count.calls
 
     for name in RULES:

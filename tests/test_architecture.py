@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "mm_agrae"
 
 LAYERS = [
-    {"__init__", "errors", "types", "advantage", "loss", "progress", "grading"},
+    {"__init__", "errors", "types", "advantage_input", "loss", "progress", "grading"},
+    {"advantage"},
     {"config", "out_of_memory"},
     {"batching", "parallel", "tasks"},
     {"rewards"},

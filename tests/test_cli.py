@@ -216,6 +216,7 @@ def test_what_is_not_there_is_refused_at_once(tmp_path, monkeypatch):
     cases = {
         "eval runs/quickstrat": "did you mean 'runs/quickstart'?",
         "eval nowhere --config c.yaml": "eval 'nowhere': there is no such folder",
+        "difficulty nowhere --config c.yaml": "difficulty 'nowhere': there is no such folder",
         "demo runs/other": "`hf download runs/other`",
         "export /no/where out": "export '/no/where': there is no such folder",
         f"demo --port {port}": f"listen on 127.0.0.1, port {port} (Address already in use); give another --port",

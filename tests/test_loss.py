@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from mm_agrae.loss import LOSSES, Denominator, policy_loss, sampler_weight
+from mm_agrae.loss import LOSSES, Denominator, policy_loss, sampler_weight, top_entropy_mask
 
 LENGTHS = [7, 1, 5, 9, 3, 9, 2, 4]
 MAX_NEW_TOKENS = 12
@@ -164,7 +164,9 @@ def test_entropy_bonus_is_a_mean_over_tokens_whatever_the_loss():
     mean = step["entropy_BT"][step["mask_BT"]].mean()
     common = {k: step[k] for k in ("logp_BT", "advantage_B", "mask_BT", "entropy_BT")}
     for name in LOSSES:
+        torch.manual_seed(0)  # clip_cov draws
         plain = policy_loss(name, **common, denominator=STEP)
+        torch.manual_seed(0)
         bonus = policy_loss(name, **common, denominator=STEP, entropy_coef=0.2)
         torch.testing.assert_close(bonus.loss, plain.loss - 0.2 * mean)
         torch.testing.assert_close(plain.sums["entropy"], mean.detach() * 40)
@@ -224,10 +226,108 @@ def test_sampler_weight_refuses(settings):
         sampler_weight(OLD, OLD, OLD_MASK, **settings)
 
 
+# ------------------------------------------------------------- losses that choose tokens
+
+
+def covariances(step):
+    """Of A and log π over the tokens, in plain numbers, by (row, token)."""
+    cells = step["mask_BT"].nonzero().tolist()
+    a = {(b, t): float(step["advantage_B"][b]) for b, t in cells}
+    logp = {(b, t): step["logp_BT"][b, t].item() for b, t in cells}
+    mean_a, mean_logp = (sum(x.values()) / len(cells) for x in (a, logp))
+    return {cell: (a[cell] - mean_a) * (logp[cell] - mean_logp) for cell in a}
+
+
+def test_kl_cov_penalises_the_tokens_of_the_largest_covariance():
+    step = random_step()
+    common = {k: step[k] for k in ("logp_BT", "old_logp_BT", "advantage_B", "mask_BT")}
+    result = policy_loss("kl_cov", **common, denominator=STEP, options={"share": 0.1, "coef": 0.7})
+    found = covariances(step)
+    chosen = sorted(found, key=found.get)[-4:]  # a tenth of 40 tokens
+    log_ratio = step["logp_BT"] - step["old_logp_BT"]
+    expected = -(log_ratio.exp() * step["advantage_B"][:, None])[step["mask_BT"]].sum()
+    expected = expected + 0.7 * sum(log_ratio[cell].abs() for cell in chosen)
+    torch.testing.assert_close(result.loss, expected / 40)
+    torch.testing.assert_close(*gradient(result.loss, step["logp_BT"]), *gradient(expected / 40, step["logp_BT"]))
+
+
+def test_clip_cov_leaves_out_tokens_of_large_covariance_at_random():
+    step = random_step()
+    common = {k: step[k] for k in ("logp_BT", "old_logp_BT", "advantage_B", "mask_BT")} | {"denominator": STEP}
+    plain = policy_loss("dapo", **common, clip_high=0.2)
+    (whole,) = gradient(plain.loss, step["logp_BT"])
+    found = covariances(step)
+    eligible = {cell for cell, value in found.items() if 0.2 < value < 2 and whole[cell] != 0}
+    assert len(eligible) > 4
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        options = {"share": 0.1, "least": 0.2, "most": 2.0}
+        result = policy_loss("clip_cov", **common, options=options)
+        (slope,) = gradient(result.loss, step["logp_BT"])
+        dropped = {tuple(cell) for cell in ((whole != 0) & (slope == 0)).nonzero().tolist()}
+        assert len(dropped) == 4
+        assert dropped <= eligible
+        kept = slope != 0
+        assert torch.equal(slope[kept], whole[kept])
+        seen |= dropped
+    assert len(seen) > 4
+    # None is in the range: the loss is the clipped one.
+    nothing = policy_loss("clip_cov", **common, options={"least": 100.0, "most": 101.0})
+    torch.testing.assert_close(nothing.loss, plain.loss)
+
+
+def test_sapo_gates_by_temperatures():
+    step = random_step()
+    common = {k: step[k] for k in ("logp_BT", "old_logp_BT", "advantage_B", "mask_BT")} | {"denominator": STEP}
+    result = policy_loss("sapo", **common, options={"tau_positive": 0.5, "tau_negative": 2.0})
+    ratio = (step["logp_BT"] - step["old_logp_BT"]).exp().detach()
+    expected = 0.0
+    for b, length in enumerate(LENGTHS):
+        a = float(step["advantage_B"][b])
+        tau = 0.5 if a > 0 else 2.0
+        gates = [4 / tau / (1 + math.exp(-tau * (float(ratio[b, t]) - 1))) for t in range(length)]
+        expected -= a * sum(gates) / length / 8
+    assert float(result.loss) == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_top_entropy_tokens():
+    entropy = torch.tensor([[0.1, 0.9, 0.5, 9.0], [0.3, 0.8, math.nan, math.nan]])
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])
+    top = top_entropy_mask(entropy, mask, 0.4)
+    assert top.tolist() == [[0, 1, 0, 0], [0, 1, 0, 0]]
+    assert top_entropy_mask(entropy, mask, 1.0).tolist() == mask.tolist()
+    assert not top_entropy_mask(entropy, mask * 0, 0.4).any()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("sapo", {"options": {"tau": 1.0}}, r"no option 'tau'; it has tau_positive, tau_negative"),
+        ("grpo", {"options": {"share": 1.0}}, r"no option 'share'; it has none"),
+        ("kl_cov", {"options": {"share": 0.0}}, r"option share of loss 'kl_cov' must be above 0, but it is 0.0"),
+        ("sapo", {"clip_high": 0.2}, r"'sapo' has no clip"),
+    ],
+)
+def test_options_are_checked(name, settings, message):
+    step = random_step()
+    with pytest.raises(ValueError, match=message):
+        policy_loss(
+            name, logp_BT=step["logp_BT"], advantage_B=step["advantage_B"], mask_BT=step["mask_BT"], denominator=STEP,
+            **settings,
+        )  # fmt: skip
+
+
 # --------------------------------------------------------------------- denominators, padding
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def clip(name, low, high):
+    """The clip as settings, where the loss takes one."""
+    return {} if LOSSES[name].clip_low is None else {"clip_low": low, "clip_high": high}
+
+
+# These two choose their tokens within a micro-batch.
+@pytest.mark.parametrize("name", [name for name in LOSSES if name not in ("clip_cov", "kl_cov")])
 @pytest.mark.parametrize(
     "cut", [[[i] for i in range(8)], [[0, 1, 2, 3], [4, 5, 6, 7]], [[6, 1], [7, 0, 3], [], [5, 2, 4]]]
 )
@@ -235,7 +335,7 @@ def test_micro_batches_add_up_to_the_step(name, cut):
     """1×8, 8×1, ragged cuts in any order, an idle rank: one loss, one gradient, one statistic."""
     step = random_step()
     options = {"denominator": STEP, "kl_coef": 0.1, "entropy_coef": 0.01}
-    options |= {"clip_low": 0.1, "clip_high": 0.2}  # gspo's own would leave no gradient here
+    options |= clip(name, 0.1, 0.2)  # gspo's own would leave no gradient here
     whole = policy_loss(name, **step, **options)
     inputs = step["logp_BT"], step["entropy_BT"]
     expected = gradient(whole.loss, *inputs)
@@ -247,15 +347,15 @@ def test_micro_batches_add_up_to_the_step(name, cut):
     for key, wanted in whole.sums.items():
         torch.testing.assert_close(sum(p.sums[key] for p in parts), wanted, rtol=1e-12, atol=0)
     assert max(p.ratio_max for p in parts) == whole.ratio_max
-    assert whole.sums["clip_low"] > 0
-    assert whole.sums["clip_high"] > 0
+    assert (whole.sums["clip_low"] > 0) == (whole.sums["clip_high"] > 0) == (name != "sapo")
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_what_stands_at_padding_does_not_matter(name):
     step = random_step()
     options = {"denominator": STEP, "kl_coef": 0.1, "entropy_coef": 0.01}
-    options |= {"clip_low": 1.0, "clip_high": 9.0}  # every completion has a gradient
+    options |= clip(name, 1.0, 9.0)  # every completion has a gradient
+    torch.manual_seed(0)
     expected = policy_loss(name, **step, **options)
     wanted = gradient(expected.loss, step["logp_BT"], step["entropy_BT"])
     for junk in (math.nan, math.inf, -math.inf, 1e30):
@@ -265,6 +365,7 @@ def test_what_stands_at_padding_does_not_matter(name):
             else value
             for key, value in step.items()
         }
+        torch.manual_seed(0)
         actual = policy_loss(name, **spoilt, **options)
         assert torch.equal(actual.loss, expected.loss)
         assert actual.sums == expected.sums

@@ -14,7 +14,7 @@ import torch
 if find_spec("trl") is None:
     pytest.skip("trl is not installed (pip install mm-agrae[trl])", allow_module_level=True)
 
-from mm_agrae.loss import Denominator, policy_loss
+from mm_agrae.loss import Denominator, policy_loss, top_entropy_mask
 
 VOCABULARY = 40
 MAX_NEW_TOKENS = 12
@@ -123,7 +123,7 @@ def gradients(trainer):
     return parameters
 
 
-def compare(trainer, inputs, name, **options):
+def compare(trainer, inputs, name, top_entropy=1.0, **settings):
     """Loss and gradient by TRL and by us; returns the sums of our statistics."""
     tokens = sum(LENGTHS)
     theirs = 0.0
@@ -143,10 +143,10 @@ def compare(trainer, inputs, name, **options):
             ref_logp_BT=part["ref_per_token_logps"],
             advantage_B=part["advantages"],
             mask_BT=part["completion_mask"],
-            sampler_weight_BT=part["importance_sampling_ratio"] if trainer.use_vllm else None,
+            sampler_weight_BT=sampler_weight(trainer, part, entropy, top_entropy),
             entropy_BT=entropy,
             denominator=Denominator(len(LENGTHS), tokens, MAX_NEW_TOKENS),
-            **options,
+            **settings,
         )
         result.loss.backward()
         ours += result.loss.item()
@@ -162,6 +162,11 @@ def compare(trainer, inputs, name, **options):
     return sums
 
 
+def sampler_weight(trainer, part, entropy, top_entropy):
+    weight = part["importance_sampling_ratio"] if trainer.use_vllm else torch.ones(entropy.shape)
+    return weight * top_entropy_mask(entropy, part["completion_mask"], top_entropy)
+
+
 # Our name and clip, and how TRL is told the same. TRL's cispo takes the bound itself.
 CASES = {
     "grpo": ({}, {"loss_type": "grpo", "epsilon": 0.2}),
@@ -172,6 +177,10 @@ CASES = {
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 3e-4, "epsilon_high": 4e-4},
     ),
     "cispo": ({"clip_high": 0.5}, {"loss_type": "cispo", "epsilon_high": 1.5}),
+    "sapo": (
+        {"options": {"tau_positive": 0.8, "tau_negative": 1.3}},
+        {"loss_type": "sapo", "sapo_temperature_pos": 0.8, "sapo_temperature_neg": 1.3},
+    ),
 }
 
 
@@ -180,8 +189,8 @@ def test_off_policy_with_clipping_on_both_sides(name, checkpoint, tmp_path):
     clip, theirs = CASES[name]
     trainer = build_trainer(checkpoint, tmp_path, **theirs)
     sums = compare(trainer, batch(trainer, spread=0.5), name, **clip)
-    assert sums["clip_high"] > 0
-    assert sums["clip_low"] > 0 or name == "cispo"
+    assert sums["clip_high"] > 0 or name == "sapo"
+    assert sums["clip_low"] > 0 or name in ("cispo", "sapo")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -205,6 +214,15 @@ def test_with_kl_and_sampler_weight(name, unbiased_kl, checkpoint, tmp_path):
     inputs = batch(trainer, spread=0.5)
     sums = compare(trainer, inputs, name, kl_coef=0.3, unbiased_kl=unbiased_kl, **clip)
     assert sums["ref_kl"] > 0
+
+
+@pytest.mark.parametrize("name", ["grpo", "dapo"])
+def test_top_entropy_tokens(name, checkpoint, tmp_path):
+    clip, theirs = CASES[name]
+    trainer = build_trainer(
+        checkpoint, tmp_path, beta=0.3, use_bias_correction_kl=False, top_entropy_quantile=0.3, **theirs
+    )
+    compare(trainer, batch(trainer, spread=0.5), name, top_entropy=0.3, kl_coef=0.3, **clip)
 
 
 def test_trl_defaults_but_for_the_clip_of_dapo(checkpoint, tmp_path):

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from mm_agrae.advantage import levels
-
 SUCCESS_THRESHOLD = 0.5
 """Splits 0/1 rewards, 0.9·accuracy + 0.1·format, and rewards of −1 and 1."""
 
@@ -25,20 +23,9 @@ def success_of(reward: Tensor, threshold: float) -> Tensor:
     return (reward.double() >= threshold - 1e-6 * max(1.0, abs(threshold))).to(reward.dtype)
 
 
-def needs_success(rule: str, settings: dict[str, Any]) -> bool:
-    """Whether the rule, with these settings, looks at success. Raises ValueError as `levels`."""
-    reward_PG, length_PG = [[0.0, 1.0]], [[1.0, 1.0]]
-    levels(rule, reward_PG, reward_PG, length_PG, **settings)  # raises for invalid settings
-    try:
-        levels(rule, reward_PG, None, length_PG, **settings)
-    except ValueError:
-        return True
-    return False
-
-
 def scale_warning(rule: str, settings: dict[str, Any], reward: Tensor) -> str | None:
     """A warning about rewards whose mean cannot serve as ω, or None."""
-    if rule != "agrae" or settings.get("omega_from", "reward") != "reward":
+    if "agrae" not in (rule, settings.get("base")) or settings.get("omega_from", "reward") != "reward":
         return None
     low, high = float(reward.min()), float(reward.max())
     if low >= -SLACK and high <= 1 + SLACK:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 
-from mm_agrae.adapters import SUCCESS_THRESHOLD, needs_success, scale_warning, success_of
-from mm_agrae.advantage import levels
+from mm_agrae.adapters import SUCCESS_THRESHOLD, scale_warning, success_of
+from mm_agrae.advantage import levels, needs
 from mm_agrae.model import compat
 
 compat.prepare()  # before TRL imports transformers' image processors
@@ -58,7 +58,12 @@ class AGRAEGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         self.rule, self.rule_settings = rule, dict(settings or {})
-        self.uses_success = needs_success(rule, self.rule_settings)
+        self.uses_success = needs(rule, "success_PG", self.rule_settings)
+        for given, what in (("entropy_PG", "entropies"), ("part_FPG", "reward parts")):
+            if needs(rule, given, self.rule_settings):
+                raise ValueError(
+                    f"rule {rule!r} looks at {what}, which TRL does not hand on; use mm-agrae's own trainer"
+                )
         super().__init__(*args, **kwargs)
         settled: Any = self.args
         _refuse_contradictions(settled)

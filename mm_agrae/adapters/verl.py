@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm_agrae.adapters import SUCCESS_THRESHOLD, needs_success, scale_warning, success_of
-from mm_agrae.advantage import RULES, accepted_settings, compute
+from mm_agrae.adapters import SUCCESS_THRESHOLD, scale_warning, success_of
+from mm_agrae.advantage import RULES, accepted_settings, compute, needs
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,8 @@ SECTION = "mm_agrae"
 """Settings are read from this section of verl's `algorithm`."""
 
 ESTIMATORS: dict[str, tuple[str, dict[str, Any]]] = {
-    # verl never looks up the name "grpo" but calls its own function.
-    **{"mm_grpo" if name == "grpo" else name: (name, {}) for name in RULES},
+    # verl never looks up the name "grpo" but calls its own function, and hands on no entropies.
+    **{"mm_grpo" if name == "grpo" else name: (name, {}) for name in RULES if not needs(name, "entropy_PG", {})},
     "agrae_dr_grpo": ("agrae", {"base": "dr_grpo"}),
 }
 """Name in verl -> our rule, and the settings that the name implies."""
@@ -156,7 +156,7 @@ def _settings(estimator: str, config: Any) -> tuple[dict[str, Any], float]:
             "divides by the standard deviation; use adv_estimator=agrae_dr_grpo or dr_grpo, or "
             "leave the setting at True"
         )
-    if threshold is None and config.get("use_kl_in_reward") and needs_success(rule, fixed | given):
+    if threshold is None and config.get("use_kl_in_reward") and needs(rule, "success_PG", fixed | given):
         raise ValueError(
             "algorithm.use_kl_in_reward=True mixes a penalty into the rewards that success is "
             f"read from; set +algorithm.{SECTION}.success_threshold=0.5 if correct and incorrect "

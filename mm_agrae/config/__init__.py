@@ -2,9 +2,10 @@
 
 In: paths and overrides. Out: `Config`, an immutable tree of sections that every stage reads. Begin
 with `schema.py`, which lists every setting; `reading.py` parses, `plan.py` works out what a config
-amounts to, `plugins.py` finds code that a config names.
+amounts to, `objective.py` what it gives rule and loss, `plugins.py` finds code that a config names.
 """
 
+from mm_agrae.config.objective import rule_settings, uses_entropy
 from mm_agrae.config.plan import contradictions, plan, total_steps
 from mm_agrae.config.reading import dump, load, parse, public
 from mm_agrae.config.schema import (

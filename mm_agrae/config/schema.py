@@ -11,24 +11,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
+from mm_agrae.config.objective import check_loss, check_rule, try_rule
+from mm_agrae.config.section import CorrectSection, Fraction, NonNegative, PositiveInt, Section
 from mm_agrae.errors import nearest
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
 _on_or_off = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
 """YAML reads a bare on or off as true or false."""
-NonNegative = Annotated[float, Field(ge=0)]
 
 SECRET_NAME = re.compile(
     r"(.*_)?(api_?key|access_?key|private_?key|secret|password|passwd|credentials?|token)", re.IGNORECASE
 )
 URL_SECRET = re.compile(r"(\w://)[^/@\s]+@")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class LoraSection(Section):
@@ -96,6 +91,11 @@ class DataSection(Section):
     """Several sources are concatenated, then shuffled."""
     evaluate: tuple[DataSource, ...] = ()
     shuffle: bool = True
+    difficulty_from: str = ""
+    """A run whose rollouts say how hard each problem is: D = 1 + 8·(1 − pass rate). Or a table as `mm-agrae difficulty
+    --rollouts` writes it. A problem that is not in it has D = 5."""
+    easy_to_hard: bool = False
+    """Visit the problems of each epoch by rising D; `shuffle` then decides among equal ones."""
     on_bad_row: Literal["error", "skip"] = "error"
     """What a row that cannot be used does: stop the run, or be counted and left out."""
     prefetch_threads: Annotated[int, Field(ge=0)] = 2
@@ -104,6 +104,12 @@ class DataSection(Section):
     check: Annotated[Literal["off", "sample", "all"], _on_or_off] = "sample"
     """Before training: grade the gold answers of some rows against themselves (sample), or read every row, image and
     prompt length in parallel processes (all), as `mm-agrae doctor` does. A bad row then ends the run at its start."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSection:
+        if self.easy_to_hard and not self.difficulty_from:
+            raise ValueError("data.easy_to_hard needs data.difficulty_from, a run that says what is easy")
+        return self
 
 
 class PromptSection(Section):
@@ -162,7 +168,7 @@ class VllmSection(Section):
     """How long to wait for an engine to get ready."""
     request_limit_s: Annotated[float, Field(gt=0)] = 600.0
     """How long one prompt's completions may take before its server counts as lost."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     """Further arguments of vLLM's engine, as they are (engine vllm)."""
 
     @model_validator(mode="after")
@@ -210,6 +216,8 @@ class RolloutSection(SamplingSection):
     batch_completions: PositiveInt = 128
     """Completions generated at once on one device: bounds memory, not results."""
     dynamic_sampling: DynamicSampling | None = None
+    correct: CorrectSection | None = None
+    """Guided correction of incorrect completions, in training alone; {} for its defaults. See docs/correction.md."""
 
     @model_validator(mode="after")
     def _check(self) -> RolloutSection:
@@ -227,6 +235,11 @@ class RolloutSection(SamplingSection):
             raise ValueError(
                 "rollout.overlap and rollout.dynamic_sampling exclude each other: which groups to "
                 "resample is known only after the next ones have been started"
+            )
+        if self.overlap and self.correct is not None:
+            raise ValueError(
+                "rollout.overlap and rollout.correct exclude each other: the policy would go on writing with newer "
+                "weights than a completion was begun with"
             )
         if self.completions_per_prompt < 2:
             raise ValueError(
@@ -282,6 +295,9 @@ class AdvantageSection(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
     rule: str = "agrae"
+    entropy_from: Literal["exact", "sampled"] | None = None
+    """Entropy of a completion, for the rules that use it. exact (the default): by a forward pass before the update.
+    sampled: the mean of −log p of its tokens, which costs nothing and is noisy for short completions."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -290,25 +306,7 @@ class AdvantageSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> AdvantageSection:
-        from mm_agrae import advantage
-
-        if self.rule not in advantage.RULES:
-            raise ValueError(f"advantage.rule is {self.rule!r}; {nearest(self.rule, advantage.RULES)}")
-        accepted = advantage.accepted_settings(self.rule)
-        everywhere = {key for rule in advantage.RULES for key in advantage.accepted_settings(rule)}
-        for key in self.settings:
-            if key not in everywhere:
-                raise ValueError(f"advantage.{key}: unknown setting; {nearest(key, accepted)}")
-            if key not in accepted:
-                takes = ", ".join(accepted) or "no settings"
-                raise ValueError(
-                    f"advantage.{key} has no effect under rule {self.rule!r}, which takes {takes}; "
-                    "remove it or choose another rule"
-                )
-        try:
-            advantage.check_settings(self.rule, self.settings)
-        except ValueError as error:
-            raise ValueError(str(error).replace("advantage setting ", "advantage.")) from None
+        check_rule(self)
         return self
 
 
@@ -334,7 +332,15 @@ class UpdateSection(Section):
     unbiased_kl: bool = False
     """Multiply k3 by the ratio of new to old policy, so that its gradient is that of the KL
     divergence: TRL's default, not GRPO's."""
+    loss_options: dict[str, float] = Field(default={})
+    """Options of the loss's own, such as tau_positive of sapo; see `loss.py`."""
+    top_entropy: Fraction = 1.0
+    """Only this share of a micro-batch's tokens, those of the highest entropy, carry the policy loss."""
     entropy_coef: NonNegative = 0.0
+    entropy_target: Annotated[float, Field(gt=0)] | None = None
+    """Steer the coefficient: after each rollout it rises by `entropy_step` if the policy's mean entropy (nats) was at
+    most this, else it falls, between 0 and 1. The bonus is off while the entropy is above."""
+    entropy_step: NonNegative = 0.005
     mask_truncated: bool = False
     """Leave completions cut off at the token limit out of the loss. Their rewards count in their group's mean."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-6
@@ -348,11 +354,12 @@ class UpdateSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> UpdateSection:
-        from mm_agrae.loss import LOSSES
-
-        if self.loss not in LOSSES:
-            raise ValueError(f"update.loss: {self.loss!r} is not valid; {nearest(self.loss, LOSSES)}")
+        check_loss(self)
         return self
+
+    @property
+    def entropy_bonus(self) -> bool:
+        return self.entropy_coef > 0 or self.entropy_target is not None
 
 
 class TrainSection(Section):
@@ -452,6 +459,7 @@ class Config(Section):
                 f"update.mini_batch_prompts is {mini}, which does not divide "
                 f"rollout.prompts_per_step = {prompts}; the nearest that does is {nearest}"
             )
+        try_rule(self)
         buffer = self.reward.overlong.buffer_tokens if self.reward.overlong else 0
         if buffer > self.rollout.max_new_tokens:
             raise ValueError(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -37,6 +37,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from mm_agrae.parallel.processes import Processes, StopRequest
+
+
+class Scorer(Protocol):
+    """A `Rewarder`, or what stands in for one."""
+
+    def score(
+        self, examples: Sequence[Example], completions: Sequence[Completion], stop: bool = False
+    ) -> list[Score]: ...
 
 
 @dataclass
@@ -107,7 +115,7 @@ def evaluate_all(
 def run(
     engine: Engine,
     processing: Processing,
-    rewarder: Rewarder,
+    rewarder: Scorer,
     task: Task,
     indices: Sequence[int],
     section: EvaluateSection,
@@ -274,7 +282,7 @@ def evaluate_checkpoints(models: Sequence[str], paths: Sequence[str], config: Co
     results: list[EvaluationResult] = []
     try:
         with Rewarder(config.reward, config.evaluate.max_new_tokens) as rewarder, reporter.bars():
-            for name, path in zip(_names(models), paths, strict=True):
+            for name, path in zip(distinct_names(models), paths, strict=True):
                 processing, _, engine = build_engine(config, path)
                 with contextlib.closing(engine):
                     results += evaluate_all(name, config, tasks, engine, processing, rewarder, run_folder, reporter)
@@ -287,7 +295,7 @@ def evaluate_checkpoints(models: Sequence[str], paths: Sequence[str], config: Co
     return 0
 
 
-def _names(models: Sequence[str]) -> list[str]:
+def distinct_names(models: Sequence[str]) -> list[str]:
     """Short distinct names: as many trailing parts of the paths as that takes."""
     for depth in range(1, 8):
         names = ["/".join(Path(model).parts[-depth:]) for model in models]

@@ -19,6 +19,7 @@ from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout import cache, mismatch
+from mm_agrae.rollout.correction import Corrector
 from mm_agrae.rollout.engine import Engine, derive_seed
 from mm_agrae.run.context import RunContext
 from mm_agrae.tasks import Concatenation
@@ -62,10 +63,13 @@ class Collector:
         self.config, self.processes = context.config, context.processes
         self.reporter, self.stopwatch, self.folder = context.reporter, context.stopwatch, context.folder
         self.task, self.processing, self.policy, self.engine = task, processing, policy, engine
-        self.order = DataOrder(len(task), self.config.train.seed, self.config.data.shuffle)
+        data = self.config.data
+        difficulty = task.difficulty if data.easy_to_hard else ()
+        self.order = DataOrder(len(task), self.config.train.seed, data.shuffle, difficulty)
         self.rows_skipped = len(task.skipped)
         self.behaviour_version = engine.version
         self.values: dict[str, float] = {}
+        self._corrector = Corrector(context, processing) if self.config.rollout.correct else None
         self._mismatch_checked = False
         self._row_at: dict[int, int] = {}
         """The row of the data at each position of the step."""
@@ -108,13 +112,16 @@ class Collector:
             positions = self._without_advantage(groups.values())
             if not positions:
                 break
-        return [groups[position] for position in sorted(groups)]
+        found = [groups[position] for position in sorted(groups)]
+        if self._corrector:  # after dynamic sampling, which judges the policy's own completions
+            self._corrector.correct(found, step, self.engine, self.rewarder)
+        return found
 
     def _without_advantage(self, groups: Iterable[Group]) -> list[int]:
         """Positions, over all ranks, of groups that the update would skip: all advantages are 0."""
         summaries = [group.summary() for group in groups]
         table = StepTable.of(self.processes.gather(summaries, "dynamic sampling"))
-        advantage_PG = table.advantages(self.config.advantage).advantage_PG
+        advantage_PG = table.advantages(self.config).advantage_PG
         return [
             group.position
             for group, advantage_G in zip(table.groups, advantage_PG, strict=True)

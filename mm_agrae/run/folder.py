@@ -10,6 +10,7 @@
                                              read gzipped (samples.jsonl.gz) as well
     checkpoints/                             written by `checkpoint`
     rollout_cache_0.safetensors              rollouts of the step under way, see `rollout.cache`
+    difficulty.json                          written by `mm-agrae difficulty`, see `evaluation.alignment`
     summary.json                             totals of the finished run
     report.html                              written by `view.report`
 
@@ -37,6 +38,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mm_agrae.errors import RunFolderError
 from mm_agrae.run.files import append_line, clean_text, explained, open_lines, to_json, write_atomic, write_jsonl
 from mm_agrae.run.records import (
+    LATER_COLUMNS,
     ROLLOUT_COLUMNS,
     EvaluationResult,
     RolloutRecord,
@@ -118,6 +120,13 @@ class RunFolder:
         """Empty until the run has ended."""
         return self._read_json("summary.json")
 
+    def write_difficulty(self, results: Mapping[str, Any]) -> None:
+        self._write("difficulty.json", to_json(results, indent=2) + "\n")
+
+    def read_difficulty(self) -> dict[str, Any]:
+        """What `mm-agrae difficulty` measured, by evaluation set; empty if it was not run here."""
+        return self._read_json("difficulty.json")
+
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Add one line. Numbers that are not finite are written as null."""
         with explained(self.path, "writing metrics.jsonl"):
@@ -181,7 +190,8 @@ class RunFolder:
     def read_rollouts(
         self, step: int, columns: Sequence[str] | None = None, rows: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
-        """The rows of a step as dicts with the names of RolloutRecord, in the order written.
+        """The rows of a step as dicts with the names of RolloutRecord, in the order written. A file of an earlier
+        version may lack `LATER_COLUMNS`.
 
         `columns` and `rows` (indices from 0, returned in that order) read only a part, which
         saves time and memory. Raises ValueError for a column that does not exist,
@@ -226,7 +236,7 @@ class RunFolder:
             try:
                 with pq.ParquetFile(path) as file:
                     stored = {current_name(name): name for name in file.schema_arrow.names}
-                    wanted = columns or list(ROLLOUT_COLUMNS)
+                    wanted = [c for c in columns or ROLLOUT_COLUMNS if c in stored or c not in LATER_COLUMNS]
                     if missing := set(wanted) - stored.keys():
                         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
                     yield file, [stored[name] for name in wanted]

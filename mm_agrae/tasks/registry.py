@@ -10,13 +10,14 @@ that its examples are made by a program and need no check.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain, repeat
 from typing import Any, Literal, Protocol
 
 from mm_agrae.config import DataSource
 from mm_agrae.config.plugins import UNSET, check_arguments, is_import_name, load_object, signature
-from mm_agrae.errors import ConfigError, nearest
+from mm_agrae.errors import ConfigError, DataError, nearest
 from mm_agrae.tasks import catalog, medical
 from mm_agrae.types import Example
 
@@ -53,6 +54,8 @@ class Concatenation:
         """Rows left out: file, row and reason."""
         self.notes = [note for task in tasks for note in getattr(task, "notes", ())]
         """What the tasks read their rows as, a line each."""
+        self.difficulty: list[float] = []
+        """D of each example, once `rate` has been called."""
 
     def __len__(self) -> int:
         return sum(self.lengths)
@@ -66,11 +69,25 @@ class Concatenation:
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self):
             raise IndexError(index)
+        row = index
         for task, length in zip(self.tasks, self.lengths, strict=True):
-            if index < length:
-                return task[index]
-            index -= length
+            if row < length:
+                example = task[row]
+                return replace(example, difficulty=self.difficulty[index]) if self.difficulty else example
+            row -= length
         raise AssertionError("unreachable")
+
+    def rate(self, difficulty: Mapping[str, float], source: str) -> str:
+        """Give the examples their difficulty by id, the others the default; returns what to say of it.
+
+        Raises DataError if `source`, where it is from, has none of them.
+        """
+        ids = [self[index].id for index in range(len(self))]
+        self.difficulty = [difficulty.get(name, Example.difficulty) for name in ids]
+        rated = sum(name in difficulty for name in ids)
+        if not rated:
+            raise DataError(f"data.difficulty_from={source}: has no id of a training row; name a run on the same data")
+        return f"difficulty of {rated:,} of {len(ids):,} problems from {source}"
 
 
 def load_all(sources: Sequence[DataSource], *, on_bad_row: Literal["error", "skip"] = "error") -> Concatenation:

@@ -51,7 +51,7 @@ class Setting:
 
     @property
     def options(self) -> dict[str, Any]:
-        return {"alpha": self.alpha} if "alpha" in accepted_settings(self.rule) else {}
+        return {"alpha": self.alpha} if self.rule.startswith("agrae") else {}
 
 
 STAGES = {"base_PG": "before", "sample_PG": "sample level", "advantage_PG": "group level"}
@@ -77,6 +77,9 @@ def _advantages(setting: Setting) -> tuple[dict[str, torch.Tensor], float]:
         torch.cat([success_PG, others_PG]),
         torch.cat([success_PG, torch.zeros_like(others_PG)]),
         torch.ones(rows + more, size),
+        # Of no effect but under EDGE: every other completion was three times as certain.
+        entropy_PG=torch.where(torch.arange(size) % 2 == 0, 0.5, 1.5).expand(rows + more, size),
+        **({"width": 1} if "width" in accepted_settings(setting.rule) else {}),
         **setting.options,
     )
     return {label: getattr(result, name)[:rows] for name, label in STAGES.items()}, result.omega
@@ -232,6 +235,8 @@ def explanation(setting: Setting) -> Html:
         ),
         el("p", el("b", "Balance. "), _balance(balance[setting.correct])),
     ]
+    if "edge" in setting.rule:
+        said.append(el("p", "Every other completion is three times as certain here (0.5 and 1.5 nats a token)."))
     if setting.correct in (0, setting.completions):
         said.append(el("p", "All completions are equal here, so most rules learn nothing from the group."))
     return join(said)

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from mm_agrae.errors import RunFolderError
+from mm_agrae.evaluation.difficulty import tables
 from mm_agrae.evaluation.paired import PairedEvaluations, SampleCache, StoredEvaluation
 from mm_agrae.run.files import write_atomic
 from mm_agrae.run.folder import RunFolder
+from mm_agrae.run.problems import problem_success
 from mm_agrae.run.records import EvaluationResult, Interval, PartMeans
 from mm_agrae.view.components import (
     ADVANTAGES,
@@ -44,6 +46,7 @@ from mm_agrae.view.runs import Record, RunReader, distinct_names, select, step_o
 GROUPS_SHOWN = 6
 EARLIER_GROUPS_SHOWN = 2
 COMPLETIONS_SHOWN = 16
+PROBLEMS_SHOWN = 40
 OPEN_KINDS = ("family", "figure", "level")
 """Entries of the examples' meta whose tables are not folded."""
 FEWEST_PROBLEMS = 6
@@ -67,6 +70,7 @@ def write_report(run_dir: str | Path) -> Path:
     sections = [
         ("Results", _results(folder, config, evaluations, int(_last(run.metrics, "step") or 0))),
         ("Curves", _curves(run.metrics) if trained else None),
+        ("Difficulty", _difficulty(folder)),
         ("Before and after", _traces(folder, evaluations, images)),
         ("Groups", _groups(run, images) if trained else None),
         ("Time", _time(run.metrics, summary)),
@@ -253,6 +257,35 @@ def _fallen(last: EvaluationResult, key: str, k: int, fallen: Record, gains: Map
     it = "It" if certain else f"pass@{k}"
     told += [f"{it} is lower, but on too few problems to tell, for {', '.join(unclear)}."] if unclear else []
     return " ".join(told) or f"pass@{k} fell for no {key} by as much as one problem."
+
+
+def _difficulty(folder: RunFolder) -> Html | None:
+    """What `mm-agrae difficulty` measured here; of a training run, how often each problem was solved step by step."""
+    parts: list[Html] = []
+    for name, result in folder.read_difficulty().items():
+        parts += [
+            el("h3", name),
+            note("One greedy reply to each item. Ranges are 95 % bootstrap intervals over items."),
+        ]
+        try:
+            found = tables(result)
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunFolderError(f"{folder.path}/difficulty.json: damaged ({error!r}); delete it") from None
+        for title, header, rows in found:
+            parts += [el("h4", title), table(header, rows)]
+    try:
+        problems = [each for each in problem_success(folder.path).values() if len(each.completions) > 1]
+    except RunFolderError:  # none were kept, or one is damaged, which its own section says
+        problems = []
+    if problems:
+        problems.sort(key=lambda each: -each.difficulty)
+        rows = [
+            [each.example_id, f"{each.difficulty:.2f}", " → ".join(f"{n}/{of}" for n, of in each.by_step())]
+            for each in problems[:PROBLEMS_SHOWN]
+        ]
+        title = f"Problems drawn more than once: {len(rows):,} hardest of {len(problems):,}"
+        parts.append(fold(title, table(["problem", "D", "correct, step by step"], rows)))
+    return join(parts) if parts else None
 
 
 _STAGES = ("rollout", "reward", "advantage", "update", "log", "prompts", "evaluate", "checkpoint")

@@ -76,7 +76,7 @@ def test_golden_cases_with_shuffled_rows(column, dtype, tolerance):
 
 
 def test_every_rule_has_a_name_that_verl_does_not_reserve():
-    assert {rule for rule, _ in ESTIMATORS.values()} == set(RULES)
+    assert {rule for rule, _ in ESTIMATORS.values()} == set(RULES) - {"edge", "edge_released_code"}
     assert not {"grpo", "gae"} & set(ESTIMATORS)
     assert NAMES["grpo"] == "mm_grpo"
 

@@ -26,6 +26,22 @@ RULES = {
     "dapo_agrae": ("agrae", "grpo", "dapo", 0.2, 0.28),
     "dr_grpo": ("dr_grpo", None, "dr_grpo", 0.2, 0.2),
     "dr_grpo_agrae": ("agrae", "dr_grpo", "dr_grpo", 0.2, 0.2),
+    "edge": ("edge", "grpo", "dapo", 0.2, 0.2),
+    "edge_agrae": ("edge", "agrae", "dapo", 0.2, 0.2),
+    "edge_released_code": ("edge_released_code", None, "dapo", 0.2, 0.2),
+    "diva": ("diva", None, "dapo", 0.2, 0.3),
+    "diva_released_code": ("diva_released_code", None, "dapo", 0.2, 0.3),
+    "grpo_rrb": ("grpo_rrb", "grpo", "grpo", 0.2, 0.2),
+    "maxrl": ("maxrl", None, "grpo", 0.2, 0.2),
+    "pkpo": ("pkpo", None, "grpo", 0.2, 0.2),
+    "pass_at_k": ("pass_at_k", None, "grpo", 0.2, 0.2),
+    "quantile": ("quantile", None, "dapo", 0.2, 0.28),
+    "max_minus_second": ("max_minus_second", None, "grpo", 0.2, 0.2),
+    "gdpo": ("grpo", None, "grpo", 0.2, 0.2),
+    "sapo": ("agrae", None, "sapo", None, None),
+    "clip_cov": ("agrae", None, "clip_cov", 0.2, 0.2),
+    "kl_cov": ("agrae", None, "kl_cov", None, None),
+    "top_entropy": ("agrae", None, "dapo", 0.2, 0.28),
 }
 # model, prompts a step, G, epochs, prompts an optimiser step, α: Appendix C.2 of the paper.
 TABLE = {
@@ -43,7 +59,7 @@ TABLE = {
 def test_every_run_of_the_table_is_there():
     assert {path.stem for path in PAPER} == TABLE.keys()
     assert {path.stem for path in WITH.glob("*.yaml")} == {
-        *filter(None, RULES), "lora_24gb", "lora_80gb",
+        *filter(None, RULES), "lora_24gb", "lora_80gb", "correction",
     }  # fmt: skip
 
 
@@ -85,7 +101,7 @@ def test_each_algorithm_is_one_override(path, overlay):
     advantage, update = config.advantage.model_dump(), config.update
     assert (advantage["rule"], advantage.get("base"), update.loss) == (rule, base, loss)
     assert (update.clip_low, update.clip_high, update.kl_coef) == (low, high, 0.0)
-    assert advantage.get("alpha") == (plain.advantage.alpha if rule == "agrae" else None)
+    assert advantage.get("alpha") == (plain.advantage.alpha if "agrae" in (rule, base) else None)
     assert config.rollout.dynamic_sampling is None
     assert config.reward.overlong is None
     # Nothing else differs, so runs of two algorithms can be compared.

@@ -261,14 +261,20 @@ _Base = Literal["grpo", "dr_grpo", "agrae"]
 
 
 def edge(
-    step: Step, *, base: _Base = "grpo", low: float = 0.1, high: float = 10.0, alpha: float = 1.0, eps: float = 1e-6
+    step: Step,
+    *,
+    base: _Base = "grpo",
+    low: float = 0.0,
+    high: float = math.inf,
+    alpha: float = 1.0,
+    eps: float = 1e-6,
 ) -> AdvantageLevels:
     """A ← A/P̂, entropy-driven advantage (EDGE-GRPO, arXiv 2507.21848, Eq. 6 and 7) on the advantage of `base`.
 
     P̂ is a completion's mean entropy over the mean of its group's: the more certain it was, the more it learns, whether
-    right or wrong. P̂ is held in [low, high], a line commented out in the authors' code. low=0, high=inf is the paper
-    to the letter: an entropy of 0 is then an error, and one near 0 gives a huge A. A-GRAE's factors, of a group and a
-    sign, and P̂'s, of a completion, commute. `alpha` is A-GRAE's.
+    right or wrong. The paper has no bounds, so that an entropy of 0 is an error and one near 0 gives a huge A;
+    low=0.1, high=10 (a line commented out in the authors' code) bound P̂. A-GRAE's factors, of a group and a sign, and
+    P̂'s, of a completion, commute. `alpha` is A-GRAE's.
     """
     relative_PG = step.relative_entropy_PG(low, high)
     found = _levels_of_base(step, base, alpha, eps)

@@ -14,7 +14,7 @@ from mm_agrae.run.folder import RunFolder
 from mm_agrae.trainer import Trainer
 
 NO_EVALUATION = {"before": False, "after": False}
-EDGE = {"rule": "edge"}
+EDGE = {"rule": "edge", "low": 0.1, "high": 10.0}
 
 
 def prepared(tmp_path, **sections) -> Trainer:

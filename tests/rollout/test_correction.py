@@ -252,7 +252,8 @@ def test_entropies_of_corrected_completions(tmp_path):
     """Sampled ones are of the sampled tokens, exact ones of all, whether they are in the loss or not."""
     update = {"mask_truncated": True, "micro_batch_completions": 3}
     correct = {"train_on": "added", "reflect": 0.3, "answer": 0.3, "solution": 0.4}
-    trainer = made_trainer(tmp_path / "run", TEXT, correct, advantage={"rule": "edge"}, update=update)
+    edge = {"rule": "edge", "low": 0.1, "high": 10.0}
+    trainer = made_trainer(tmp_path / "run", TEXT, correct, advantage=edge, update=update)
     groups = groups_of(trainer)
     table = StepTable.of([group.summary() for group in groups])
     levels = table.advantages(trainer.config)
@@ -309,7 +310,7 @@ def test_a_run_records_what_was_corrected(tmp_path):
     evaluate = {"before": True, "after": False, "samples": 2, "max_new_tokens": 64}
     sections = {
         "evaluate": evaluate,
-        "advantage": {"rule": "edge", "base": "agrae"},
+        "advantage": {"rule": "edge", "base": "agrae", "low": 0.1, "high": 10.0},
         "reward": {"parts": {"accuracy": 0.9, "format": 0.1}},
         "rollout": {"mismatch": {"correction": "token"}},
         "update": {"mini_batch_prompts": 4, "kl_coef": 0.01, "entropy_coef": 0.001, "learning_rate": 1e-4},

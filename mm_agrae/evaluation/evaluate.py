@@ -254,7 +254,7 @@ def checkpoints_and_config(models: Sequence[str], config_path: str | None) -> tu
 
     Raises ConfigError if no config is given and the first model has none.
     """
-    paths = [str(checkpoint.newest(Path(model) / "checkpoints") or model) for model in models]
+    paths = [checkpoint.of(model) for model in models]
     own = Path(paths[0]) / checkpoint.CONFIG_FILE
     if config_path is None and not own.is_file():
         raise ConfigError(f"eval: {paths[0]} has no {own.name}; pass a config with --config")

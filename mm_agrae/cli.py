@@ -87,17 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         argument("config", nargs=nargs, help=what)
         argument("overrides", nargs="*", metavar=OVERRIDE)
 
-    argument = add(_quickstart, "train the embedded model on this machine's CPU, in minutes")
-    argument("overrides", nargs="*", metavar=OVERRIDE)
-
-    argument = add(_configs, "list the configs that come with mm-agrae, or print one")
-    argument("name", nargs="?", help="print this one, as a start for one's own: > mine.yaml")
-
-    argument = add(_train, "train a model", epilog=legend(), formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_config(argument)
-    argument("--overwrite", action="store_true", help="delete the run folder first if it holds a run")
-    argument("--plan", action="store_true", help="print the plan and stop")
-    argument("--launch-plan", action="store_true", help="print how the launch scripts start this, and stop")
+    _add_training(add, add_config)
 
     argument = add(_eval, "pass@k of one or more checkpoints")
     argument("overrides", nargs="+", metavar="MODEL|key=value")
@@ -145,6 +135,20 @@ def _parser() -> argparse.ArgumentParser:
     argument("--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)")
     argument("--parallel", choices=["multi_gpu", "fsdp2"], help="copies or shards (default: as the scripts do)")
     return parser
+
+
+def _add_training(add: Callable[..., Any], add_config: Callable[..., None]) -> None:
+    argument = add(_quickstart, "train the embedded model on this machine's CPU, in minutes")
+    argument("overrides", nargs="*", metavar=OVERRIDE)
+
+    argument = add(_configs, "list the configs that come with mm-agrae, or print one")
+    argument("name", nargs="?", help="print this one, as a start for one's own: > mine.yaml")
+
+    argument = add(_train, "train a model", epilog=legend(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config(argument)
+    argument("--overwrite", action="store_true", help="delete the run folder first if it holds a run")
+    argument("--plan", action="store_true", help="print the plan and stop")
+    argument("--launch-plan", action="store_true", help="print how the launch scripts start this, and stop")
 
 
 def _load(
@@ -229,18 +233,12 @@ def _train(arguments: argparse.Namespace) -> int:
             f"Plan of {config.run_dir}", ["what", "how much"], [list(line) for line in configs.plan(config, rows)]
         )
         return 0
-    from mm_agrae.trainer import Trainer
+    from mm_agrae.trainer import Trainer, delete_run
     from mm_agrae.view.report import write_report
 
     run_dir = Path(config.run_dir)
     if arguments.overwrite:
-        from mm_agrae.parallel.processes import start
-
-        state = start(config)
-        if state.is_main_process:
-            _delete_run(run_dir)
-        # No process may look for checkpoints in a folder that is about to be deleted.
-        state.wait_for_everyone()
+        delete_run(config)
     trainer = Trainer(config)
     summary = trainer.train()
     if trainer.is_main:
@@ -257,17 +255,6 @@ def _train(arguments: argparse.Namespace) -> int:
         if errors["share"] > ERRORS_WITHOUT_NOTICE and not trainer.stop.exit_status:
             return 3
     return trainer.stop.exit_status
-
-
-def _delete_run(folder: Path) -> None:
-    """Delete a run folder; refuse one that holds anything else."""
-    import shutil
-
-    if not folder.exists():
-        return
-    if any(folder.iterdir()) and not (folder / "config.yaml").exists():
-        raise ConfigError(f"run_dir {folder} is not empty and holds no run; it was not deleted")
-    shutil.rmtree(folder)
 
 
 def _show_summary(reporter: Any, summary: dict[str, Any]) -> None:
@@ -314,7 +301,8 @@ def _eval(arguments: argparse.Namespace) -> int:
     config = _load(config_path, overrides, to_run=not planned, quiet=planned)
     if planned:
         return _show_launch_plan(config)
-    return evaluate_checkpoints(models, paths, config, Path(arguments.out))
+    evaluate_checkpoints(models, paths, config, Path(arguments.out))
+    return 0
 
 
 def _data(arguments: argparse.Namespace) -> int:

@@ -21,7 +21,7 @@ URL_SECRET = re.compile(r"(\w://)[^/@\s]+@")
 
 
 def plain(value: Any) -> Any:
-    """Tuples for lists, which strict mode does not take for them, and numbers for text such as 1e-6, at every depth."""
+    """Tuples for lists, which strict mode does not take for them, and numbers for text such as 1e-6; at all depths."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -261,15 +261,17 @@ def checkpoints_and_config(models: Sequence[str], config_path: str | None) -> tu
     return paths, config_path or str(own)
 
 
-def evaluate_checkpoints(models: Sequence[str], paths: Sequence[str], config: Config, out: Path) -> int:
+def evaluate_checkpoints(
+    models: Sequence[str], paths: Sequence[str], config: Config, out: Path, reporter: Reporter | None = None
+) -> list[EvaluationResult]:
     """Evaluate each model, which lies in its path, on every evaluation set; write results and samples to `out`.
 
-    Returns the exit status. Raises ConfigError if there is nothing to evaluate on.
+    Raises ConfigError if there is nothing to evaluate on.
     """
     if not config.data.evaluate:
         raise ConfigError("data.evaluate is empty; add data to evaluate on")
     tasks = {source.label: load_all([source], on_bad_row=config.data.on_bad_row) for source in config.data.evaluate}
-    reporter = Reporter()
+    reporter = reporter or Reporter()
     run_folder = RunFolder(out).create(configs.dump(config), versions(), resume=True)
     results: list[EvaluationResult] = []
     try:
@@ -280,11 +282,11 @@ def evaluate_checkpoints(models: Sequence[str], paths: Sequence[str], config: Co
                     results += evaluate_all(name, config, tasks, engine, processing, rewarder, run_folder, reporter)
     except KeyboardInterrupt:
         reporter.say(f"interrupted; the evaluations that were finished are in {out}")
-        return 130
+        raise
     for label in tasks:
         _table(reporter, label, [result for result in results if result.label == label])
     reporter.say(f"results and samples in {out}")
-    return 0
+    return results
 
 
 def _names(models: Sequence[str]) -> list[str]:

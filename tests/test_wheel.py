@@ -58,8 +58,9 @@ def built(tmp_path_factory):
 def environment(built):
     """The bin/ of an environment with the wheel."""
     venv = built / "venv"
-    call(sys.executable, "-m", "venv", venv, cwd=built)
-    call(venv / "bin" / "pip", "install", "--no-deps", "--no-index", *(built / "dist").glob("*.whl"), cwd=built)
+    call(sys.executable, "-m", "venv", "--without-pip", venv, cwd=built)
+    pip = (sys.executable, "-m", "pip", "--python", venv / "bin" / "python")
+    call(*pip, "install", "--no-deps", "--no-index", "--no-compile", *(built / "dist").glob("*.whl"), cwd=built)
     packages = next(venv.glob("lib/python*/site-packages"))
     (packages / "rest.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
     return venv / "bin"
@@ -127,13 +128,16 @@ def _page(address, process):
 
 
 def test_a_hint_how_to_install_an_extra_can_be_typed(environment, tmp_path):
-    """In this environment pip takes mm-agrae as it is installed, and looks for what the extra needs alone."""
+    """pip takes mm-agrae as it is installed, and looks for what the extra needs alone."""
+    venv = environment.parent
     ask = "from mm_agrae.errors import install; print(install('scripts'))"
     hint = call(environment / "python", "-c", ask, cwd=tmp_path).strip()
-    assert hint == f"{environment / 'pip'} install 'mm-agrae[scripts]'"
-    path = f"{environment}{os.pathsep}{os.environ['PATH']}"
-    activated = call(environment / "python", "-c", ask, cwd=tmp_path, PATH=path).strip()
-    assert activated == "pip install 'mm-agrae[scripts]'"
-    printed = call("sh", "-c", f"{activated} --no-index --dry-run", cwd=tmp_path, PATH=path)
-    assert "mm-agrae[scripts]" in printed
+    assert hint == f"uv pip install 'mm-agrae[scripts]' --python {venv}"
+    typed = [sys.executable, "-m", "pip", "--python", environment / "python", "install", "mm-agrae[scripts]"]
+    printed = call(*typed, "--no-index", "--dry-run", cwd=tmp_path)
+    assert f"Requirement already satisfied: mm-agrae[scripts] in {venv}" in printed
     assert "Would install" not in printed
+    (environment / "pip").touch(mode=0o755)  # as in an environment that has one
+    assert call(environment / "python", "-c", ask, cwd=tmp_path).strip().startswith(f"{environment}/pip install")
+    path = f"{environment}{os.pathsep}{os.environ['PATH']}"
+    assert call(environment / "python", "-c", ask, cwd=tmp_path, PATH=path) == "pip install 'mm-agrae[scripts]'\n"

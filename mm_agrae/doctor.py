@@ -280,7 +280,7 @@ def _tested() -> dict[str, str]:
     """The versions that were tested, from constraints.txt; none in an installed package."""
     file = shipped("constraints.txt")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    pairs = (line.split(";")[0].split("==") for line in lines if "==" in line and not line.startswith("#"))
     return {name.strip(): version.strip() for name, version in pairs}
 
 

@@ -94,7 +94,7 @@ def test_a_shipped_config_as_a_start_for_ones_own(command, tmp_path):
     (tmp_path / "own.yaml").write_text("base: quickstart_text\nadvantage: {rule: dr_grpo}\n")
     assert "agrae / grpo" in command("train", "copy.yaml", "--plan")
     assert "dr_grpo / grpo" in command("train", "own.yaml", "--plan")
-    assert "grpo / dapo" in command("train", "copy.yaml", "with/dapo", "--plan")
+    assert "dapo / dapo" in command("train", "copy.yaml", "with/dapo", "--plan")
     assert "nothing stands in the way" in command("doctor", "configs/quickstart_text.yaml")
 
 

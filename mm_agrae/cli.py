@@ -1,4 +1,4 @@
-"""The command line: mm-agrae train | eval | difficulty | data | sample | report | demo | export | serve | doctor.
+"""The command line: mm-agrae quickstart | train | eval | data | sample | report | demo | ... (`mm-agrae --help`).
 
 Each command imports what it needs when it runs, so `mm-agrae --help` is quick.
 """
@@ -6,14 +6,17 @@ Each command imports what it needs when it runs, so `mm-agrae --help` is quick.
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm_agrae import __version__
-from mm_agrae.errors import ConfigError, UserError, no_model
+from mm_agrae.config.shipped import config_file, config_names, found
+from mm_agrae.errors import ConfigError, UserError, install, no_model
 from mm_agrae.out_of_memory import explained
 from mm_agrae.run.step_line import legend
 
@@ -78,15 +81,11 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(command=run)
         return made.add_argument
 
-    def add_config(argument: Callable[..., Any], nargs: str | None = None, what: str = "a YAML file") -> None:
+    def add_config(argument: Callable[..., Any], nargs: str | None = None, what: str = "a file or a name") -> None:
         argument("config", nargs=nargs, help=what)
         argument("overrides", nargs="*", metavar=OVERRIDE)
 
-    argument = add(_train, "train a model", epilog=legend(), formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_config(argument)
-    argument("--overwrite", action="store_true", help="delete the run folder first if it holds a run")
-    argument("--plan", action="store_true", help="print the plan and stop")
-    argument("--launch-plan", action="store_true", help="print how the launch scripts start this, and stop")
+    _add_training(add, add_config)
 
     _add_evaluations(add)
 
@@ -130,6 +129,20 @@ def _parser() -> argparse.ArgumentParser:
     argument("--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)")
     argument("--parallel", choices=["multi_gpu", "fsdp2"], help="copies or shards (default: as the scripts do)")
     return parser
+
+
+def _add_training(add: Callable[..., Any], add_config: Callable[..., None]) -> None:
+    argument = add(_quickstart, "train the embedded model on this machine's CPU, in minutes")
+    argument("overrides", nargs="*", metavar=OVERRIDE)
+
+    argument = add(_configs, "list the configs that come with mm-agrae, or print one")
+    argument("name", nargs="?", help="print this one, as a start for one's own: > mine.yaml")
+
+    argument = add(_train, "train a model", epilog=legend(), formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_config(argument)
+    argument("--overwrite", action="store_true", help="delete the run folder first if it holds a run")
+    argument("--plan", action="store_true", help="print the plan and stop")
+    argument("--launch-plan", action="store_true", help="print how the launch scripts start this, and stop")
 
 
 def _add_evaluations(add: Callable[..., Any]) -> None:
@@ -176,7 +189,7 @@ def _load(
 
 def _require_model(what: str, name: str) -> None:
     """Refuse what cannot be a model, before anything that takes seconds to import."""
-    if reason := no_model(name):
+    if reason := no_model(found(name)):
         raise ConfigError(f"{what} {name!r}: {reason}")
 
 
@@ -192,8 +205,29 @@ def _show_launch_plan(config: Config) -> int:
     return 0
 
 
+def _quickstart(arguments: argparse.Namespace) -> int:
+    """Train the embedded vision-language model: `mm-agrae train quickstart`, without a network. A finished quickstart
+    is shown again and an interrupted one goes on; with settings (train.steps=20) it starts anew.
+    """
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    return main(["train", "quickstart", *arguments.overrides, *["--overwrite"] * bool(arguments.overrides)])
+
+
+def _configs(arguments: argparse.Namespace) -> int:
+    """The configs that every command takes by name. A file of one's own may begin with `base: NAME`."""
+    if arguments.name:
+        print(config_file(arguments.name).read_text(encoding="utf-8"), end="")
+        return 0
+    width = max(map(len, config_names()), default=0)
+    for name in config_names():
+        comment = itertools.takewhile(lambda line: line[:2] == "# ", config_file(name).read_text("utf-8").split("\n"))
+        sentence = " ".join(line[2:] for line in comment).split(". ")[0].split(": mm-agrae")[0]
+        print(f"{name:{width}}  {textwrap.shorten(sentence, 100, placeholder=' …')}")
+    return 0
+
+
 def _train(arguments: argparse.Namespace) -> int:
-    """Train a model from a config; `key=value` changes one setting, FILE.yaml several."""
+    """Train a model from a config; `key=value` changes one setting, FILE.yaml (or a shipped name) several."""
     planned = arguments.launch_plan  # by a launch script, which starts this command once more
     config = _load(arguments.config, arguments.overrides, to_run=not (arguments.plan or planned), quiet=planned)
     if not arguments.plan:
@@ -210,18 +244,12 @@ def _train(arguments: argparse.Namespace) -> int:
             f"Plan of {config.run_dir}", ["what", "how much"], [list(line) for line in configs.plan(config, rows)]
         )
         return 0
-    from mm_agrae.trainer import Trainer
+    from mm_agrae.trainer import Trainer, delete_run
     from mm_agrae.view.report import write_report
 
     run_dir = Path(config.run_dir)
     if arguments.overwrite:
-        from mm_agrae.parallel.processes import start
-
-        state = start(config)
-        if state.is_main_process:
-            _delete_run(run_dir)
-        # No process may look for checkpoints in a folder that is about to be deleted.
-        state.wait_for_everyone()
+        delete_run(config)
     trainer = Trainer(config)
     summary = trainer.train()
     if trainer.is_main:
@@ -238,17 +266,6 @@ def _train(arguments: argparse.Namespace) -> int:
         if errors["share"] > ERRORS_WITHOUT_NOTICE and not trainer.stop.exit_status:
             return 3
     return trainer.stop.exit_status
-
-
-def _delete_run(folder: Path) -> None:
-    """Delete a run folder; refuse one that holds anything else."""
-    import shutil
-
-    if not folder.exists():
-        return
-    if any(folder.iterdir()) and not (folder / "config.yaml").exists():
-        raise ConfigError(f"run_dir {folder} is not empty and holds no run; it was not deleted")
-    shutil.rmtree(folder)
 
 
 def _show_summary(reporter: Any, summary: dict[str, Any]) -> None:
@@ -286,7 +303,8 @@ def _eval(arguments: argparse.Namespace) -> int:
         return _show_launch_plan(config)
     from mm_agrae.evaluation.evaluate import evaluate_checkpoints
 
-    return evaluate_checkpoints(models, paths, config, Path(arguments.out))
+    evaluate_checkpoints(models, paths, config, Path(arguments.out))
+    return 0
 
 
 def _models(
@@ -385,7 +403,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         if error.name not in ("gradio", "mm_agrae_demo"):
             raise
-        raise ConfigError(f"demo: {error.name} is not installed; run pip install 'mm-agrae[demo]'") from None
+        raise ConfigError(f"demo: {error.name} is not installed; run {install('demo')}") from None
     launch(settings)
     return 0
 

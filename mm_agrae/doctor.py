@@ -20,7 +20,8 @@ import torch
 
 from mm_agrae import config as configs
 from mm_agrae.config import Config
-from mm_agrae.errors import ConfigError, UserError
+from mm_agrae.config.shipped import shipped
+from mm_agrae.errors import ConfigError, UserError, install
 from mm_agrae.model.checking import cores, report
 from mm_agrae.model.compat import prepare
 from mm_agrae.model.lora import model_and_adapter
@@ -29,7 +30,6 @@ from mm_agrae.model.size import ModelSize, find_model_config, measure
 from mm_agrae.progress import Reporter
 from mm_agrae.run.versions import versions
 
-ROOT = Path(__file__).resolve().parent.parent
 MARK = {True: "ok", False: "!!"}
 OPTIONAL = {
     "vllm": "rollouts by vLLM",
@@ -121,7 +121,7 @@ class _Report:
         needed |= dict.fromkeys(self.config.log.sinks, "log.sinks names it")
         for name, why in needed.items():
             if importlib.util.find_spec(name) is None:
-                remedy = f"pip install 'mm-agrae[{'vllm' if name == 'vllm' else 'trackers'}]'"
+                remedy = install("vllm" if name == "vllm" else "trackers")
                 self._line(False, f"{name} is not installed, but {why}: {remedy}")
 
     def model(self) -> ModelSize | None:
@@ -278,9 +278,9 @@ def launch_plan(config: Config, environment: Mapping[str, str]) -> tuple[str, ..
 
 def _tested() -> dict[str, str]:
     """The versions that were tested, from constraints.txt; none in an installed package."""
-    file = ROOT / "constraints.txt"
+    file = shipped("constraints.txt")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    pairs = (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    pairs = (line.split(";")[0].split("==") for line in lines if "==" in line and not line.startswith("#"))
     return {name.strip(): version.strip() for name, version in pairs}
 
 

@@ -5,6 +5,8 @@ Anything else that escapes is a bug of ours and keeps its traceback; the command
 
 import difflib
 import re
+import shutil
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -27,6 +29,15 @@ def no_model(name: str) -> str | None:
     remedy = f"did you mean {str(path.parent / close[0])!r}?" if close else "give one, or a hub id (owner/name)."
     downloaded = f" Of a hub id, give the folder that `hf download {name}` prints" if hub_id else ""
     return f"there is no such folder (looked in {Path.cwd()}); {remedy}{downloaded}"
+
+
+def install(extra: str) -> str:
+    """The command that adds what an extra needs to this environment, whether mm-agrae lies in it as a wheel or as a
+    clone: both pip and uv then take it as it is. uv makes environments without a pip."""
+    pip = Path(sys.prefix) / "bin" / "pip"
+    if not pip.exists():
+        return f"uv pip install 'mm-agrae[{extra}]' --python {sys.prefix}"
+    return f"{'pip' if shutil.which('pip') == str(pip) else pip} install 'mm-agrae[{extra}]'"
 
 
 class UserError(Exception):

@@ -8,7 +8,8 @@ goes through `self.processes`.
 import contextlib
 import functools
 import os
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from mm_agrae.model import checking
 from mm_agrae.model.memory import require_fit
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
-from mm_agrae.parallel.processes import Processes, Stopped, StopRequest, announced
+from mm_agrae.parallel.processes import Processes, Stopped, StopRequest, announced, start
 from mm_agrae.progress import Reporter
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout import derive_seed, engine_class
@@ -34,6 +35,7 @@ from mm_agrae.run.checkpointer import Checkpointer
 from mm_agrae.run.context import RunContext
 from mm_agrae.run.folder import RunFolder, summarise_evaluations
 from mm_agrae.run.problems import difficulty_of, difficulty_source, keep_difficulty
+from mm_agrae.run.records import EvaluationResult
 from mm_agrae.run.step_line import step_line
 from mm_agrae.run.versions import versions
 from mm_agrae.run.warnings import Watch
@@ -41,12 +43,21 @@ from mm_agrae.step import Updater, rollout_records, step_metrics
 from mm_agrae.tasks import load_all
 from mm_agrae.types import Group
 
+OnStep = Callable[[int, Mapping[str, float]], object]
+"""Called with the number of a step that has just ended, from 1 on, and its metrics."""
+OnEvaluation = Callable[[EvaluationResult], object]
+"""Called with the result of an evaluation that has just ended, before, during or after training."""
+
 
 class Trainer:
     """A run of one config. Raises UserError for what the user can mend; see `train`."""
 
     @announced
-    def __init__(self, config: Config, reporter: Reporter | None = None):
+    def __init__(
+        self, config: Config, reporter: Reporter | None = None, on_step: OnStep | None = None,
+        on_evaluation: OnEvaluation | None = None,
+    ):  # fmt: skip
+        """`on_step` and `on_evaluation` are called on the main process, after what they get is in the run folder."""
         self.config = config = checkpoint.as_begun(config)
         if config.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is first used
@@ -64,6 +75,7 @@ class Trainer:
         self.tokens_seen = 0
         self.watch = Watch()
         self.difficulty: dict[str, float] = {}
+        self.on_step, self.on_evaluation = on_step, on_evaluation
         self._check_device()
         self._load_data()
         with self.processes.explained():
@@ -190,6 +202,8 @@ class Trainer:
                     values = self.step()
                     if logger:
                         logger.log(self.steps_done, values)
+                        if self.on_step:
+                            self.on_step(self.steps_done, values)
                     warnings = self.watch.add({"step": self.steps_done} | values)
                     for line in (step_line(values, self.steps_done, self.total_steps), *warnings):
                         self.reporter.say(line)
@@ -268,7 +282,7 @@ class Trainer:
         self.collector.sync()
         try:
             with self.stopwatch("evaluate"):
-                evaluate_all(
+                results = evaluate_all(
                     name,
                     self.config,
                     self.evaluation_tasks,
@@ -280,6 +294,9 @@ class Trainer:
                     self.processes,
                     self.stop,
                 )
+            if self.on_evaluation:
+                for result in results:
+                    self.on_evaluation(result)
             self._keep_best()
         except Stopped:
             self.reporter.say(f"evaluation {name!r} was not finished; the same command does it when it goes on")
@@ -441,3 +458,14 @@ class Trainer:
             summary["best"] = best
         self.run.write_summary(summary)
         return summary
+
+
+def delete_run(config: Config) -> None:
+    """Delete the run that is in `run_dir`, if any. Raises ConfigError if that folder holds anything else."""
+    state, folder = start(config), Path(config.run_dir)
+    if state.is_main_process and folder.exists():
+        if any(folder.iterdir()) and not (folder / "config.yaml").exists():
+            raise ConfigError(f"run_dir {folder} is not empty and holds no run; it was not deleted")
+        shutil.rmtree(folder)
+    # No process may look for checkpoints in a folder that is about to be deleted.
+    state.wait_for_everyone()

@@ -32,7 +32,11 @@ gpu_extra() { # the extra for machines with an NVIDIA GPU, on one
 }
 
 install_into() { # venv, pip's arguments
-    "$1/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
+    if [ -x "$1/bin/pip" ]; then
+        "$1/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
+    else # uv has made it
+        uv pip install --quiet --python "$1/bin/python" "${@:2}"
+    fi
 }
 
 # Optional engines pin some packages to versions of their own, and so get their own environments.

@@ -5,5 +5,4 @@
 # A finished quickstart is shown again, an interrupted one goes on; with arguments it starts anew.
 source "$(dirname "$0")/environment.sh"
 prepare_environment
-export HF_HUB_OFFLINE=1
-exec mm-agrae train configs/quickstart.yaml ${1:+--overwrite "$@"}
+exec mm-agrae quickstart "$@"

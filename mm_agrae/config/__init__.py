@@ -2,7 +2,8 @@
 
 In: paths and overrides. Out: `Config`, an immutable tree of sections that every stage reads. Begin
 with `schema.py`, which lists every setting; `reading.py` parses, `plan.py` works out what a config
-amounts to, `objective.py` what it gives rule and loss, `plugins.py` finds code that a config names.
+amounts to, `objective.py` what it gives rule and loss, `plugins.py` finds code that a config names,
+`shipped.py` files that come with the package.
 """
 
 from mm_agrae.config.objective import rule_settings, uses_entropy

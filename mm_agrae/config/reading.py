@@ -4,6 +4,7 @@ Unknown keys, wrong types and settings that contradict each other raise `ConfigE
 the key and the nearest valid one. Nothing else is loaded before a config is known to be whole.
 """
 
+import copy
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mm_agrae.config.schema import SECRET_NAME, URL_SECRET, AdvantageSection, Config, UpdateSection
+from mm_agrae.config.schema import AdvantageSection, Config, UpdateSection
+from mm_agrae.config.section import SECRET_NAME, URL_SECRET, number
+from mm_agrae.config.shipped import SUFFIXES, config_file, config_names
 from mm_agrae.errors import ConfigError, nearest
 
 MAX_VALUES, MAX_DEPTH = 100_000, 50
@@ -27,23 +30,28 @@ CHOICES: dict[str, tuple[str, type[BaseModel]]] = {
 
 
 def load(
-    path: str | Path,
-    overrides: Sequence[str] = (),
+    source: str | Path | Mapping[str, Any],
+    overrides: Sequence[str | Mapping[str, Any]] = (),
     *,
     for_gpus: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Config:
-    """Read a YAML config and apply overrides: `key=value`, or further YAML files laid over it.
+    """Read a config and apply overrides: `key=value`, or further files or mappings laid over it.
 
-    A file may build on another one: `base: other.yaml`, relative to itself. Sections are merged key by key, anything
-    else is replaced, by what comes later. Where it names another rule or loss, settings of the former one in files
-    below are left out; `say` gets a line on each. `for_gpus`: `model.dtype: auto` is that of GPUs, whatever this
-    machine has. Raises ConfigError naming the file and the key.
+    A file is named by its path, or by its name among those that come with mm-agrae (quickstart, with/grpo). It may
+    build on another one: `base: other.yaml`, relative to itself, or `base: quickstart`. Sections are merged key by
+    key, anything else is replaced, by what comes later. Where it names another rule or loss, settings of the former
+    one in files below are left out; `say` gets a line on each. `for_gpus`: `model.dtype: auto` is that of GPUs,
+    whatever this machine has. Raises ConfigError naming the file and the key.
     """
-    layers: list[dict[str, Any] | str] = [*_read(Path(path))]
-    for override in overrides:
-        is_file = "=" not in override and Path(override).suffix in (".yaml", ".yml")
-        layers += _read(Path(override)) if is_file else [override]
+    layers, names = list[dict[str, Any] | str](), config_names()
+    for given in (source, *overrides):
+        if isinstance(given, Mapping):
+            layers += _with_base(copy.deepcopy(dict(given)), Path("config"))
+        elif given is source or ("=" not in (text := str(given)) and (Path(text).suffix in SUFFIXES or text in names)):
+            layers += _read(config_file(given))
+        else:
+            layers.append(text)
     typed: dict[str, Any] = {}
     for layer in layers:
         if isinstance(layer, str) and layer.startswith(tuple(f"{section}." for section in CHOICES)):
@@ -62,7 +70,7 @@ def load(
             apply_override(values, layer)
         else:
             values = _merge(values, above)
-    return parse(values, source=str(path), for_gpus=for_gpus)
+    return parse(values, "config" if isinstance(source, Mapping) else str(source), for_gpus)
 
 
 def _outdated(
@@ -106,12 +114,18 @@ def _read(path: Path, built_on_it: tuple[Path, ...] = ()) -> list[dict[str, Any]
         raise ConfigError(f"config {path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"config {path}: expected a mapping of settings at the top level")
+    return _with_base(values, path, built_on_it)
+
+
+def _with_base(values: dict[str, Any], path: Path, built_on_it: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """`values`, read from `path`, after those of the file they build on."""
     base = values.pop("base", None)
     if base is None:
         return [values]
     if not isinstance(base, str):
         raise ConfigError(f"config {path}: base must be the path of one file (got {base!r})")
-    return [*_read(path.parent / base, (*built_on_it, path)), values]
+    by_name = base in config_names() and not (path.parent / base).is_file()
+    return [*_read(config_file(base) if by_name else path.parent / base, (*built_on_it, path)), values]
 
 
 def _from_yaml(text: str) -> Any:
@@ -148,7 +162,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def parse(values: dict[str, Any], source: str = "config", for_gpus: bool = False) -> Config:
     """Validate plain values, as read from YAML. Raises ConfigError."""
     try:
-        return Config.model_validate(_tuples(values), context={"for_gpus": for_gpus})
+        return Config.model_validate(values, context={"for_gpus": for_gpus})
     except ValidationError as error:
         lines = [_explain(item) for item in error.errors()]
         raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None
@@ -180,7 +194,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: expected key=value, such as train.steps=10, or a YAML file")
     try:
-        value = _number(_from_yaml(text)) if text else ""
+        value = number(_from_yaml(text)) if text else ""
     except yaml.YAMLError:
         raise ConfigError(f"override {override!r}: {text!r} is not valid YAML") from None
     *parents, last = key.split(".")
@@ -203,25 +217,6 @@ def _part(node: dict[str, Any] | list[Any], name: str, key: str) -> Any:
     if not name.isdecimal() or int(name) >= len(node):
         raise ConfigError(f"override {key}: {name!r} is not an index of a list of {len(node)} (counted from 0)")
     return int(name)
-
-
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-6 as text; people write learning rates that way."""
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and "e" in value.lower():
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
-
-
-def _tuples(value: Any) -> Any:
-    """Strict mode takes no list for a tuple; YAML has only lists."""
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return tuple(_tuples(item) for item in value)
-    return _number(value)
 
 
 def _explain(item: Any) -> str:

@@ -8,22 +8,16 @@ files are laid over it:
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from mm_agrae.config.objective import check_loss, check_rule, try_rule
-from mm_agrae.config.section import CorrectSection, Fraction, NonNegative, PositiveInt, Section
+from mm_agrae.config.section import URL_SECRET, CorrectSection, Fraction, NonNegative, OnOrOff, PositiveInt, Section
+from mm_agrae.config.shipped import found
 from mm_agrae.errors import nearest
-
-_on_or_off = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
-"""YAML reads a bare on or off as true or false."""
-
-SECRET_NAME = re.compile(
-    r"(.*_)?(api_?key|access_?key|private_?key|secret|password|passwd|credentials?|token)", re.IGNORECASE
-)
-URL_SECRET = re.compile(r"(\w://)[^/@\s]+@")
 
 
 class LoraSection(Section):
@@ -39,8 +33,9 @@ class LoraSection(Section):
 
 
 class ModelSection(Section):
-    path: str
-    """A Hugging Face model id or a local folder, vision-language or text-only."""
+    path: Annotated[str, AfterValidator(found)]
+    """A Hugging Face model id or a local folder, vision-language or text-only. One that comes with
+    mm-agrae, such as data/warm_start/vl, is found from any working directory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic. What learns is kept in float32 all the same; what is frozen under LoRA is not.
     auto: bfloat16 on a GPU that computes in it, else float32. Never "auto" once it has been read."""
@@ -101,7 +96,7 @@ class DataSection(Section):
     prefetch_threads: Annotated[int, Field(ge=0)] = 2
     """Threads that decode, resize and tokenise the next step's prompts (held in main memory till then) during the
     present one, and store its images. 0: every step prepares its own."""
-    check: Annotated[Literal["off", "sample", "all"], _on_or_off] = "sample"
+    check: Annotated[Literal["off", "sample", "all"], OnOrOff] = "sample"
     """Before training: grade the gold answers of some rows against themselves (sample), or read every row, image and
     prompt length in parallel processes (all), as `mm-agrae doctor` does. A bad row then ends the run at its start."""
 
@@ -184,7 +179,7 @@ class VllmSection(Section):
 class MismatchSection(Section):
     """What is done about an engine whose log-probabilities differ from the trained model's."""
 
-    correction: Annotated[Literal["auto", "off", "token", "sequence"], _on_or_off] = "auto"
+    correction: Annotated[Literal["auto", "off", "token", "sequence"], OnOrOff] = "auto"
     """Truncated importance sampling by π_old / π_engine, of each token or of whole completions.
     auto: token for every engine but hf, whose numbers are the model's own."""
     limit: Annotated[float, Field(ge=1)] = 2.0
@@ -321,7 +316,7 @@ class UpdateSection(Section):
     """Completions in one forward and backward pass on one device: bounds memory, not results."""
     micro_batch_tokens: PositiveInt | None = None
     """The same bound in tokens of prompts and completions; if set, it is used instead."""
-    shared_prompt: Annotated[Literal["auto", "on", "off"], _on_or_off] = "auto"
+    shared_prompt: Annotated[Literal["auto", "on", "off"], OnOrOff] = "auto"
     """Send each prompt and its images through the model once a group instead of once a
     completion. auto: where the model can."""
     clip_low: NonNegative | None = None
@@ -430,6 +425,13 @@ class LogSection(Section):
 
 class Config(Section):
     """A whole run. See `configs/` for examples of each kind."""
+
+    @classmethod
+    def load(cls, source: str | Path | Mapping[str, Any], *overrides: str | Mapping[str, Any]) -> Config:
+        """A config by path, by shipped name or as a mapping, with what is laid over it: see `reading.load`."""
+        from mm_agrae.config.reading import load
+
+        return load(source, overrides)
 
     run_dir: str
     resume: str = "auto"

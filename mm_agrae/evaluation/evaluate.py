@@ -262,22 +262,24 @@ def checkpoints_and_config(models: Sequence[str], config_path: str | None) -> tu
 
     Raises ConfigError if no config is given and the first model has none.
     """
-    paths = [str(checkpoint.newest(Path(model) / "checkpoints") or model) for model in models]
+    paths = [checkpoint.of(model) for model in models]
     own = Path(paths[0]) / checkpoint.CONFIG_FILE
     if config_path is None and not own.is_file():
         raise ConfigError(f"eval: {paths[0]} has no {own.name}; pass a config with --config")
     return paths, config_path or str(own)
 
 
-def evaluate_checkpoints(models: Sequence[str], paths: Sequence[str], config: Config, out: Path) -> int:
+def evaluate_checkpoints(
+    models: Sequence[str], paths: Sequence[str], config: Config, out: Path, reporter: Reporter | None = None
+) -> list[EvaluationResult]:
     """Evaluate each model, which lies in its path, on every evaluation set; write results and samples to `out`.
 
-    Returns the exit status. Raises ConfigError if there is nothing to evaluate on.
+    Raises ConfigError if there is nothing to evaluate on.
     """
     if not config.data.evaluate:
         raise ConfigError("data.evaluate is empty; add data to evaluate on")
     tasks = {source.label: load_all([source], on_bad_row=config.data.on_bad_row) for source in config.data.evaluate}
-    reporter = Reporter()
+    reporter = reporter or Reporter()
     run_folder = RunFolder(out).create(configs.dump(config), versions(), resume=True)
     results: list[EvaluationResult] = []
     try:
@@ -288,11 +290,11 @@ def evaluate_checkpoints(models: Sequence[str], paths: Sequence[str], config: Co
                     results += evaluate_all(name, config, tasks, engine, processing, rewarder, run_folder, reporter)
     except KeyboardInterrupt:
         reporter.say(f"interrupted; the evaluations that were finished are in {out}")
-        return 130
+        raise
     for label in tasks:
         _table(reporter, label, [result for result in results if result.label == label])
     reporter.say(f"results and samples in {out}")
-    return 0
+    return results
 
 
 def distinct_names(models: Sequence[str]) -> list[str]:

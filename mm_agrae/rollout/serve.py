@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mm_agrae.errors import EngineError
+from mm_agrae.errors import EngineError, install
 from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.rollout.vllm_common import max_lora_rank
 from mm_agrae.rollout.vllm_connection import CHECK_LIMIT_S, Server
@@ -69,7 +69,7 @@ def serve(argv: Sequence[str]) -> int:
     """
     options = parse(argv)
     if importlib.util.find_spec("vllm") is None:
-        raise EngineError("serve: vLLM is not installed in this environment; pip install 'mm-agrae[vllm]'")
+        raise EngineError(f"serve: vLLM is not installed in this environment; {install('vllm')}")
     _check_port(options.host, options.port)
     _warn_if_open(options.host)
     command = command_line(options)

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from mm_agrae.errors import ConfigError, EngineError
+from mm_agrae.errors import ConfigError, EngineError, install
 from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.model.weights import adapter_config, save_adapter
 from mm_agrae.rollout.vllm_common import Progress, Request, VllmBase, max_lora_rank, world_size
@@ -151,8 +151,7 @@ class VllmEngine(VllmBase):
             from vllm.v1.engine import core
         except ImportError as error:
             raise EngineError(
-                f"rollout.engine=vllm: vLLM cannot be imported ({error}); "
-                "pip install 'mm-agrae[vllm]', or use rollout.engine=hf"
+                f"rollout.engine=vllm: vLLM cannot be imported ({error}); {install('vllm')}, or use rollout.engine=hf"
             ) from error
         # It would destroy the process group of the whole process, which may be the trainer's.
         core.cleanup_dist_env_and_memory = lambda: None

@@ -33,6 +33,7 @@ from torch import nn
 from mm_agrae import __version__
 from mm_agrae import config as configs
 from mm_agrae.config import Config
+from mm_agrae.config.shipped import found
 from mm_agrae.errors import ConfigError, RunFolderError
 from mm_agrae.model.compat import readable_by_4
 from mm_agrae.model.policy import Policy
@@ -240,6 +241,11 @@ def candidates(folder: Path) -> list[Path]:
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint of a run's checkpoint folder, if there is one."""
     return next(iter(candidates(folder)), None)
+
+
+def of(model: str) -> str:
+    """What the name of a model stands for: of a run folder, its newest checkpoint; else a folder or a hub id."""
+    return str(newest(Path(model) / "checkpoints") or found(model))
 
 
 def as_begun(config: Config) -> Config:

@@ -37,7 +37,7 @@ def export(source: Path, out: Path, dtype: Dtype = "auto", *, trust_remote_code:
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"export: {out} exists and is not empty; name a new folder")
-    folder = checkpoint.newest(source / "checkpoints") or source
+    folder = Path(checkpoint.of(str(source)))
     state: dict[str, Any] = {}
     if (folder / checkpoint.STATE_FILE).is_file():
         state = checkpoint.checked_state(folder)

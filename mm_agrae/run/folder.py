@@ -50,6 +50,7 @@ from mm_agrae.run.records import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from pyarrow import Table
     from pyarrow.parquet import ParquetFile
 
 ROWS_PER_GROUP = 512
@@ -212,6 +213,27 @@ class RunFolder:
             if not found.keys() >= set(rows):
                 raise RunFolderError(f"run folder {self.path}: step {step} has been rewritten; open it again")
             return [found[row] for row in rows]
+
+    def rollout_table(self, steps: Sequence[int] | None = None, columns: Sequence[str] | None = None) -> Table:
+        """The rows of several steps (None: of all that were kept) as one Arrow table, for analysis.
+
+        Its columns are those of RolloutRecord, or `columns`; in place of `parts` there is one for each reward part,
+        `parts/accuracy` and so on, and `meta` stays JSON text. Raises as `read_rollouts`.
+        """
+        import pyarrow as pa
+
+        tables = []
+        for step in self.rollout_steps() if steps is None else steps:
+            with self._rollout_file(step, columns) as (file, stored):
+                tables.append(file.read(columns=stored).rename_columns([current_name(name) for name in stored]))
+        tables.append(rollout_table([]).select([*(columns or ROLLOUT_COLUMNS)]))  # an earlier version's may lack some
+        table = pa.concat_tables(tables, promote_options="default")
+        if "parts" not in table.column_names:
+            return table
+        rows = [json.loads(text) for text in table["parts"].to_pylist()]
+        for name in dict.fromkeys(name for row in rows for name in row):
+            table = table.append_column(f"parts/{name}", pa.array([row.get(name) for row in rows], pa.float64()))
+        return table.drop_columns(["parts"])
 
     def iter_rollouts(self, step: int, columns: Sequence[str] | None = None) -> Iterator[list[dict[str, Any]]]:
         """The same rows, some hundred at a time, for steps too large for memory."""

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mm_agrae.errors import ConfigError
+from mm_agrae.errors import ConfigError, install
 from mm_agrae.out_of_memory import during
 from mm_agrae.run.folder import RunFolder
 
@@ -46,7 +46,7 @@ class MetricLogger:
                 problem, remedy = f"cannot start ({error})", "set it up"
                 if isinstance(error, ImportError):
                     problem = f"is not installed ({error})"
-                    remedy = "run pip install 'mm-agrae[trackers]'"
+                    remedy = f"run {install('trackers')}"
                 raise ConfigError(
                     f"log.sinks holds {sink}, which {problem}; {remedy} or remove it from log.sinks"
                 ) from error

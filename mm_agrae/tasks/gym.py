@@ -16,7 +16,7 @@ from dataclasses import fields
 from functools import lru_cache
 from typing import Any
 
-from mm_agrae.errors import ConfigError, nearest
+from mm_agrae.errors import ConfigError, install, nearest
 from mm_agrae.types import Example
 
 LEFT_OUT = {
@@ -148,7 +148,7 @@ def _registered() -> Mapping[str, Any]:
     try:
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
-        raise ConfigError(f"gym needs reasoning-gym: pip install 'mm-agrae[gym]' ({error})") from None
+        raise ConfigError(f"gym needs reasoning-gym: {install('gym')} ({error})") from None
     return DATASETS
 
 

@@ -5,9 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mm_agrae.config.shipped import found, shipped
 from mm_agrae.errors import ConfigError, no_model
 
-DATA = Path(__file__).parent.parent.parent / "data"
+DATA = shipped("data")
 EMBEDDED = {
     "base": DATA / "warm_start" / "vl",
     "GRPO": DATA / "trained" / "vl_grpo",
@@ -16,17 +17,17 @@ EMBEDDED = {
     "GRPO (text)": DATA / "trained" / "text_grpo",
     "A-GRAE (text)": DATA / "trained" / "text_agrae",
 }
-"""Checkpoints in the source tree, by their display names."""
+"""Checkpoints that come with the package, by their display names."""
 EXAMPLE_RUNS = (DATA / "example_run", DATA / "example_run_text")
 
 
 def embedded_models() -> dict[str, str]:
-    """Name -> folder of those that exist; an installed package has no data."""
+    """Name -> folder of those that exist."""
     return {name: str(path) for name, path in EMBEDDED.items() if (path / "config.json").is_file()}
 
 
 def embedded_runs() -> tuple[Path, ...]:
-    """The small runs in the source tree that exist."""
+    """The small runs that come with the package and exist."""
     return tuple(run for run in EXAMPLE_RUNS if (run / "config.yaml").is_file())
 
 
@@ -59,6 +60,7 @@ def settings_for(paths: Sequence[str], **options: object) -> DemoSettings:
     of a run folder, if any, in the playground; anything else is a model. Embedded models come
     first, the embedded run last. Raises ConfigError for a folder that does not exist.
     """
+    paths = [found(path) for path in paths]
     for path in paths:
         if reason := no_model(path):
             raise ConfigError(f"demo: {path} is not a run folder, a checkpoint or a model id: {reason}")

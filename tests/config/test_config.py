@@ -8,7 +8,7 @@ import yaml
 
 from mm_agrae import config as configs
 from mm_agrae import tasks
-from mm_agrae.config import ModelSection
+from mm_agrae.config import Config, ModelSection
 from mm_agrae.errors import ConfigError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -187,3 +187,30 @@ def test_a_new_rule_or_loss_leaves_the_settings_of_the_former_one_behind(tmp_pat
     ):
         with pytest.raises(ConfigError, match=expected):
             configs.load(file, typed)
+
+
+def test_a_config_by_name_and_as_a_mapping(tmp_path, monkeypatch):
+    """In any folder; lists stand for tuples, and what is given is left as it was."""
+    monkeypatch.chdir(tmp_path)
+    values = {"base": "quickstart", "run_dir": "runs/mine", "update": {"learning_rate": "1e-3"}}
+    config = Config.load(
+        values, "with/dr_grpo", {"data": {"train": [{"task": "synthetic", "levels": [1]}]}}, "train.steps=3"
+    )
+    assert values == {"base": "quickstart", "run_dir": "runs/mine", "update": {"learning_rate": "1e-3"}}
+    assert (config.run_dir, config.train.steps, config.advantage.rule) == ("runs/mine", 3, "dr_grpo")
+    assert config.update.learning_rate == 1e-3
+    assert Path(config.model.path, "config.json").is_file()
+    assert Config(**config.model_dump(mode="json")) == config
+    (tmp_path / "quickstart.yaml").write_text("run_dir: [\n")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        Config.load("quickstart.yaml")
+    with pytest.raises(ConfigError, match=r"no config of that name.*did you mean 'quickstart'\?"):
+        Config.load("quickstrat")
+
+
+def test_a_users_file_comes_before_a_shipped_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quickstart").write_text("base: quickstart_text\nrun_dir: mine\n")
+    (tmp_path / "data" / "warm_start" / "text").mkdir(parents=True)
+    config = Config.load("quickstart")
+    assert (config.run_dir, config.model.path) == ("mine", "data/warm_start/text")

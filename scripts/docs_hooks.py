@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import json
 import sys
 import textwrap
@@ -19,7 +20,6 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the site can be built where the package is not installed
 MARK = "<!-- settings -->"
 """Where the tables stand in docs/configuration.md."""
 PLAIN = {
@@ -72,11 +72,15 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    return markdown.replace(MARK, settings()) if page.file.src_uri == "configuration.md" else markdown
+    if page.file.src_uri == "configuration.md":
+        return markdown.replace(MARK, settings())
+    return markdown.replace("](../CONTRIBUTING.md)", "](contributing.md)")
 
 
 def settings() -> str:
     """A heading and a table for each section of the schema, as Markdown."""
+    if str(ROOT) not in sys.path:  # the site can be built where the package is not installed
+        sys.path.insert(0, str(ROOT))
     from mm_agrae.config import Config
 
     return "\n\n".join(_section(path, section) for path, section in sections(Config))
@@ -97,9 +101,10 @@ def meanings(section: type[BaseModel]) -> dict[str, str]:
         if not issubclass(base, BaseModel) or base is BaseModel:
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body  # type: ignore[attr-defined]
-        for field, text in zip(body, body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-                found[ast.unparse(field.target)] = " ".join(str(text.value.value).split())
+        for field, text in itertools.pairwise(body):
+            match field, text:
+                case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(meaning))):
+                    found[ast.unparse(field.target)] = " ".join(meaning.split())
     return found
 
 

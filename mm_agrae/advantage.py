@@ -48,6 +48,7 @@ def levels(
     difficulty_P: Any = None,
     part_FPG: Any = None,
     weight_F: Any = None,
+    before_PG: Any = None,
     **settings: Any,
 ) -> AdvantageLevels:
     """Advantages of one optimisation step before and after each level, ω and the rates.
@@ -60,6 +61,8 @@ def levels(
     difficulty_P  of each group, from 1 (easy) to 9, for `diva`; None: 5
     part_FPG      values of F reward parts (NaN where one does not apply), and weight_F their weights (None: 1), for
                   normalise_parts
+    before_PG     where completions have been corrected since: the pair of rewards and successes as they were sampled,
+                  of which ω and the rates are taken
     settings      those of the rule (`accepted_settings`); one left out has the rule's default
 
     Tensors, or anything `torch.as_tensor` takes. The result is float64 for float64 rewards and
@@ -71,8 +74,8 @@ def levels(
     an unknown rule or setting (with the nearest valid name) and a setting out of range.
     """
     check_settings(name, settings)
-    step = checked_step(reward_PG, success_PG, length_PG, entropy_PG, problem_P, difficulty_P, part_FPG, weight_F)
-    return _rule(name)(step, **settings)
+    more = entropy_PG, problem_P, difficulty_P, part_FPG, weight_F, before_PG
+    return _rule(name)(checked_step(reward_PG, success_PG, length_PG, *more), **settings)
 
 
 def check_settings(name: str, settings: Mapping[str, Any]) -> None:
@@ -258,20 +261,14 @@ _Base = Literal["grpo", "dr_grpo", "agrae"]
 
 
 def edge(
-    step: Step,
-    *,
-    base: _Base = "grpo",
-    low: float = 0.0,
-    high: float = math.inf,
-    alpha: float = 1.0,
-    eps: float = 1e-6,
+    step: Step, *, base: _Base = "grpo", low: float = 0.1, high: float = 10.0, alpha: float = 1.0, eps: float = 1e-6
 ) -> AdvantageLevels:
     """A ← A/P̂, entropy-driven advantage (EDGE-GRPO, arXiv 2507.21848, Eq. 6 and 7) on the advantage of `base`.
 
     P̂ is a completion's mean entropy over the mean of its group's: the more certain it was, the more it learns, whether
-    right or wrong. The paper has no bounds, so that an entropy of 0 is an error and one near 0 gives a huge A;
-    low=0.1, high=10 (a line commented out in the authors' code) bound P̂. A-GRAE's factors, of a group and a sign, and
-    P̂'s, of a completion, commute. `alpha` is A-GRAE's.
+    right or wrong. P̂ is held in [low, high], a line commented out in the authors' code. low=0, high=inf is the paper
+    to the letter: an entropy of 0 is then an error, and one near 0 gives a huge A. A-GRAE's factors, of a group and a
+    sign, and P̂'s, of a completion, commute. `alpha` is A-GRAE's.
     """
     relative_PG = step.relative_entropy_PG(low, high)
     found = _levels_of_base(step, base, alpha, eps)

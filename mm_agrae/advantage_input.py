@@ -50,6 +50,7 @@ class Step:
     weight_F: Tensor | None
     dtype: torch.dtype  # of the result
     rounding: float  # relative difference up to which two rewards count as equal
+    before: Step | None = None  # rewards and successes as sampled, where completions have been corrected since
 
     def z(self, eps: float, ddof: int = 0) -> Tensor:
         """z of the reward."""
@@ -181,13 +182,15 @@ class Step:
         return size
 
     def omega(self, source: str) -> float:
-        """ω, Eq. 11, clamped to [0, 1]."""
-        value_PG = self.reward_PG if source == "reward" else self.correct_PG()
+        """ω, Eq. 11, clamped to [0, 1]; as p, of the completions as they were sampled."""
+        step = self.before or self
+        value_PG = step.reward_PG if source == "reward" else step.correct_PG()
         return min(1.0, max(0.0, float(value_PG.mean())))
 
     def rate_P(self, source: str) -> Tensor:
         """p of each group, the mean of its successes or rewards."""
-        rate_P = (self.reward_PG if source == "reward" else self.correct_PG()).mean(dim=1)
+        step = self.before or self
+        rate_P = (step.reward_PG if source == "reward" else step.correct_PG()).mean(dim=1)
         # Rounding may put the mean of rewards of 1 just above 1.
         bad_P = (rate_P < -1e-6) | (rate_P > 1 + 1e-6)
         _refuse(bad_P, rate_P, "the mean reward stands for a rate here and must be in [0, 1]")
@@ -200,7 +203,8 @@ class Step:
 
     def recorded_rate_P(self, source: str = "success") -> Tensor:
         """p for the record, where the rule does not use it and so does not check it."""
-        value_PG = self.reward_PG if source == "reward" else self.success_PG
+        step = self.before or self
+        value_PG = step.reward_PG if source == "reward" else step.success_PG
         if value_PG is None:
             return self.reward_PG.new_full((len(self.reward_PG),), math.nan)
         return value_PG.mean(dim=1)
@@ -230,7 +234,15 @@ class Step:
 
 
 def checked_step(
-    reward: Any, success: Any, length: Any, entropy: Any, problem: Any, difficulty: Any, parts: Any, weights: Any
+    reward: Any,
+    success: Any,
+    length: Any = None,
+    entropy: Any = None,
+    problem: Any = None,
+    difficulty: Any = None,
+    parts: Any = None,
+    weights: Any = None,
+    before: Any = None,
 ) -> Step:
     """A `Step` of the arguments of `advantage.levels`. Raises ValueError as told there."""
     reward_PG = _tensor("reward_PG", reward)
@@ -283,6 +295,7 @@ def checked_step(
         weight_F=None if weights is None else _tensor("weight_F", weights).to(reward_PG),
         dtype=dtype,
         rounding=8 * torch.finfo(dtype).eps,
+        before=None if before is None else checked_step(like_reward("before_PG", before[0]), before[1]),
     )
 
 

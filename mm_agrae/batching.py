@@ -82,11 +82,13 @@ def micro_batch(prompts: Sequence[Prompt], rows: Sequence[UpdateRow], device: to
     token_BT[inside_BT] = torch.tensor([t for each in completions for t in each.token_ids])
     logp_BT = torch.zeros(inside_BT.shape)
     logp_BT[inside_BT] = torch.tensor([logp for each in completions for logp in each.logprobs])
+    first_B1 = torch.tensor([[completion.learns_from] for completion in completions])
+    learning_BT = inside_BT & (torch.arange(inside_BT.shape[1]) >= first_B1)
     return MicroBatch(
         prompts=[prompts[index] for index in used],
         prompt_index_B=torch.tensor([used.index(row.prompt) for row in rows]),
         token_BT=token_BT.to(device),
-        mask_BT=inside_BT.float().to(device),
+        mask_BT=learning_BT.float().to(device),
         advantage_B=torch.tensor([row.advantage for row in rows]).to(device),
         sampling_logp_BT=logp_BT.to(device),
         length_B=length_B,
@@ -127,18 +129,25 @@ def split_by_tokens(
 
 @dataclass(frozen=True)
 class StepTable:
-    """Numbers of every completion of the step, over all ranks, ordered by position."""
+    """Numbers of every completion of the step, over all ranks, ordered by position.
+
+    Rewards and success are there as the completions stand, and as they were sampled, before guided correction.
+    """
 
     groups: list[GroupSummary]
     reward_PG: torch.Tensor
     success_PG: torch.Tensor
+    reward_before_PG: torch.Tensor
+    success_before_PG: torch.Tensor
     length_PG: torch.Tensor
+    learning_PG: torch.Tensor
     entropy_PG: torch.Tensor
 
     @classmethod
     def of(cls, groups: Iterable[GroupSummary]) -> StepTable:
         groups = sorted(groups, key=lambda group: group.position)
-        columns = zip(*((each.rewards, each.success, each.lengths, each.entropies) for each in groups), strict=True)
+        names = ("rewards", "success", "rewards_before", "success_before", "lengths", "learning", "entropies")
+        columns = ([getattr(each, name) for each in groups] for name in names)
         return cls(groups, *(torch.tensor(column, dtype=torch.float64) for column in columns))
 
     def advantages(self, config: Config) -> AdvantageLevels:
@@ -156,6 +165,7 @@ class StepTable:
             part_FPG=[[[part.get(name, math.nan) for part in g.parts] for g in self.groups] for name in weights]
             or None,
             weight_F=list(weights.values()) or None,
+            before_PG=(self.reward_before_PG, self.success_before_PG),
             **rule_settings(config),
         )
 
@@ -182,16 +192,18 @@ def plan_update(
 
     `groups` are this rank's: those at positions p with p mod world = rank. Completions without a
     gradient (advantage 0, and neither KL nor entropy in the loss) are left out but count in the
-    denominator: the gradient is the same, the work less. Of truncated ones under `update.mask_truncated`
-    the tokens do not count either, as in TRL. A micro-batch holds at most
-    `update.micro_batch_completions` completions or, if `update.micro_batch_tokens` is set, so many
-    tokens of prompts and completions; a group is cut only if it does not fit in one.
+    denominator: the gradient is the same, the work less. Tokens that are not learnt do not count: those
+    before `Completion.learns_from` and, as in TRL, of truncated completions under `update.mask_truncated`.
+    A micro-batch holds at most `update.micro_batch_completions` completions or, if
+    `update.micro_batch_tokens` is set, so many tokens of prompts and completions; a group is cut only if
+    it does not fit in one.
     """
     update = config.update
     # KL and entropy give every completion a gradient, also one without advantage; the top of the entropies is of all.
     wanted_PG = (advantage_PG != 0) | (update.kl_coef > 0) | update.entropy_bonus | (update.top_entropy < 1)
     left_out_PG = torch.tensor([group.truncated for group in table.groups]) & update.mask_truncated
     wanted_PG &= ~left_out_PG
+    wanted_PG &= table.learning_PG > 0
     prompts = update.mini_batch_prompts or len(table.groups)
     own_prompts = [group.prompt for group in groups]
     local = {group.position: index for index, group in enumerate(groups)}
@@ -213,7 +225,7 @@ def plan_update(
             batches.append(idle_batch(own_prompts, device))
         denominator = Denominator(
             completions=prompts * advantage_PG.shape[1],
-            tokens=int(table.length_PG[block].masked_fill(left_out_PG[block], 0).sum()),
+            tokens=int(table.learning_PG[block].masked_fill(left_out_PG[block], 0).sum()),
             max_new_tokens=config.rollout.max_new_tokens,
         )
         plan.append(MiniBatch(denominator, batches))

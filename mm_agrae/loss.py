@@ -216,7 +216,8 @@ def sampler_weight(
     Truncated importance sampling. `level` "token" weighs each token by its own ratio; "sequence"
     all tokens of a completion by the product of theirs, which is unbiased but of high variance.
     `beyond` "truncate" gives min(ratio, limit); "mask" gives 0 above the limit and below 1/limit,
-    and the ratio in between. The values on padding do not matter.
+    and the ratio in between. A token that was not sampled (NaN) has weight 1, or in a sequence that of its sampled
+    tokens. The values on padding do not matter.
 
     Raises ValueError for an unknown level or mode, or a limit below 1.
     """
@@ -226,7 +227,7 @@ def sampler_weight(
             f"limit = {limit} at least 1"
         )
     padding_BT = ~mask_BT.bool()
-    gap_BT = (old_logp_BT - sampling_logp_BT).detach().masked_fill(padding_BT, 0)
+    gap_BT = (old_logp_BT - sampling_logp_BT).detach().masked_fill(padding_BT | sampling_logp_BT.isnan(), 0)
     log_ratio_BT = gap_BT
     if level == "sequence":
         log_ratio_BT = gap_BT.sum(dim=1, keepdim=True).expand_as(gap_BT)

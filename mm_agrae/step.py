@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any
 
@@ -90,17 +91,24 @@ class Updater:
 
     @torch.no_grad()
     def exact_entropy(self, groups: Sequence[Group], table: StepTable) -> StepTable:
-        """The table with each completion's mean Shannon entropy (nats) under the policy, by a forward pass."""
+        """The table with each completion's mean Shannon entropy (nats) under the policy, by a forward pass.
+
+        It is that of all its tokens, whether the policy wrote them or not, and whether they are in the loss or not.
+        """
         # The number of a completion stands in for its advantage: by it the row is found again.
         number_PG = torch.arange(1.0, table.reward_PG.numel() + 1).view_as(table.reward_PG)
         where = {"rank": self.processes.rank, "world": self.processes.world, "device": self.processes.device}
+        update = self.config.update.model_copy(update={"mask_truncated": False})
+        config, every = self.config.model_copy(update={"update": update}), replace(table, learning_PG=table.length_PG)
         self.module.eval()
         found = []
-        for mini in plan_update(groups, table, number_PG, self.config, **where):
+        for mini in plan_update(groups, every, number_PG, config, **where):
             for batch in mini.batches:
-                length_B = batch.mask_BT.sum(1)
-                mean_B = ((self.module(batch)[1] * batch.mask_BT).sum(1) / length_B.clamp(min=1)).clamp(min=0)
-                rows = zip(batch.advantage_B.tolist(), mean_B.tolist(), length_B.tolist(), strict=True)
+                length_B = batch.length_B.to(batch.mask_BT.device)
+                inside_BT = torch.arange(batch.mask_BT.shape[1], device=length_B.device) < length_B[:, None]
+                batch = replace(batch, mask_BT=inside_BT.float())
+                mean_B = (self.module(batch)[1] * batch.mask_BT).sum(1) / length_B.clamp(min=1)
+                rows = zip(batch.advantage_B.tolist(), mean_B.clamp(min=0).tolist(), length_B.tolist(), strict=True)
                 found += [(int(number) - 1, mean) for number, mean, length in rows if length]
         entropy_PG = table.entropy_PG.clone()
         for number, mean in self.processes.gather(found, "entropies"):
@@ -254,12 +262,13 @@ class UpdateTotals:
 
 
 def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
-    """Rewards, groups, lengths and entropy of a step, over all ranks."""
-    groups, rate_P, length_PG = table.groups, table.success_PG.mean(-1), table.length_PG
+    """Rewards, groups, lengths and entropy of a step, over all ranks; reward and success as sampled. `correction/` are
+    shares of all completions, and the mean reward after it."""
+    groups, rate_P, length_PG = table.groups, table.success_before_PG.mean(-1), table.length_PG
     completions, tokens = length_PG.numel(), length_PG.sum().item()
     values = {
-        "reward/mean": table.reward_PG.mean().item(),
-        "reward/std": table.reward_PG.std(correction=0).item(),
+        "reward/mean": table.reward_before_PG.mean().item(),
+        "reward/std": table.reward_before_PG.std(correction=0).item(),
         "reward/errors": float(sum(group.errors for group in groups)),
         "success/mean": rate_P.mean().item(),
         "advantage/omega": levels.omega,
@@ -270,19 +279,24 @@ def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
         "groups/mixed": ((rate_P > 0) & (rate_P < 1)).float().mean().item(),
         "groups/no_signal": (levels.advantage_PG == 0).all(-1).float().mean().item(),
         "completions/count": float(completions),
-        "completions/correct": table.success_PG.sum().item(),
+        "completions/correct": table.success_before_PG.sum().item(),
         "completions/mean_tokens": length_PG.mean().item(),
         "completions/max_tokens": length_PG.max().item(),
         "completions/truncated": sum(sum(group.truncated) for group in groups) / completions,
         # The mean of −log p over sampled tokens is an unbiased estimate of the entropy (nats).
         "policy/entropy": sum(
-            mean * length for group in groups for mean, length in zip(group.entropies, group.lengths, strict=True)
+            mean * count for group in groups for mean, count in zip(group.entropies, group.sampled, strict=True)
         )
-        / max(1.0, tokens),
+        / max(1, sum(sum(group.sampled) for group in groups)),
         "tokens/completion": tokens,
         "tokens/prompt": float(sum(group.prompt_length for group in groups)),
     }
-    parts = [part for group in groups for part in group.parts]
+    if corrections := [group.corrected for group in groups if group.corrected is not None]:
+        counts = sum(corrections, Counter())
+        names = ("reflect", "answer", "solution", "no_solution", "skipped", "right")
+        values |= {f"correction/{name}": counts[name] / completions for name in names}
+        values["correction/reward"] = table.reward_PG.mean().item()
+    parts = [part for group in groups for part in group.parts_before]
     for name in sorted({name for part in parts for name in part}):
         values[f"reward/{name}"] = float(np.mean([part[name] for part in parts if name in part]))
     return values
@@ -299,6 +313,7 @@ def rollout_records(
         pairs = zip(group.completions, group.scores, strict=True)
         for index, (completion, score) in enumerate(pairs):
             cell = (group.position, index)
+            correction = (group.corrections or {}).get(index)
             records.append(
                 RolloutRecord(
                     step=step,
@@ -315,12 +330,14 @@ def rollout_records(
                     finish_reason=completion.finish_reason,
                     reward=score.reward,
                     success=score.success,
+                    success_before=correction.score.success if correction else score.success,
                     parts=dict(score.parts),
                     error=score.error,
                     advantage_before=float(levels.base_PG[cell]),
                     advantage_sample_level=float(levels.sample_PG[cell]),
                     advantage=float(levels.advantage_PG[cell]),
-                    entropy=-float(np.mean(completion.logprobs)) if completion.logprobs else None,
+                    entropy=-float(np.mean(sampled)) if (sampled := completion.sampled_logprobs) else None,
+                    correction=asdict(correction) if correction else {},
                     meta=dict(example.meta),
                 )
             )

@@ -18,6 +18,10 @@ settings.load_profile("untimed")
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "neighbours.json").read_text())
 
 
+PAPER = {"low": 0.0, "high": math.inf}
+"""EDGE-GRPO without bounds."""
+
+
 def of_case(case, name, dtype=torch.float64, **values):
     if name == "diva_released_code":
         values["width"] = case["response_width_tokens"]
@@ -35,7 +39,7 @@ def test_golden_cases(column, dtype, tolerance):
     rule = GOLDEN["rules"][column]
     for case in cases:
         values = {key: case["alpha"] if value is None else value for key, value in rule["settings"].items()}
-        result = of_case(case, rule["name"], dtype, **values)
+        result = of_case(case, rule["name"], dtype, **(PAPER if rule["name"] == "edge" else {}) | values)
         expected = torch.tensor(case["advantage"][column], dtype=torch.float64)
         assert result.dtype == dtype
         torch.testing.assert_close(result.double(), expected, rtol=tolerance, atol=tolerance)
@@ -45,9 +49,10 @@ def test_a_golden_number_missing_for_an_entropy_of_0_is_an_error():
     refused = [case for case in GOLDEN["cases"] if "edge" not in case["advantage"]]
     assert len(refused) == 5
     for case in refused:
-        for name in ("edge", "edge_released_code"):
+        assert of_case(case, "edge").isfinite().all()
+        for name, values in {"edge": PAPER, "edge_released_code": {}}.items():
             with pytest.raises(ValueError, match=r"group \d+, completion \d+: an entropy of 0 .*low=0.1"):
-                of_case(case, name)
+                of_case(case, name, **values)
 
 
 BITS = st.integers(0, 1)
@@ -82,20 +87,20 @@ def test_edge_keeps_signs_and_zeros_and_equal_entropies_change_nothing(success):
 def test_edge_and_agrae_commute(success, alpha):
     entropy = torch.rand(success.shape, dtype=torch.float64) + 0.01
     relative = entropy / entropy.mean(1, keepdim=True)
-    both = compute("edge", success, success, entropy_PG=entropy, base="agrae", alpha=alpha)
+    both = compute("edge", success, success, entropy_PG=entropy, base="agrae", alpha=alpha, **PAPER)
     close(both, compute("agrae", success, success, alpha=alpha) / relative, 1e-12)
     # A-GRAE's factors, of a group and a sign, on EDGE's advantage.
     factors = compute("agrae", success, success, alpha=alpha) / compute("grpo", success, success)
-    edge = compute("edge", success, success, entropy_PG=entropy)
+    edge = compute("edge", success, success, entropy_PG=entropy, **PAPER)
     close(both, torch.where(edge == 0, 0.0, edge * factors.nan_to_num()), 1e-9)
 
 
 def test_edge_of_one_certain_completion_and_of_empty_ones():
     reward = [[1.0, 0.0], [1.0, 0.0]]
-    a = compute("edge", reward, reward, [[3, 5], [0, 4]], entropy_PG=[[0.0, 1.0], [0.0, 1.0]], low=0.1, high=10.0)
+    a = compute("edge", reward, reward, [[3, 5], [0, 4]], entropy_PG=[[0.0, 1.0], [0.0, 1.0]])
     close(a, torch.tensor([[10.0, -0.5], [1.0, -1.0]]).double())  # P̂ 0 -> 0.1, 2; without tokens 1, and 1 alone
     with pytest.raises(ValueError, match="group 0, completion 0: an entropy of 0"):
-        compute("edge", reward, reward, entropy_PG=[[0.0, 1.0], [1.0, 1.0]])
+        compute("edge", reward, reward, entropy_PG=[[0.0, 1.0], [1.0, 1.0]], **PAPER)
 
 
 # --------------------------------------------------------------------------------- DIVA-GRPO

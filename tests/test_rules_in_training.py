@@ -14,7 +14,7 @@ from mm_agrae.run.folder import RunFolder
 from mm_agrae.trainer import Trainer
 
 NO_EVALUATION = {"before": False, "after": False}
-CLAMPED = {"rule": "edge", "low": 0.1, "high": 10.0}
+EDGE = {"rule": "edge"}
 
 
 def prepared(tmp_path, **sections) -> Trainer:
@@ -25,20 +25,20 @@ def prepared(tmp_path, **sections) -> Trainer:
 
 
 def test_sampled_entropies_reach_the_rule(tmp_path):
-    trainer = prepared(tmp_path, advantage={**CLAMPED, "entropy_from": "sampled"}, train={"steps": 1})
+    trainer = prepared(tmp_path, advantage={**EDGE, "entropy_from": "sampled"}, train={"steps": 1})
     trainer.train()
     records = RunFolder(tmp_path / "run").read_rollouts(1)
     table = {name: torch.tensor([r[name] for r in records]).double().view(8, 4) for name in ("reward", "entropy")}
     actual = torch.tensor([r["advantage"] for r in records]).double().view(8, 4)
     assert actual.any()
-    expected = compute("edge", table["reward"], None, entropy_PG=table["entropy"], low=0.1, high=10.0)
+    expected = compute("edge", table["reward"], None, entropy_PG=table["entropy"])
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)
 
 
 def test_exact_entropies_are_those_of_each_completion_by_itself(tmp_path):
     """However the pass is cut into mini- and micro-batches."""
     update = {"mini_batch_prompts": 2, "micro_batch_completions": 3}
-    trainer = prepared(tmp_path, advantage=CLAMPED, update=update)
+    trainer = prepared(tmp_path, advantage=EDGE, update=update)
     assert configs.uses_entropy(trainer.config)
     with Rewarder(trainer.config.reward, trainer.config.rollout.max_new_tokens) as rewarder:
         trainer.collector.rewarder = rewarder
@@ -58,7 +58,7 @@ def test_exact_entropies_are_those_of_each_completion_by_itself(tmp_path):
 @pytest.mark.parametrize(
     "sections",
     [
-        {"advantage": CLAMPED},
+        {"advantage": EDGE},
         {"advantage": {"rule": "diva"}, "update": {"loss": "sapo", "loss_options": {"tau_negative": 1.2}}},
         {
             "advantage": {"rule": "grpo", "normalise_parts": True},

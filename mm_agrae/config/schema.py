@@ -11,25 +11,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from mm_agrae.config.objective import check_loss, check_rule, try_rule
+from mm_agrae.config.section import CorrectSection, Fraction, NonNegative, PositiveInt, Section
 from mm_agrae.errors import nearest
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
 _on_or_off = BeforeValidator(lambda value: {True: "on", False: "off"}[value] if isinstance(value, bool) else value)
 """YAML reads a bare on or off as true or false."""
-NonNegative = Annotated[float, Field(ge=0)]
 
 SECRET_NAME = re.compile(
     r"(.*_)?(api_?key|access_?key|private_?key|secret|password|passwd|credentials?|token)", re.IGNORECASE
 )
 URL_SECRET = re.compile(r"(\w://)[^/@\s]+@")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
 class LoraSection(Section):
@@ -174,7 +168,7 @@ class VllmSection(Section):
     """How long to wait for an engine to get ready."""
     request_limit_s: Annotated[float, Field(gt=0)] = 600.0
     """How long one prompt's completions may take before its server counts as lost."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = Field(default={})
     """Further arguments of vLLM's engine, as they are (engine vllm)."""
 
     @model_validator(mode="after")
@@ -222,6 +216,8 @@ class RolloutSection(SamplingSection):
     batch_completions: PositiveInt = 128
     """Completions generated at once on one device: bounds memory, not results."""
     dynamic_sampling: DynamicSampling | None = None
+    correct: CorrectSection | None = None
+    """Guided correction of incorrect completions, in training alone; {} for its defaults. See docs/correction.md."""
 
     @model_validator(mode="after")
     def _check(self) -> RolloutSection:
@@ -239,6 +235,11 @@ class RolloutSection(SamplingSection):
             raise ValueError(
                 "rollout.overlap and rollout.dynamic_sampling exclude each other: which groups to "
                 "resample is known only after the next ones have been started"
+            )
+        if self.overlap and self.correct is not None:
+            raise ValueError(
+                "rollout.overlap and rollout.correct exclude each other: the policy would go on writing with newer "
+                "weights than a completion was begun with"
             )
         if self.completions_per_prompt < 2:
             raise ValueError(
@@ -331,7 +332,7 @@ class UpdateSection(Section):
     unbiased_kl: bool = False
     """Multiply k3 by the ratio of new to old policy, so that its gradient is that of the KL
     divergence: TRL's default, not GRPO's."""
-    loss_options: dict[str, float] = {}
+    loss_options: dict[str, float] = Field(default={})
     """Options of the loss's own, such as tau_positive of sapo; see `loss.py`."""
     top_entropy: Fraction = 1.0
     """Only this share of a micro-batch's tokens, those of the highest entropy, carry the policy loss."""

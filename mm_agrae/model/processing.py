@@ -122,6 +122,9 @@ class Processing:
         template ends a turn (a base model's own is another)."""
         if not self.eos_ids:
             raise ModelError(f"model.path {path!r}: names no end-of-sequence token")
+        ends = (self._end_of_turn(), self.tokenizer.eos_token_id, self.eos_ids[0])
+        self.end_id: int = next(index for index in ends if index is not None)
+        """The one of them that ends a completion by the chat template."""
         pad = self.tokenizer.pad_token_id
         self.pad_id: int = min(self.eos_ids) if pad is None else pad
         forbidden = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
@@ -241,6 +244,11 @@ class Processing:
         """
         text = self.tokenizer.decode(list(token_ids), skip_special_tokens=True)
         return f"{THINK}\n{text}" if self.opens_thinking else text
+
+    @_exclusive
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that is put into a completion; none for one that holds a control token."""
+        return () if self._control.search(text) else tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @_exclusive
     def save(self, folder: str) -> None:

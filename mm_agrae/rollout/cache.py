@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 
 from mm_agrae.run.files import write_atomic
-from mm_agrae.types import Completion, Group, Score
+from mm_agrae.types import Completion, Correction, Group, Score
 
 _TENSORS = ("token_ids", "logprobs")
 _DATA_STATE = ("data_position", "rows_skipped")
+_CORRECTIONS = TypeAdapter(dict[int, Correction] | None)
 
 
 def write(
@@ -44,10 +46,12 @@ def write(
                         "text": completion.text,
                         "finish_reason": completion.finish_reason,
                         "policy_version": completion.policy_version,
+                        "learns_from": completion.learns_from,
                     }
                     for completion in group.completions
                 ],
                 "scores": [asdict(score) for score in group.scores],
+                "corrections": _CORRECTIONS.dump_python(group.corrections),
             }
             for group, row in zip(groups, rows, strict=True)
         ],
@@ -90,4 +94,5 @@ def _group(stored: dict[str, Any], ids: Iterator[int], logprobs: Iterator[float]
         "completions": completions,
         "scores": [Score(**score) for score in stored["scores"]],
         "resample_round": stored["resample_round"],
+        "corrections": _CORRECTIONS.validate_python(stored["corrections"]),
     }

@@ -19,6 +19,7 @@ from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout import cache, mismatch
+from mm_agrae.rollout.correction import Corrector
 from mm_agrae.rollout.engine import Engine, derive_seed
 from mm_agrae.run.context import RunContext
 from mm_agrae.tasks import Concatenation
@@ -68,6 +69,7 @@ class Collector:
         self.rows_skipped = len(task.skipped)
         self.behaviour_version = engine.version
         self.values: dict[str, float] = {}
+        self._corrector = Corrector(context, processing) if self.config.rollout.correct else None
         self._mismatch_checked = False
         self._row_at: dict[int, int] = {}
         """The row of the data at each position of the step."""
@@ -110,7 +112,10 @@ class Collector:
             positions = self._without_advantage(groups.values())
             if not positions:
                 break
-        return [groups[position] for position in sorted(groups)]
+        found = [groups[position] for position in sorted(groups)]
+        if self._corrector:  # after dynamic sampling, which judges the policy's own completions
+            self._corrector.correct(found, step, self.engine, self.rewarder)
+        return found
 
     def _without_advantage(self, groups: Iterable[Group]) -> list[int]:
         """Positions, over all ranks, of groups that the update would skip: all advantages are 0."""

@@ -105,11 +105,13 @@ class VllmBase:
         """
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts")
-        ids = [self._token_ids(prompt, sampling.max_new_tokens) for prompt in prompts]
+        limits = [min(sampling.max_new_tokens, prompt.room or sampling.max_new_tokens) for prompt in prompts]
+        ids = [self._token_ids(prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
         arguments = self._sampling_arguments(count, sampling)
         # vLLM seeds completion i with seed + i: prompts with neighbouring seeds would share random numbers.
         requests = [
-            (own, arguments | {"seed": derive_seed("vllm", seed) >> 1}) for own, seed in zip(ids, seeds, strict=True)
+            (own, arguments | {"seed": derive_seed("vllm", seed) >> 1, "max_tokens": limit})
+            for own, seed, limit in zip(ids, seeds, limits, strict=True)
         ]
         return self._generate(prompts, requests, count, on_progress or (lambda finished: None))
 

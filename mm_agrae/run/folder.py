@@ -38,6 +38,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mm_agrae.errors import RunFolderError
 from mm_agrae.run.files import append_line, clean_text, explained, open_lines, to_json, write_atomic, write_jsonl
 from mm_agrae.run.records import (
+    LATER_COLUMNS,
     ROLLOUT_COLUMNS,
     EvaluationResult,
     RolloutRecord,
@@ -189,7 +190,8 @@ class RunFolder:
     def read_rollouts(
         self, step: int, columns: Sequence[str] | None = None, rows: Sequence[int] | None = None
     ) -> list[dict[str, Any]]:
-        """The rows of a step as dicts with the names of RolloutRecord, in the order written.
+        """The rows of a step as dicts with the names of RolloutRecord, in the order written. A file of an earlier
+        version may lack `LATER_COLUMNS`.
 
         `columns` and `rows` (indices from 0, returned in that order) read only a part, which
         saves time and memory. Raises ValueError for a column that does not exist,
@@ -234,7 +236,7 @@ class RunFolder:
             try:
                 with pq.ParquetFile(path) as file:
                     stored = {current_name(name): name for name in file.schema_arrow.names}
-                    wanted = columns or list(ROLLOUT_COLUMNS)
+                    wanted = [c for c in columns or ROLLOUT_COLUMNS if c in stored or c not in LATER_COLUMNS]
                     if missing := set(wanted) - stored.keys():
                         raise ValueError(f"it lacks {', '.join(sorted(missing))}")
                     yield file, [stored[name] for name in wanted]

@@ -12,6 +12,7 @@ from mm_agrae.errors import DataError, RunFolderError
 from mm_agrae.run import checkpoint
 from mm_agrae.run.files import explained, write_jsonl
 from mm_agrae.run.folder import RunFolder
+from mm_agrae.run.records import sampled_success
 
 EASIEST, HARDEST = 1.0, 9.0
 AT_START = "difficulty_at_start.jsonl"
@@ -20,7 +21,7 @@ AT_START = "difficulty_at_start.jsonl"
 
 @dataclass
 class ProblemSuccess:
-    """One problem in the rollouts of a run: correct completions and all completions of each step that drew it."""
+    """One problem in the rollouts of a run: of each step that drew it, completions correct as sampled, and all."""
 
     example_id: str
     meta: Mapping[str, Any] = field(default_factory=dict)
@@ -49,10 +50,10 @@ def problem_success(run_dir: str | Path) -> dict[str, ProblemSuccess]:
     run, found = RunFolder(run_dir), dict[str, ProblemSuccess]()
     run.read_config()
     for step in run.rollout_steps():
-        for rows in run.iter_rollouts(step, ["example_id", "success", "meta"]):
+        for rows in run.iter_rollouts(step, ["example_id", "success", "success_before", "meta"]):
             for row in rows:
                 problem = found.setdefault(row["example_id"], ProblemSuccess(row["example_id"], row["meta"]))
-                problem.correct[step] += row["success"]
+                problem.correct[step] += sampled_success(row)
                 problem.completions[step] += 1
     if not found:
         raise RunFolderError(

@@ -38,7 +38,8 @@ class RolloutRecord:
     `resample_round` is the round of dynamic sampling that its group comes from, 0 the first. `images` are paths
     relative to the run folder, as `RunFolder.store_image` returns them. `tokens` is the completion's length, `entropy`
     the mean over its tokens in nats. The three advantages are the normalised reward before any rescaling, after the
-    sample level, and the final one.
+    sample level, and the final one. Where guided correction has dealt with the completion, `correction` holds the
+    fields of `types.Correction`; text, reward and success are the corrected one's, `success_before` the sampled one's.
     """
 
     step: int
@@ -62,10 +63,22 @@ class RolloutRecord:
     advantage: float | None = None
     entropy: float | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
+    success_before: bool | None = None
+    correction: Mapping[str, Any] = field(default_factory=dict)
 
 
 ROLLOUT_COLUMNS = get_type_hints(RolloutRecord)
 """Name -> type of every column of a rollout file, in the order stored."""
+
+LATER_COLUMNS = {"success_before", "correction"}
+"""Those that files of earlier versions lack."""
+
+
+def sampled_success(row: Mapping[str, Any]) -> bool:
+    """Whether the completion of a rollout file's row was correct as sampled, before guided correction."""
+    before = row.get("success_before")
+    return bool(row["success"] if before is None else before)
+
 
 _JSON_COLUMNS = {name for name, hint in ROLLOUT_COLUMNS.items() if get_origin(hint) is Mapping}
 
@@ -79,6 +92,7 @@ def rollout_table(records: Sequence[RolloutRecord]) -> Table:
         float: (float, pa.float64()),
         float | None: (lambda value: None if value is None else float(value), pa.float64()),
         bool: (bool, pa.bool_()),
+        bool | None: (lambda value: value, pa.bool_()),
         str: (clean_text, pa.string()),
         tuple[str, ...]: (lambda texts: [*map(clean_text, texts)], pa.list_(pa.string())),
     }

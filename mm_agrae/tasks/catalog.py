@@ -30,9 +30,12 @@ def _math(row: TableRow) -> TableRow:
 
 
 def _gsm8k(row: TableRow) -> TableRow:
-    """The answer is what follows the last ####, its thousands without commas."""
+    """The answer is what follows the last ####, its thousands without commas, and what comes before it the solution,
+    without the calculator's <<1+1=2>>."""
     if isinstance(answer := row.get("answer"), str):
-        return {**row, "answer": answer.rpartition("####")[2].replace(",", "").strip()}
+        steps, _, answer = answer.rpartition("####")
+        solution = re.sub("<<[^<>]*>>", "", str(row.get("solution") or steps)).strip()
+        row = {**row, "answer": answer.replace(",", "").strip(), **({"solution": solution} if solution else {})}
     return row
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mm_agrae.run.files import clean_text
 from mm_agrae.run.folder import RunFolder
-from mm_agrae.run.records import EvaluationResult, Interval
+from mm_agrae.run.records import EvaluationResult, Interval, sampled_success
 from mm_agrae.view.page import Html, el, empty, note, number, percent, shorten, table, with_interval
 from mm_agrae.view.plots import Line, Points, plot, thin
 from mm_agrae.view.runs import Record
@@ -33,6 +33,9 @@ CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
      ("stacked", "shares")),
     ("Entropy", "nats per token",
      {"policy/entropy": "entropy"}, ("smooth", "zero")),
+    ("Corrected", "share of all completions, by what became of them; right: correct afterwards",
+     {"correction/reflect": "reflected", "correction/answer": "answer added", "correction/solution": "solution",
+      "correction/skipped": "left", "correction/right": "right"}, ("smooth", "shares", "zero")),
     ("Length", "tokens per completion",
      {"completions/mean_tokens": "mean", "completions/max_tokens": "longest"}, ("smooth",)),
     ("Truncated", "completions cut off by the token limit",
@@ -153,7 +156,7 @@ def group_card(
     rows: as returned by `RunFolder.read_rollouts`. At most `completions` of them are shown, each
     shortened to `limit` characters; `opened` are indices into `rows` whose text is unfolded.
     """
-    correct = sum(bool(row["success"]) for row in rows)
+    correct = sum(map(sampled_success, rows))
     kind = {0: "incorrect", len(rows): "correct"}.get(correct, "")
     title = el("h4", f"{correct} of {len(rows)} correct", class_=kind)
     shown = rows[:completions]
@@ -178,6 +181,9 @@ def _completion_row(row: Record, limit: int, is_open: bool) -> Html:
         details.append(f"entropy {number(row['entropy'])} nats")
     if row["error"]:
         details.append(f"error: {shorten(row['error'], 300)}")
+    if made := row.get("correction"):
+        what = f"corrected by {made['branch']}" if made["branch"] else f"left as it is: {made['drawn']} did not do"
+        details.append(f"{what}; as sampled incorrect, reward {number(made['score']['reward'])}")
     return el(
         "details",
         el(
@@ -186,12 +192,13 @@ def _completion_row(row: Record, limit: int, is_open: bool) -> Html:
             el("span", f"reward {number(row['reward'])}"),
             el("span", f"A {advantages}", title=ADVANTAGES),
             el("span", f"{row['tokens']} tokens", class_="muted"),
+            el("span", f"corrected: {made['branch']}", class_="muted") if made and made["branch"] else None,
             el("span", "cut off", class_="incorrect") if row["finish_reason"] == "length" else None,
             el("span", "verifier failed", class_="incorrect") if row["error"] else None,
             el("span", f"…{ending}", class_="ending muted", dir="auto"),
         ),
         note(" · ".join(details)),
-        completion_text(row["completion"], limit),
+        completion_text(row["completion"], limit, *(made["forced"] if made else ())),
         class_="completion",
         open="" if is_open else None,
     )
@@ -242,8 +249,12 @@ def verdict(success: bool) -> Html:
     return el("span", f"{mark} {kind}", class_=f"verdict {kind}")
 
 
-def completion_text(text: object, limit: int) -> Html:
-    """The reasoning, set off from the answer after it."""
+def completion_text(text: object, limit: int, first: int = 0, last: int = 0) -> Html:
+    """The reasoning, set off from the answer after it; or if some characters were not sampled, those are marked."""
+    if first < last:
+        parts = (clean_text(text)[part] for part in (slice(first), slice(first, last), slice(last, None)))
+        kept, inserted, added = (shorten(part, limit) if part else "" for part in parts)
+        return el("pre", kept, el("mark", inserted, title="not sampled"), added, dir="auto", tabindex="0")
     thought, mark, answer = shorten(text, limit).partition("</think>")
     reasoning = el("span", thought + mark, class_="thought") if mark else thought or "(empty)"
     return el("pre", reasoning, answer, dir="auto", tabindex="0")

@@ -19,7 +19,7 @@ import yaml
 
 from mm_agrae.errors import RunFolderError
 from mm_agrae.run.folder import MetricsMark, RunFolder
-from mm_agrae.run.records import EvaluationResult
+from mm_agrae.run.records import EvaluationResult, sampled_success
 
 Record = Mapping[str, Any]
 """One line of a run's files: metrics of a step, a completion or an evaluation's sample."""
@@ -27,7 +27,16 @@ Record = Mapping[str, Any]
 STEPS_HELD = 4
 """How many steps to keep overviews of, least recently used out first."""
 
-_LIGHT = (*("resample_round", "prompt_index", "success", "finish_reason"), *("error", "reward", "advantage"))
+_LIGHT = (
+    "resample_round",
+    "prompt_index",
+    "success",
+    "finish_reason",
+    "error",
+    "reward",
+    "advantage",
+    "success_before",
+)
 _SEARCHED = ("completion", "question", "answer", "example_id")
 
 
@@ -179,7 +188,7 @@ def _overviews(chunks: Iterable[Sequence[Record]]) -> list[GroupOverview]:
         groups.append(
             GroupOverview(
                 rows=tuple(row for row, _ in found),
-                correct=sum(bool(record["success"]) for record in records),
+                correct=sum(map(sampled_success, records)),
                 truncated=sum(record["finish_reason"] == "length" for record in records),
                 failed=len(errors),
                 timed_out=sum("timed out" in error for error in errors),

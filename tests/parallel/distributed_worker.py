@@ -73,7 +73,7 @@ def first_step(config, strategy: str = "one", spoilt: bool = False) -> dict:
     run = RunFolder(config.run_dir)
     if not trainer.is_main:
         return {}
-    keys = ("prompt_index", "completion", "reward", "advantage", "images")
+    keys = ("prompt_index", "completion", "reward", "advantage", "images", "success_before", "correction")
     return {
         "gradients": gradients,
         "learning": learning,

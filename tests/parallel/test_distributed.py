@@ -33,8 +33,16 @@ RUNS = {
         "rollout": {"prompts_per_step": 6},
     },
     "lora_kl": {"model": LORA, "update": {"kl_coef": 0.1, "epochs": 2, "shared_prompt": "off", "learning_rate": 1e-3}},
+    # Rows of one process may all be correct: the other samples once more on its own.
+    "corrected": {
+        "rollout": {
+            "prompts_per_step": 5,
+            "max_new_tokens": 48,
+            "correct": {"reflect_cue": " So, ", "answer_cue": " so {boxed}", "reflect_tokens": 8},
+        }
+    },
 }
-STRATEGIES = {"ddp": ("full", "lora"), "fsdp": tuple(RUNS), "offload": ("full", "lora_kl")}
+STRATEGIES = {"ddp": ("full", "lora", "corrected"), "fsdp": tuple(RUNS), "offload": ("full", "lora_kl")}
 SPREAD = """
 def spread(example, completion):
     return sum(completion.token_ids) % 97 / 97

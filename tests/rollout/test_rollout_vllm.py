@@ -32,9 +32,11 @@ from mm_agrae.errors import ConfigError, DataError, EngineError
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.model.weights import full_weights
+from mm_agrae.rollout.correction import _Draft
 from mm_agrae.rollout.mismatch import measure
 from mm_agrae.rollout.vllm import VllmEngine
 from mm_agrae.rollout.vllm_worker import clear_inputs, load_weights
+from mm_agrae.types import Group
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
@@ -250,6 +252,18 @@ def test_finish_reason_limits_and_progress(untied):
     untied.generate(untied.prompts[:1], 1, max_new_tokens=384 - length)
     with pytest.raises(DataError, match=f"the prompt is {length} tokens"):
         untied.generate(untied.prompts[:1], 1, max_new_tokens=385 - length)
+
+
+def test_a_completion_is_continued(vl):
+    """From its own token ids, images unchanged, at the engine's very limit."""
+    begun = vl.generate(vl.prompts, 1, max_new_tokens=8)
+    groups = [Group(0, prompt, group, []) for prompt, group in zip(vl.prompts, begun, strict=True)]
+    cue = vl.processing.encode(" So, ")
+    prompts = [_Draft(g, 0, "", "", g.completions[0].token_ids, cue, 5, 0).prompt for g in groups]
+    prompts[0] = replace(prompts[0], room=384 - len(prompts[0]))
+    continued = vl.generate(prompts, 1, max_new_tokens=384)
+    assert vl.difference(prompts, continued) < EXACT
+    assert all(len(group[0].token_ids) <= prompt.room for group, prompt in zip(continued, prompts, strict=True))
 
 
 def test_an_interrupted_call_leaves_nothing_behind(untied):

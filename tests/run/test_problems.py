@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from helpers import TEXT, run_config
@@ -15,6 +16,7 @@ from mm_agrae.progress import Reporter
 from mm_agrae.run.problems import AT_START, difficulty_of, problem_success
 from mm_agrae.tasks.order import DataOrder
 from mm_agrae.trainer import Trainer
+from mm_agrae.types import Group
 from mm_agrae.view.report import write_report
 
 
@@ -38,6 +40,13 @@ def test_success_of_each_problem_by_step(tmp_path, capsys):
     page = write_report(run.path).read_text()
     assert "4 hardest of 4" in page
     assert "0/4 → 0/4 → 3/4" in page
+
+
+def test_a_correction_does_not_make_a_problem_easier(tmp_path):
+    run = make_run(tmp_path / "run")
+    rows = [replace(row, success=True, success_before=False) for row in rows_of(tmp_path, {})]
+    run.write_rollouts(1, rows)
+    assert set(difficulty_of(run.path).values()) == {9.0}
 
 
 def rows_of(tmp_path, solved):
@@ -102,6 +111,9 @@ def test_training_from_a_run_and_resuming_without_it(tmp_path):
     whole = run(tmp_path / "whole", 3, tmp_path / "first")
     examples = [whole.task[index] for index in range(12)]
     assert {e.id: e.difficulty for e in examples} == {e.id: rated.get(e.id, 5.0) for e in examples}
+    hardest = max(examples, key=lambda example: abs(example.difficulty - 5))
+    summary = Group(0, whole.processing.prompt(hardest), [], []).summary()
+    assert summary.difficulty == hardest.difficulty != 5
     drawn = [row["example_id"] for step in (1, 2, 3) for row in whole.run.read_rollouts(step)]
     order = [rated.get(name, 5.0) for name in dict.fromkeys(drawn)]
     assert order == sorted(order)

@@ -59,7 +59,7 @@ TABLE = {
 def test_every_run_of_the_table_is_there():
     assert {path.stem for path in PAPER} == TABLE.keys()
     assert {path.stem for path in WITH.glob("*.yaml")} == {
-        *filter(None, RULES), "lora_24gb", "lora_80gb",
+        *filter(None, RULES), "lora_24gb", "lora_80gb", "correction",
     }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
@@ -70,8 +71,6 @@ def evaluate(
 
     Returns one result for each model and evaluation set. Raises UserError for what the user can mend.
     """
-    from pathlib import Path
-
     from mm_agrae.evaluation.evaluate import checkpoints_and_config, evaluate_checkpoints
     from mm_agrae.progress import Reporter
 
@@ -82,10 +81,7 @@ def evaluate(
 
 
 def load_run(path: str | PathLike[str]) -> Run:
-    """The run in a folder, finished or not: config, metrics, evaluations, rollouts, newest checkpoint.
-
-    Raises RunFolderError if there is none.
-    """
+    """What a run has left in its folder, finished or not. Raises RunFolderError if there is no run."""
     from mm_agrae.config.shipped import found
     from mm_agrae.run.results import Run
 

@@ -218,11 +218,11 @@ def _configs(arguments: argparse.Namespace) -> int:
     if arguments.name:
         print(config_file(arguments.name).read_text(encoding="utf-8"), end="")
         return 0
-    width = max(map(len, config_names()), default=0)
-    for name in config_names():
+    names = config_names()
+    for name in names:
         comment = itertools.takewhile(lambda line: line[:2] == "# ", config_file(name).read_text("utf-8").split("\n"))
         sentence = " ".join(line[2:] for line in comment).split(". ")[0].split(": mm-agrae")[0]
-        print(f"{name:{width}}  {textwrap.shorten(sentence, 100, placeholder=' …')}")
+        print(f"{name:{max(map(len, names))}}  {textwrap.shorten(sentence, 100, placeholder=' …')}")
     return 0
 
 

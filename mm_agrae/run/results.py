@@ -57,11 +57,7 @@ class Run:
         return DataFrame(self.folder.read_metrics() or {"step": []}).set_index("step")
 
     def rollouts(self, steps: Sequence[int] | None = None, columns: Sequence[str] | None = None) -> Table:
-        """Every completion that was kept, or those of some steps, as an Arrow table, which has a `to_pandas`.
-
-        `RunFolder.rollout_table` tells the columns. Raises RunFolderError for a step that was not kept, ValueError for
-        a column that does not exist.
-        """
+        """Every completion that was kept, or those of some steps, as `RunFolder.rollout_table`, with `to_pandas`."""
         return self.folder.rollout_table(steps, columns)
 
     def __repr__(self) -> str:

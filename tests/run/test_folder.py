@@ -274,6 +274,9 @@ def test_a_run_of_version_0_1_0_is_read_by_todays_names(tmp_path):
     assert old.read_rollouts(step, ["resample_round"], rows=[1]) == [{"resample_round": 0}]
     (batch, *_) = old.iter_rollouts(step, ["resample_round", "reward"])
     assert batch[0] == {"resample_round": 0, "reward": rows[0]["reward"]}
+    table = old.rollout_table([step], ["reward", "correction"])
+    assert table["reward"].to_pylist() == [row["reward"] for row in rows]
+    assert set(table["correction"].to_pylist()) == {None}
 
     # Once such a run is resumed, its file holds today's names alone.
     shutil.copytree(OLD_RUN, tmp_path / "resumed")

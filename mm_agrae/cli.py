@@ -1,4 +1,4 @@
-"""The command line: mm-agrae train | eval | difficulty | data | sample | report | demo | export | serve | doctor.
+"""The command line, mm-agrae: train, eval, difficulty, data, sample, variants, report, demo, export, serve, doctor.
 
 Each command imports what it needs when it runs, so `mm-agrae --help` is quick.
 """
@@ -101,6 +101,14 @@ def _parser() -> argparse.ArgumentParser:
     argument("--split", choices=["train", "evaluate"], default="train")
     argument("--completions", type=int, default=0, help="also sample this many of each")
     argument("--out", type=Path, default="sample.html", help="an .html page or a .png sheet")
+
+    argument = add(_variants, "a problem's variants side by side; or other wordings and steps, by a chat model")
+    add_config(argument)
+    argument("-n", type=int, help="how many problems (default: 6; with --prepare, all)")
+    argument("--out", type=Path, default="variants.html", help="an .html page")
+    argument("--prepare", type=Path, metavar="FILE", help="write wordings and steps there")
+    argument("--model", default="", help="the chat model of --prepare: a path, or its name at --address")
+    argument("--address", default="", metavar="URL", help="OpenAI's chat completions, as http://127.0.0.1:8000/v1")
 
     argument = add(_report, "one HTML page of a run")
     argument("runs", nargs="+", metavar="RUN", help="run folders")
@@ -349,6 +357,24 @@ def _sample(arguments: argparse.Namespace) -> int:
         config, split=arguments.split, count=arguments.n, completions=arguments.completions, out=arguments.out
     )
     print(path)
+    return 0
+
+
+def _variants(arguments: argparse.Namespace) -> int:
+    """Show training problems beside all variants that keep their answer, for rollout.variants. With --prepare FILE:
+    have a chat model word the problems otherwise and solve them in steps; what verifies is kept, for
+    rollout.variants.prepared.
+    """
+    _require_suffix(arguments.out, ".html")
+    config = _load(arguments.config, arguments.overrides, to_run=False)
+    if arguments.prepare:
+        from mm_agrae.evaluation.prepare import prepare
+
+        chat = {"model": arguments.model, "address": arguments.address}
+        return prepare(config, arguments.prepare, **chat, count=arguments.n)
+    from mm_agrae.view.variants import write_variants
+
+    print(write_variants(config, count=arguments.n or 6, out=arguments.out))
     return 0
 
 

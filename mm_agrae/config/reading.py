@@ -12,7 +12,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mm_agrae.config.schema import SECRET_NAME, URL_SECRET, AdvantageSection, Config, UpdateSection
+from mm_agrae.config.schema import AdvantageSection, Config, UpdateSection
+from mm_agrae.config.section import SECRET_NAME, URL_SECRET
 from mm_agrae.errors import ConfigError, nearest
 
 MAX_VALUES, MAX_DEPTH = 100_000, 50

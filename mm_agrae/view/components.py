@@ -36,6 +36,10 @@ CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
     ("Corrected", "share of all completions, by what became of them; right: correct afterwards",
      {"correction/reflect": "reflected", "correction/answer": "answer added", "correction/solution": "solution",
       "correction/skipped": "left", "correction/right": "right"}, ("smooth", "shares", "zero")),
+    ("Problems and variants", "share of correct completions",
+     {"variants/success_original": "as they are", "variants/success": "variants"}, ("shares", "smooth")),
+    ("Difficulty", "mean D of the step's problems, from 1 (easy) to 9",
+     {"variants/difficulty": "D"}, ("smooth",)),
     ("Length", "tokens per completion",
      {"completions/mean_tokens": "mean", "completions/max_tokens": "longest"}, ("smooth",)),
     ("Truncated", "completions cut off by the token limit",
@@ -165,7 +169,8 @@ def group_card(
     more = note(f"and {hidden} more") if hidden else None
     round_ = rows[0]["resample_round"]
     resampled = f", resample round {round_}" if round_ else ""
-    origin = f"prompt {rows[0]['prompt_index']}{resampled} · {shorten(rows[0]['example_id'], 100)}"
+    variant = f" · variant: {shorten(rows[0]['variant'], 100)}" if rows[0].get("variant") else ""
+    origin = f"prompt {rows[0]['prompt_index']}{resampled} · {shorten(rows[0]['example_id'], 100)}{variant}"
     problem = problem_part(rows[0], images, el("p", origin, class_="muted small"))
     return el("article", problem, el("div", title, *lines, more), class_="card group")
 

@@ -297,12 +297,13 @@ def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
         names = ("reflect", "answer", "solution", "no_solution", "skipped", "right")
         values |= {f"correction/{name}": counts[name] / completions for name in names}
         values["correction/reward"] = table.reward_PG.mean().item()
-    if any(group.is_variant for group in groups):
-        of_variant_P = torch.tensor([group.is_variant for group in groups])
-        values["variants/share"] = of_variant_P.float().mean().item()
-        values["variants/success"] = rate_P[of_variant_P].mean().item()
-        values["variants/success_original"] = rate_P[~of_variant_P].mean().item()
+    if any(group.problem != group.position for group in groups):
+        variant_P = torch.tensor([group.is_variant for group in groups])
+        values["variants/share"] = variant_P.float().mean().item()
+        values["variants/success_original"] = rate_P[~variant_P].mean().item()
         values["variants/difficulty"] = float(np.mean([g.difficulty for g in groups if not g.is_variant]))
+        if variant_P.any():
+            values["variants/success"] = rate_P[variant_P].mean().item()
     parts = [part for group in groups for part in group.parts_before]
     for name in sorted({name for part in parts for name in part}):
         values[f"reward/{name}"] = float(np.mean([part[name] for part in parts if name in part]))

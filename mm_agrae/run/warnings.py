@@ -59,7 +59,7 @@ WARNINGS: dict[str, tuple[Callable[[Rows], bool], str, tuple[str, ...]]] = {
         ("truncated", "none-correct", "all-correct")),
     "variants": (
         lambda rows: all(x == 0 for x in newest(rows, STEPS_AT_ZERO, "variants/share")),
-        f"no problem had a variant in {STEPS_AT_ZERO} steps, but was sampled again as it is. `mm-agrae variants CONFIG` "
+        f"no problem had a variant in {STEPS_AT_ZERO} steps, only itself once more. `mm-agrae variants CONFIG` "
         "shows what fits; --prepare makes wordings and steps, data.difficulty_from says what is easy", ()),
     "entropy": (
         lambda rows: grown(rows, "policy/entropy") < ENTROPY_LEFT and fmean(newest(rows, SPAN, "success/mean")) < MOST,

@@ -32,10 +32,6 @@ class ProblemSuccess:
     def rate(self) -> float:
         return self.correct.total() / self.completions.total()
 
-    def by_step(self) -> list[tuple[int, int]]:
-        """Correct completions and all of them, step by step."""
-        return [(self.correct[step], count) for step, count in sorted(self.completions.items())]
-
     @property
     def difficulty(self) -> float:
         """D₀ of DIVA-GRPO from the pass rate: 1 always solved, 9 never."""

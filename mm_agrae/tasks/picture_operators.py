@@ -4,6 +4,7 @@ Each operator says for which problems it keeps the answer (`fits`, from the word
 them (`delta`, in steps of DIVA-GRPO's difficulty from 1 to 9; arXiv 2603.01106 and the tables of its released code).
 """
 
+import functools
 import random
 import re
 import textwrap
@@ -63,6 +64,7 @@ def question_of(example: Example) -> str:
     return _MARKER.sub("", example.question).strip()
 
 
+@functools.cache
 def _drawable(letter: str) -> bool:
     font = ImageFont.load_default(_LEAST_FONT_PX)
     return bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))

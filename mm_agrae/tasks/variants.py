@@ -218,7 +218,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"wordings and steps: {path}: {error}") from None
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):  # not at other line ends in texts
+    for number, line in filter(lambda item: item[1].strip(), enumerate(text.split("\n"), 1)):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)

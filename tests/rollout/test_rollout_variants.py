@@ -160,7 +160,7 @@ def whole(tmp_path_factory):
 
 
 def test_difficulty_follows_success_from_step_to_step(whole):
-    expected = {name: 5.0 for name in (example.id for example in whole.collector.task)}
+    expected = dict.fromkeys((example.id for example in whole.collector.task), 5.0)
     variants = set()
     for step in records(whole):
         sampled = {}

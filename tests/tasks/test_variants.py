@@ -67,7 +67,7 @@ def test_operators_of_a_problem_differ(difficulty):
     problems = synthetic(count=8)
     for chosen in chosen_at(problems, difficulty):
         names = [each.name for each in chosen if each]
-        assert len(names) == len(set(names)) >= 2
+        assert len(names) == len(set(names)) >= 1
         assert sum(name.startswith("hint") for name in names) <= 1
 
 
@@ -181,6 +181,11 @@ def test_hints_stop_before_the_answer(tmp_path):
         ("What is on the left?", False),
         ("What is right of the triangle?", False),
         ("How tall is the tower?", False),
+        ("Which is the leftmost one?", False),
+        ("What is written in the rightmost box?", False),
+        ("How many rows are there?", False),
+        ("Does it go upwards?", False),
+        ("Is it turned anticlockwise?", False),
         ("Which bar is highest?", False),
         ("Give the coordinates of A.", False),
         ("Сколько кругов?", False),
@@ -193,6 +198,20 @@ def test_what_may_be_turned(question, fits):
     assert not PICTURE["rotate"].fits(replace(example, images=()))
     choices = replace(example, grading={"choices": ["above", "inside"]})
     assert not PICTURE["rotate"].fits(choices)
+
+
+def test_pictures_are_turned_as_the_question_says():
+    picture = Image.new("RGB", (40, 20), "white")
+    picture.paste("red", (30, 0, 40, 10))  # at the upper right
+    example, said = Example("1", "How many?", "1", (picture,)), set()
+    for seed in range(40):
+        made = PICTURE["rotate"].make(example, random.Random(seed))
+        said.add(degrees := int(re.search(r"turned clockwise by (\d+) degrees", made.question)[1]))
+        if degrees == 90:
+            assert made.images[0].size == (20, 40)
+            assert made.images[0].getpixel((15, 35)) == (255, 0, 0)
+            assert made.images[0].getpixel((5, 5)) == (255, 255, 255)
+    assert said == set(range(30, 360, 30))
 
 
 def test_what_may_be_written_into_the_picture():
@@ -348,5 +367,5 @@ def test_files_that_do_not_fit(tmp_path, line, message):
 def test_files_that_say_nothing(tmp_path):
     with pytest.raises(DataError, match=r"prepared\.jsonl: has no id of a training row"):
         prepared(tmp_path, {"id": "c"})
-    with pytest.raises(DataError, match="no such file|No such file"):
+    with pytest.raises(DataError, match="No such file"):
         of_rows(tmp_path, ROWS, prepared=str(tmp_path / "nowhere.jsonl"))

@@ -40,8 +40,8 @@ KEY_VARIABLE = "MM_AGRAE_CHAT_KEY"
 TRIES, FIRST_PAUSE_S, LIMIT_S, AT_ONCE = 4, 2.0, 300.0, 16
 _BATCH = 64
 _WORDINGS = """Write five versions of the question below. They have the same answer, and all its numbers and \
-conditions, but clearly another wording and structure; some may be longer, some shorter. Keep markers such as <image> \
-as they are. Do not answer it. Put each version between <version> and </version>.
+conditions, but clearly another wording and structure; some may be longer, some shorter. Keep image markers as they \
+are. Do not answer it. Put each version between <version> and </version>.
 
 Question:
 {question}"""
@@ -94,6 +94,9 @@ def prepare(config: Config, out: Path, *, model: str, address: str, count: int |
 def kept_wordings(example: Example, reply: str) -> list[str]:
     """Versions in a reply with the question's image markers and numbers, in other words, without the answer."""
     found = [text.strip() for text in re.findall(r"<version>(.*?)</version>", reply, re.DOTALL)]
+    # A model that sees pictures in the place of markers may write none: those stand in front, then.
+    first = "".join(f"{marker}\n" for marker in markers(example.question))
+    found = [text if not text or markers(text) else first + text for text in found]
     same = [
         text
         for text in dict.fromkeys(found)
@@ -101,7 +104,7 @@ def kept_wordings(example: Example, reply: str) -> list[str]:
         and text.casefold() != example.question.strip().casefold()
         and markers(text) == markers(example.question)
         and _numbers(text) == _numbers(example.question)
-        and not holds_answer(text, example)
+        and (holds_answer(example.question, example) or not holds_answer(text, example))
     ]
     return same[:5]
 
@@ -110,7 +113,7 @@ def kept_steps(example: Example, reply: str) -> list[str]:
     """The steps in a reply whose final answer is the gold one, up to the first that holds it."""
     steps = [text.strip() for text in re.findall(r"<step>(.*?)</step>", reply, re.DOTALL) if text.strip()]
     grading = {name: value for name, value in example.grading.items() if name != "grader"}
-    if not steps or not verify(example.answer, reply, **grading, answer_in=("boxed",)):
+    if not steps or not verify(example.answer, reply, **grading | {"answer_in": ("boxed",)}):
         return []
     first = next((n for n, step in enumerate(steps) if holds_answer(step, example)), len(steps))
     return steps[:first]
@@ -137,7 +140,7 @@ def _asking(config: Config, model: str, address: str) -> Iterator[Ask]:
             yield lambda examples: [*pool.map(chat, examples)]
         return
     # What the config asks of answers is not asked of these.
-    config = config.model_copy(update={"prompt": config.prompt.model_copy(update={"instruction": ""})})
+    config = config.model_copy(update={"prompt": config.prompt.model_copy(update={"instruction": "", "system": ""})})
     section = config.evaluate.model_copy(update={"samples": 1, "temperature": 0.0, "greedy": False})
     processing, _, engine = build_engine(config, model)
 

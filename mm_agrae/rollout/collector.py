@@ -111,14 +111,14 @@ class Collector:
             prompts, completions = self._replace_refused(prompts, completions, step, resample_round)
             fresh = self._score(prompts, completions, resample_round)
             groups.update({group.position: group for group in fresh})
+            own = [(self._draw_at[g.position].row, sum(s.success for s in g.scores), len(g.scores)) for g in fresh]
+            self.problems.update(self.processes.gather(own, "difficulty") if self.problems.size > 1 else ())
             if resample_round + 1 == rounds:
                 break
             positions = self._without_advantage(groups.values())
             if not positions:
                 break
         found = [groups[position] for position in sorted(groups)]
-        own = [(self._draw_at[g.position].row, sum(s.success for s in g.scores), len(g.scores)) for g in found]
-        self.problems.update(self.processes.gather(own, "difficulty") if self.problems.size > 1 else ())
         if self._corrector:  # after dynamic sampling, which judges the policy's own completions
             self._corrector.correct(found, step, self.engine, self.rewarder)
         return found

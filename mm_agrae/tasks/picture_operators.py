@@ -4,6 +4,7 @@ Each operator says for which problems it keeps the answer (`fits`, from the word
 them (`delta`, in steps of DIVA-GRPO's difficulty from 1 to 9; arXiv 2603.01106 and the tables of its released code).
 """
 
+import functools
 import random
 import re
 import textwrap
@@ -30,10 +31,10 @@ class Operator:
 
 
 DIRECTION = re.compile(
-    r"\b(left|right(?!([- ]angled?)?[- ](angles?|triangles?|prism|cone|cylinder|pyramid|isosceles))|(north|south|east"
-    r"|west)\w*|up|down|upside|top\w*|bottom\w*|upper|lower|low(est)?|high(er|est)?|tall\w*|above|below|under\w*|over"
-    r"|horizontal\w*|vertical\w*|(counter|anti)?-?clockwise|rotat\w*|turn\w*|upright|orient\w*|direction\w*|row|column"
-    r"|ax[ei]s|slope\w*|graph\w*|plot\w*|chart|coordinates?|clock|facing|faces|arrow\w*|mirror\w*|beside|front|behind)\b",
+    r"\b((left|north|south|east|west|up|down|top|bottom|low|high|tall|under|horizontal|vertical|(counter|anti)?-?clock"
+    r"|rotat|turn|orient|direction|row|column|slope|graph|plot|chart|coordinate|arrow|mirror|reflect|quadrant)\w*"
+    r"|right\w*(?!([- ]angled?)?[- ](angles?|triangles?|prism|cone|cylinder|pyramid|isosceles))"
+    r"|ax[ei]s|above|below|over|facing|faces|beside|front|behind)\b",
     re.IGNORECASE,
 )
 """Words of a question that may have another answer once the picture is turned."""
@@ -63,6 +64,7 @@ def question_of(example: Example) -> str:
     return _MARKER.sub("", example.question).strip()
 
 
+@functools.cache
 def _drawable(letter: str) -> bool:
     font = ImageFont.load_default(_LEAST_FONT_PX)
     return bytes(font.getmask(letter)) != bytes(font.getmask("\uffff"))

@@ -178,17 +178,22 @@ def hint_steps(example: Example, steps: Iterable[str], rng: random.Random) -> li
 
 
 def holds_answer(text: str, example: Example) -> bool:
-    """Whether a hint gives the answer away: it, or the choice it names, stands in the text and not in the question."""
-    gold = final_answer(example.answer)
-    answers, choices = {gold}, [str(choice) for choice in example.grading.get("choices") or ()]
-    if len(gold) == 1 and 0 <= ord(gold.upper()) - ord("A") < len(choices):
-        answers.add(choices[ord(gold.upper()) - ord("A")])
-    return any(_stands_in(each, text) and not _stands_in(each, example.question) for each in answers)
+    """Whether a hint gives the answer away: it stands there and not in the question, or the choice it names."""
+    gold, choices = final_answer(example.answer), example.grading.get("choices") or ()
+    named = ord(gold.upper()) - ord("A") if len(gold) == 1 else -1
+    if 0 <= named < len(choices):  # which a question may list: that says nothing
+        return _stands_in(gold, text) or _stands_in(str(choices[named]), text)
+    return _stands_in(gold, text) and not _stands_in(gold, example.question)
 
 
 def _stands_in(answer: str, text: str) -> bool:
-    answer, text = (re.sub(r"(?<=\d),(?=\d{3})|\\[,!;]|[\s$]+", "", part) for part in (answer, text))
-    return bool(answer) and re.search(rf"(?<![\w.]){re.escape(answer)}(?!\w|\.\d)", text) is not None
+    """As a number or words of its own, whatever dollar signs, thousands' separators and spaces there are."""
+    for thousands_or_space, instead in ((r"(?<=\d)(,|\\,)(?=\d{3}(?!\d))", ""), (r"\\[,!; ]|\$|\s+", " ")):
+        answer, text = (re.sub(thousands_or_space, instead, part) for part in (answer, text))
+    answer, text = (re.sub(r" *([^\w .]) *", r"\1", part).strip() for part in (answer, text))
+    first, last = (r"\b" if letter.isalpha() else "" for letter in (answer[:1], answer[-1:]))
+    whole = rf"(?<!\d)(?<!\d\.){first}{re.escape(answer)}{last}(?!\d|\.\d)"
+    return bool(answer) and re.search(whole, text, re.IGNORECASE * (len(answer) > 1)) is not None
 
 
 def _has_steps(steps: list[str], count: int, _: Example) -> bool:
@@ -213,11 +218,13 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"wordings and steps: {path}: {error}") from None
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in filter(lambda item: item[1].strip(), enumerate(text.split("\n"), 1)):
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-            if not all(isinstance(text, str) for text in (row["id"], *row.get("wordings", ()), *row.get("steps", ()))):
+            lists = [row.get(name, []) for name in ("wordings", "steps")]
+            texts = [row["id"], *lists[0], *lists[1]]
+            if {*map(type, lists)} != {list} or {*map(type, texts)} != {str}:
                 raise TypeError("wordings and steps are lists of texts")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             form = '{"id": "…", "wordings": ["…"], "steps": ["…"]}'

@@ -54,6 +54,7 @@ def train(config):
         ("all-correct", STEPS_ALIKE, {"groups/all_correct": 1.0, "success/mean": 1.0} | ZERO),
         ("no-gradient", STEPS_ALIKE, {"groups/no_signal": 1.0}),
         ("no-gradient", STEPS_ALIKE, {"update/grad_norm": 0.0}),
+        ("variants", STEPS_AT_ZERO, {"variants/share": 0.0}),
         ("entropy", SPAN, {"policy/entropy": 0.04}),
         ("clipping", STEPS_ALIKE, {"policy/clip_low": 0.07, "policy/clip_high": 0.07}),
         ("mismatch", SPAN, {"mismatch/mean_abs": 0.04}),
@@ -120,6 +121,7 @@ CONSTANT = "def constant(example, completion): return 1.0\n"
         ("truncated", STEPS_AT_ZERO, {"rollout": {"max_new_tokens": 2}}),
         ("no-gradient", STEPS_ALIKE, {"reward": {"parts": {"accuracy": 0.0, "own": 1.0}}}),
         ("all-correct", STEPS_ALIKE, {"reward": {"parts": {"own": 1.0}, "success": "own"}}),
+        ("variants", STEPS_AT_ZERO, {"rollout": {"variants": {}}}),
     ],
 )
 def test_a_run_says_what_is_wrong_with_it(tmp_path, capsys, name, step, sections):

@@ -18,7 +18,7 @@ from mm_agrae import __version__
 from mm_agrae.config.shipped import config_file, config_names, found
 from mm_agrae.errors import ConfigError, UserError, install, no_model
 from mm_agrae.out_of_memory import explained
-from mm_agrae.run.step_line import legend
+from mm_agrae.run.step_line import legend, show_summary
 
 if TYPE_CHECKING:
     from mm_agrae.config import Config
@@ -90,6 +90,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(add)
 
     _add_evaluations(add)
+
+    argument = add(_study, "arms × seeds of one config, compared with intervals", config="a study file")
+    argument("--jobs", type=int, default=1, help="runs at a time, one CPU thread each")
+    argument("--quick", action="store_true", help="the small version that the file describes")
+    argument("--arms", nargs="+", help="run only these")
+    argument("--seeds", nargs="+", type=int, help="run only these")
+    argument("--out", type=Path, default=Path("runs/studies"), help="folder of studies: records, tables, figures")
+    argument("--work", type=Path, default=Path("runs/studies"), help="where run folders, logs and claims are")
+    argument("--tables", action="store_true", help="train nothing, make tables and figures of the records again")
+    argument("--any-code", action="store_true", help="also take records that other versions of the code made")
+    argument("--keep", action="store_true", help="keep the checkpoints of recorded runs")
 
     what = "a file, a folder, a hub id or a task, whose options may follow; or a config"
     argument = add(_data, "what a data set is read as, and its bad rows", config=what)
@@ -266,7 +277,7 @@ def _train(arguments: argparse.Namespace) -> int:
     summary = trainer.train()
     if trainer.is_main:
         trainer.reporter.say("")
-        _show_summary(trainer.reporter, summary)
+        show_summary(trainer.reporter, summary)
         trainer.reporter.say(f"checkpoint  {trainer.newest_checkpoint()}")
         trainer.reporter.say(f"report      {write_report(run_dir)}")
         errors = summary["reward_errors"]
@@ -278,31 +289,6 @@ def _train(arguments: argparse.Namespace) -> int:
         if errors["share"] > ERRORS_WITHOUT_NOTICE and not trainer.stop.exit_status:
             return 3
     return trainer.stop.exit_status
-
-
-def _show_summary(reporter: Any, summary: dict[str, Any]) -> None:
-    table = summary["pass_at_k"]
-    if not table:
-        return
-    ks = sorted({int(k) for values in table.values() for k in values})
-
-    def cell(name: str, k: int) -> str:
-        value = table.get(name, {}).get(k)
-        return f"{value['mean']:.1%} [{value['low']:.1%}, {value['high']:.1%}]" if value else "-"
-
-    reporter.table(
-        "pass@k, 95 % interval over problems",
-        ["k", *table],
-        [[str(k), *(cell(name, k) for name in table)] for k in ks],
-    )
-    if (fallen := summary["families_fallen"]) is not None:
-        changes = (
-            f"{name} {100 * x:+.1f} points at pass@{k}" for name, by_k in fallen.items() for k, x in by_k.items()
-        )
-        reporter.say(f"fell        {', '.join(changes) or 'no family of problems'}")
-    stages = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
-    reporter.say(f"seconds     {stages}")
-    reporter.say(f"peak memory {summary['peak_memory_mb']:.0f} MB")
 
 
 def _eval(arguments: argparse.Namespace) -> int:
@@ -354,6 +340,33 @@ def _difficulty(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or Path("runs/difficulty")
     return measure(models, paths, config, out, arguments.label, arguments.rating, arguments.proficiency)
+
+
+def _study(arguments: argparse.Namespace) -> int:
+    """Train every arm of a study with every seed, evaluate, and compare the arms. What is recorded is not done again; an
+    interrupted run goes on. Several machines may share the folders, each run is done by one. The pages are
+    OUT/NAME/index.html and results.md beside OUT. Status 1 if a run failed.
+    """
+    from mm_agrae.evaluation import study as studies
+    from mm_agrae.evaluation.study_runner import Runner
+    from mm_agrae.evaluation.study_statistics import read_record, write_about
+    from mm_agrae.view.study import line_of, write_results, write_study
+
+    if arguments.jobs < 1:
+        raise ConfigError(f"--jobs is {arguments.jobs}; it must be 1 or more")
+    study = studies.load(arguments.config, quick=arguments.quick, overrides=arguments.overrides)
+    name = Path(arguments.config).stem + "-quick" * arguments.quick
+    folder, work = arguments.out / name, arguments.work / name
+    runs = studies.runs_of(study, work)
+    chosen = studies.choose(runs, arguments.arms, arguments.seeds)
+    if not arguments.tables or not (folder / "study.json").exists():
+        write_about(study, name, runs, folder)
+    options = {"any_code": arguments.any_code, "keep": arguments.keep}
+    runner = Runner(chosen, folder / "data", work, describe=lambda path: line_of(read_record(path)), **options)
+    if not arguments.tables:
+        runner.run(arguments.jobs)
+    print(write_study(folder), write_results(arguments.out, arguments.out.parent / "results.md"), sep="\n")
+    return int(bool(runner.failed))
 
 
 def _data(arguments: argparse.Namespace) -> int:

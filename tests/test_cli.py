@@ -19,6 +19,7 @@ from mm_agrae import cli, progress
 from mm_agrae import config as configs
 from mm_agrae.progress import Reporter
 from mm_agrae.run.folder import summarise_evaluations
+from mm_agrae.run.step_line import show_summary
 
 
 @pytest.fixture(autouse=True)
@@ -70,10 +71,10 @@ def test_the_summary_names_families_that_fell(tmp_path, capsys):
     more = {"seconds": {"total": 1.0}, "peak_memory_mb": 10.0}
     for solved, line in (([4, 2, 4, 0], "counting -50.0 points at pass@4"), ([4, 2, 1, 4], "no family of problems")):
         evaluate(run, "after", solved, meta=families)
-        cli._show_summary(Reporter(), summarise_evaluations(run, "test") | more)
+        show_summary(Reporter(), summarise_evaluations(run, "test") | more)
         assert f"fell        {line}\n" in capsys.readouterr().out
     evaluate(run, "after", [0] * 4)
-    cli._show_summary(Reporter(), summarise_evaluations(run, "test") | more)
+    show_summary(Reporter(), summarise_evaluations(run, "test") | more)
     assert "fell" not in capsys.readouterr().out
 
 

@@ -8,7 +8,7 @@ amounts to, `objective.py` what it gives rule and loss, `plugins.py` finds code 
 
 from mm_agrae.config.objective import rule_settings, uses_entropy
 from mm_agrae.config.plan import contradictions, plan, total_steps
-from mm_agrae.config.reading import dump, load, parse, public
+from mm_agrae.config.reading import dump, load, parse, parse_as, public, read
 from mm_agrae.config.schema import (
     Config,
     DataSource,

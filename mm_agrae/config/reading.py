@@ -5,10 +5,11 @@ the key and the nearest valid one. Nothing else is loaded before a config is kno
 """
 
 import copy
+import functools
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -18,6 +19,7 @@ from mm_agrae.config.section import SECRET_NAME, URL_SECRET, number
 from mm_agrae.config.shipped import SUFFIXES, config_file, config_names
 from mm_agrae.errors import ConfigError, nearest
 
+Kind = TypeVar("Kind", bound=BaseModel)
 MAX_VALUES, MAX_DEPTH = 100_000, 50
 """Of a config file: far above what anybody writes."""
 
@@ -159,12 +161,22 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+def read(path: Path) -> dict[str, Any]:
+    """The plain values of a YAML file laid over those of its `base`. Raises ConfigError."""
+    return functools.reduce(_merge, _read(path))
+
+
 def parse(values: dict[str, Any], source: str = "config", for_gpus: bool = False) -> Config:
     """Validate plain values, as read from YAML. Raises ConfigError."""
+    return parse_as(Config, values, source, {"for_gpus": for_gpus})
+
+
+def parse_as(kind: type[Kind], values: dict[str, Any], source: str, context: dict[str, Any] | None = None) -> Kind:
+    """`parse` for another kind of file than a config."""
     try:
-        return Config.model_validate(values, context={"for_gpus": for_gpus})
+        return kind.model_validate(values, context=context)
     except ValidationError as error:
-        lines = [_explain(item) for item in error.errors()]
+        lines = [_explain(kind, item) for item in error.errors()]
         raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None
 
 
@@ -219,11 +231,11 @@ def _part(node: dict[str, Any] | list[Any], name: str, key: str) -> Any:
     return int(name)
 
 
-def _explain(item: Any) -> str:
+def _explain(kind: type[BaseModel], item: Any) -> str:
     location = [part for part in item["loc"] if not str(part).startswith("function-")]
     key = ".".join(str(part) for part in location)
     if item["type"] == "extra_forbidden":
-        section: Any = Config
+        section: Any = kind
         for part in location[:-1]:
             section = _section_type(section, part)
         fields = section.model_fields if section is not None else {}

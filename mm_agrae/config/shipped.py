@@ -29,7 +29,7 @@ def config_names() -> list[str]:
     """Names of the shipped configs, such as quickstart: complete ones, then those to be laid over others (with/…)."""
     folder = shipped("configs")
     names = (str(path.relative_to(folder).with_suffix("")) for path in folder.rglob("*.yaml"))
-    return sorted(name for name in names if not name.startswith("accelerate/"))
+    return sorted(name for name in names if not name.startswith(("accelerate/", "studies/")))
 
 
 def config_file(name: str | Path) -> Path:

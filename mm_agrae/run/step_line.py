@@ -1,6 +1,12 @@
-"""The line that a run prints after each step, and the legend that explains it."""
+"""The line that a run prints after each step, the legend that explains it, and what it prints at its end."""
+
+from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mm_agrae.progress import Reporter
 
 # fmt: off
 ENTRIES: dict[str, tuple[str, Callable[[Mapping[str, float]], str]]] = {
@@ -33,3 +39,29 @@ def legend() -> str:
     """What each figure means, one a line."""
     lines = (f"  {name:14} {meaning}" for name, (meaning, _) in ENTRIES.items())
     return "\n".join(["the line of a step (docs/warnings.md explains the warnings):", *lines])
+
+
+def show_summary(reporter: Reporter, summary: Mapping[str, Any]) -> None:
+    """The end of a run, from its summary: pass@k, what fell, seconds, memory."""
+    table = summary["pass_at_k"]
+    if not table:
+        return
+    ks = sorted({int(k) for values in table.values() for k in values})
+
+    def cell(name: str, k: int) -> str:
+        value = table.get(name, {}).get(k)
+        return f"{value['mean']:.1%} [{value['low']:.1%}, {value['high']:.1%}]" if value else "-"
+
+    reporter.table(
+        "pass@k, 95 % interval over problems",
+        ["k", *table],
+        [[str(k), *(cell(name, k) for name in table)] for k in ks],
+    )
+    if (fallen := summary["families_fallen"]) is not None:
+        changes = (
+            f"{name} {100 * x:+.1f} points at pass@{k}" for name, by_k in fallen.items() for k, x in by_k.items()
+        )
+        reporter.say(f"fell        {', '.join(changes) or 'no family of problems'}")
+    stages = "  ".join(f"{name} {value:.0f}" for name, value in summary["seconds"].items())
+    reporter.say(f"seconds     {stages}")
+    reporter.say(f"peak memory {summary['peak_memory_mb']:.0f} MB")

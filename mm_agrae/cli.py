@@ -91,17 +91,6 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_evaluations(add)
 
-    argument = add(_study, "arms × seeds of one config, compared with intervals", config="a study file")
-    argument("--jobs", type=int, default=1, help="runs at a time, one CPU thread each")
-    argument("--quick", action="store_true", help="the small version that the file describes")
-    argument("--arms", nargs="+", help="run only these")
-    argument("--seeds", nargs="+", type=int, help="run only these")
-    argument("--out", type=Path, default=Path("runs/studies"), help="folder of studies: records, tables, figures")
-    argument("--work", type=Path, default=Path("runs/studies"), help="where run folders, logs and claims are")
-    argument("--tables", action="store_true", help="train nothing, make tables and figures of the records again")
-    argument("--any-code", action="store_true", help="also take records that other versions of the code made")
-    argument("--keep", action="store_true", help="keep the checkpoints of recorded runs")
-
     what = "a file, a folder, a hub id or a task, whose options may follow; or a config"
     argument = add(_data, "what a data set is read as, and its bad rows", config=what)
     argument("-n", type=int, default=3, help="how many rows to show")
@@ -173,6 +162,15 @@ def _add_evaluations(add: Callable[..., Any]) -> None:
     argument("--proficiency", default="none,low,average,high", help="any of these, joined by commas (default: all)")
     argument("--config", help="config with data.evaluate (default: the checkpoint's)")
     argument("--out", type=Path, help="a folder (default: runs/difficulty); with --rollouts, a file")
+
+    argument = add(_study, "arms × seeds of one config, compared with intervals", config="a study file")
+    argument("--jobs", type=int, default=1, help="runs at a time, one CPU thread each")
+    argument("--quick", action="store_true", help="the small version that the file describes")
+    argument("--arms", nargs="+", help="run only these")
+    argument("--seeds", nargs="+", type=int, help="run only these")
+    argument("--out", type=Path, default=Path("runs/studies"), help="folder of studies, which machines may share")
+    argument("--tables", action="store_true", help="run nothing, make tables and figures of the records again")
+    argument("--any-code", action="store_true", help="also take records that another version of the code made")
 
 
 def _add_variants(add: Callable[..., Any]) -> None:
@@ -343,30 +341,15 @@ def _difficulty(arguments: argparse.Namespace) -> int:
 
 
 def _study(arguments: argparse.Namespace) -> int:
-    """Train every arm of a study with every seed, evaluate, and compare the arms. What is recorded is not done again; an
-    interrupted run goes on. Several machines may share the folders, each run is done by one. The pages are
-    OUT/NAME/index.html and results.md beside OUT. Status 1 if a run failed.
+    """Train every arm of a study with every seed, evaluate, compare the arms, on OUT/NAME/index.html and results.md
+    beside OUT. What is recorded is not done again, an interrupted run goes on; several machines may share OUT. Status
+    1 if a run failed.
     """
-    from mm_agrae.evaluation import study as studies
-    from mm_agrae.evaluation.study_runner import Runner
-    from mm_agrae.evaluation.study_statistics import read_record, write_about
-    from mm_agrae.view.study import line_of, write_results, write_study
+    from mm_agrae.view.study import carry_out
 
-    if arguments.jobs < 1:
-        raise ConfigError(f"--jobs is {arguments.jobs}; it must be 1 or more")
-    study = studies.load(arguments.config, quick=arguments.quick, overrides=arguments.overrides)
     name = Path(arguments.config).stem + "-quick" * arguments.quick
-    folder, work = arguments.out / name, arguments.work / name
-    runs = studies.runs_of(study, work)
-    chosen = studies.choose(runs, arguments.arms, arguments.seeds)
-    if not arguments.tables or not (folder / "study.json").exists():
-        write_about(study, name, runs, folder)
-    options = {"any_code": arguments.any_code, "keep": arguments.keep}
-    runner = Runner(chosen, folder / "data", work, describe=lambda path: line_of(read_record(path)), **options)
-    if not arguments.tables:
-        runner.run(arguments.jobs)
-    print(write_study(folder), write_results(arguments.out, arguments.out.parent / "results.md"), sep="\n")
-    return int(bool(runner.failed))
+    keys = ("config", "overrides", "quick", "arms", "seeds", "jobs", "tables", "any_code")
+    return carry_out(arguments.out / name, **{key: getattr(arguments, key) for key in keys})
 
 
 def _data(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
 """A study: arms × seeds of one config, every run trained once and kept as a small file of figures.
 
-`Study` is the file that describes one, `runs_of` its runs, `record_of` what is kept of one. Which run it was is told
-by two digests: `config` of the resolved config and the weights it starts from, `code` of the code that trains. A run
-whose record is there is not done again; a changed config or other code makes another run.
+`Study` is the file that describes one, `runs_of` its runs, `record_of` what is kept of one. A run is known by two
+digests: of its resolved config with the weights it starts from, and of the code that trains. A changed config or
+other code makes another run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from mm_agrae.config.shipped import PACKAGE, config_file
 from mm_agrae.errors import ConfigError, nearest
 from mm_agrae.run.files import to_json, write_atomic
 from mm_agrae.run.folder import RunFolder
-from mm_agrae.run.problems import problem_success
+from mm_agrae.run.problems import ProblemSuccess, problem_success
 from mm_agrae.run.records import EvaluationResult
 
 START = "before training"
@@ -36,7 +36,6 @@ NOT_TRAINING = re.compile(r"(view|adapters)/|evaluation/(study|alignment|difficu
 """Files that no figure of a run depends on."""
 CURVES = {
     "success": "success/mean",
-    "reward": "reward/mean",
     "omega": "advantage/omega",
     "entropy": "policy/entropy",
     "unsolved": "groups/all_incorrect",
@@ -65,9 +64,9 @@ class Study(Section):
     """Laid over it, as on the command line: key=value, files, or names of shipped ones."""
     arms: dict[str, tuple[str, ...]] = Field(min_length=1)
     """Name -> what is laid over that for this arm."""
-    vary: dict[str, tuple[Any, ...]] = {}
+    vary: dict[str, tuple[Any, ...]] = Field(default={})
     """Setting -> values: every arm is run with each, as arms of their own."""
-    against: dict[str, str] = {}
+    against: dict[str, str] = Field(default={})
     """Arm -> the arm that it is compared with. Not named: the first."""
     seeds: tuple[int, ...] = Field(min_length=1)
     evaluate: tuple[DataSource, ...] = ()
@@ -89,7 +88,7 @@ class Study(Section):
         """Name -> settings, with those that `vary` makes."""
         grid = [[f"{key}={value}" for value in values] for key, values in self.vary.items()]
         return {
-            ", ".join([arm, *(each.rpartition(".")[2] for each in cell)]): (*settings, *cell)
+            ", ".join([arm, *(re.sub(r"^[^=]*\.", "", each) for each in cell)]): (*settings, *cell)
             for arm, settings in self.arms.items()
             for cell in itertools.product(*grid)
         }
@@ -131,33 +130,28 @@ class Run:
         return self.arm if self.seed is None else f"{self.arm}, seed {self.seed}"
 
 
-def runs_of(study: Study, work: Path) -> list[Run]:
+def runs_of(study: Study) -> list[Run]:
     """Every run, the model before training first, then seed by seed. Raises ConfigError for what cannot be run."""
-    arms = study.all_arms()
+    sets = {"data": {"evaluate": [source.model_dump(exclude_unset=True) for source in study.evaluate]}}
+    first: list[str | Mapping[str, Any]] = [sets if study.evaluate else {}, {"evaluate": {"before": False}}]
     runs = []
-    for seed, (arm, settings) in itertools.product((None, *study.seeds), ((START, ()), *arms.items())):
-        if (seed is None) != (arm == START):
-            continue
-        layers: list[str | Mapping[str, Any]] = [{"evaluate": {"before": False}}, *study.settings, *settings]
-        if study.evaluate:
-            layers.insert(0, {"data": {"evaluate": [source.model_dump(exclude_unset=True) for source in study.evaluate]}})
-        layers.append({"run_dir": "-", "train": {"seed": seed or 0}})
-        config = configs.load(study.config, layers)
-        if not config.data.evaluate or not config.evaluate.after:
-            raise ConfigError(f"study, arm {arm!r}: it needs evaluate, or data.evaluate in its config, and evaluate.after")
-        run = Run(arm, seed, (*study.settings, *settings), config, _digest_of(config, trained=seed is not None))
-        runs.append(replace(run, config=config.model_copy(update={"run_dir": str(work / run.name)})))
+    grid = [(None, START, ()), *((seed, *arm) for seed in study.seeds for arm in study.all_arms().items())]
+    for seed, arm, own in grid:
+        settings = (*study.settings, *own)
+        config = configs.load(study.config, [*first, *settings, {"run_dir": "-", "train": {"seed": seed or 0}}])
+        if not (config.data.evaluate and config.evaluate.after):
+            raise ConfigError(f"study, arm {arm!r}: it needs data to evaluate on (evaluate), and evaluate.after=true")
+        runs.append(Run(arm, seed, settings, config, _digest_of(config, trained=seed is not None)))
     return runs
 
 
 def choose(runs: Sequence[Run], arms: Sequence[str] | None, seeds: Sequence[int] | None) -> list[Run]:
-    """The model before training and the runs of some arms and seeds (None: all). Raises ConfigError for a wrong name."""
+    """The model before training, and runs of some arms and seeds (None: all). Raises ConfigError for a wrong one."""
     for option, given, valid in (("arms", arms, {r.arm for r in runs}), ("seeds", seeds, {r.seed for r in runs})):
-        if unknown := [each for each in given or () if each not in valid]:
-            raise ConfigError(f"--{option} {unknown[0]}: not in the study; {nearest(str(unknown[0]), map(str, valid))}")
-    trained = (run for run in runs if run.seed is not None)
-    wanted = [r for r in trained if (not arms or r.arm in arms) and (not seeds or r.seed in seeds)]
-    return [*(run for run in runs if run.seed is None), *wanted]
+        for each in given or ():
+            if each not in valid:
+                raise ConfigError(f"--{option} {each}: not in the study; {nearest(str(each), map(str, valid))}")
+    return [r for r in runs if r.seed is None or (r.arm in (arms or [r.arm]) and r.seed in (seeds or [r.seed]))]
 
 
 def _digest_of(config: Config, trained: bool) -> str:
@@ -176,7 +170,6 @@ def _weights(path: str) -> str:
     return _digest(*(file.read_bytes() for file in files)) if files else path
 
 
-@cache
 def code() -> str:
     """Digest of the source files that the figures of a run depend on."""
     files = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
@@ -187,42 +180,29 @@ def _digest(*contents: bytes) -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(content).digest() for content in contents)).hexdigest()[:10]
 
 
-def record_path(run: Run, data: Path, *, any_code: bool = False) -> Path | None:
-    """The record of a run, if there is one; `any_code`: also one that other code has made."""
-    found = sorted(data.glob(f"{run.name}-{'*' if any_code else code()}.json"))
-    return found[-1] if found else None
+def write_record(record: Mapping[str, Any], path: Path) -> None:
+    lines = (f"{json.dumps(name)}: {to_json(value)}" for name, value in record.items())
+    write_atomic(path, "{" + ",\n".join(lines) + "}\n")
 
 
-def write_record(run: Run, folder: RunFolder, data: Path) -> Path:
-    """Keep the figures of a finished run."""
-    path = data / f"{run.name}-{code()}.json"
-    # One line for each list of figures: small, and a change can be read.
-    text = json.dumps(record_of(run, folder), ensure_ascii=False, indent=1)
-    text = re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text)
-    write_atomic(path, text + "\n")
-    return path
-
-
-def record_of(run: Run, folder: RunFolder) -> dict[str, Any]:
+def record_of(run: Run, folder: RunFolder, code: str) -> dict[str, Any]:
     """What is kept of a run: per problem how many samples were correct, curves, times, versions."""
     metrics, summary = folder.read_metrics(), folder.read_summary()
-    seconds = [
-        row.get("cpu_seconds/total", 0) - row.get("cpu_seconds/evaluate", 0) - row.get("cpu_seconds/checkpoint", 0)
-        for row in metrics
-    ]
+    total, *others = (
+        [row.get(f"cpu_seconds/{of}", 0.0) for row in metrics] for of in ("total", "evaluate", "checkpoint")
+    )
     curves = {name: [_short(row.get(key)) for row in metrics] for name, key in CURVES.items()}
-    curves["cpu_seconds"] = [round(float(total), 1) for total in np.cumsum(seconds)]
+    curves["cpu_seconds"] = np.round(np.cumsum(np.array(total) - np.sum(others, axis=0)), 1).tolist()
     results = [each for each in folder.read_evaluations() if run.seed is None or each.name == "after"]
     drawn = {} if run.seed is None or not folder.rollout_steps() else problem_success(folder.path)
     return {
         "arm": run.arm,
         "seed": run.seed,
         "config": run.digest,
-        "code": code(),
+        "code": code,
         "settings": list(run.settings),
         "alpha": _alpha(run.config),
         "seconds": _short(summary.get("seconds", {}).get("total") or sum(result.seconds for result in results)),
-        "peak_memory_mb": _short(summary.get("peak_memory_mb")),
         "warnings": summary.get("warnings", {}),
         "versions": folder.read_versions(),
         "evaluations": {result.label: _evaluation(folder, result, drawn) for result in results},
@@ -237,12 +217,12 @@ def _alpha(config: Config) -> float | None:
     return settings.get("alpha", 1.0) if agrae and settings.get("group_level", True) else None
 
 
-def _evaluation(folder: RunFolder, result: EvaluationResult, drawn: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluation(folder: RunFolder, result: EvaluationResult, drawn: Mapping[str, ProblemSuccess]) -> dict[str, Any]:
     correct: dict[str, int] = {}
     greedy: dict[str, int] = {}
     for row in folder.read_samples(result):
-        counts = greedy if row["sample"] == -1 else correct
-        counts[row["example_id"]] = counts.get(row["example_id"], 0) + bool(row["success"])
+        counts, key = greedy if row["sample"] == -1 else correct, row["example_id"]
+        counts[key] = counts.get(key, 0) + bool(row["success"])
     record = {
         "samples": result.samples,
         "problems": _digest(*(key.encode() for key in correct)),
@@ -258,9 +238,9 @@ def _evaluation(folder: RunFolder, result: EvaluationResult, drawn: Mapping[str,
         },
     }
     if drawn.keys() & correct.keys():  # problems of the training set: how often a run sampled and solved them
-        none = [0, 0]
-        counts_of = {key: [found.completions.total(), found.correct.total()] for key, found in drawn.items()}
-        record["drawn"], record["solved"] = (list(each) for each in zip(*(counts_of.get(key, none) for key in correct)))
+        known = [drawn.get(key, ProblemSuccess(key)) for key in correct]
+        record["drawn"] = [each.completions.total() for each in known]
+        record["solved"] = [each.correct.total() for each in known]
     return record
 
 

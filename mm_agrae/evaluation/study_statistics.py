@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,11 @@ Record = Mapping[str, Any]
 
 @dataclass
 class StudyData:
-    """A study's records as they lie in its folder: `study.json`, and `data/*.json`."""
+    """What lies in the folder of a study: `study.json`, and the records, `data/*.json`."""
 
     about: dict[str, Any]
     runs: dict[str, dict[int | None, Record]]
     """Arm -> seed -> record."""
-    codes: set[str] = field(default_factory=set)
     other: int = 0
     """Records of other settings than those in study.json, which are left out."""
 
@@ -46,29 +45,31 @@ class StudyData:
         return self.runs.get(START, {}).get(None)
 
     @property
+    def records(self) -> list[Record]:
+        return [record for runs in self.runs.values() for record in runs.values()]
+
+    @property
     def arms(self) -> list[str]:
         """Those with records, in the order of the study."""
-        return [arm for arm in self.about["arms"] if self.runs.get(arm)]
+        return [arm for arm in self.about["arms"] if arm in self.runs]
 
     @property
     def labels(self) -> list[str]:
-        return list(next((r["evaluations"] for runs in self.runs.values() for r in runs.values()), {}))
+        return list(self.records[0]["evaluations"]) if self.runs else []
 
     def ks(self, label: str) -> list[int]:
-        samples = (r["evaluations"][label]["samples"] for runs in self.runs.values() for r in runs.values())
-        least = min(samples, default=0)
-        return [k for k in sorted(self.about["ks"]) if k <= least]
+        least = min(record["evaluations"][label]["samples"] for record in self.records)
+        return [k for k in sorted(self.about["ks"]) if k <= least] or [1]
 
-    def missing(self) -> list[str]:
-        """Runs of the study without a record."""
-        held = {record["config"] for runs in self.runs.values() for record in runs.values()}
-        return [title for title, digest in self.about["runs"].items() if digest not in held]
+    def metrics(self, label: str) -> list[int | str]:
+        """The k of pass@k, and "greedy"."""
+        return [*self.ks(label), "greedy"]
 
 
-def write_about(study: Study, name: str, runs: Sequence[Run], folder: Path) -> None:
+def write_about(study: Study, runs: Sequence[Run], folder: Path) -> None:
     """Write study.json: what is needed beside the records to make the tables again."""
     about = {
-        "name": name,
+        "name": folder.name,
         "title": study.title,
         "question": study.question,
         "config": study.config,
@@ -87,15 +88,15 @@ def read_study(folder: Path) -> StudyData:
     about = read_record(folder / "study.json")
     data = StudyData(about, {})
     wanted = set(about["runs"].values())
-    for record in sorted(map(read_record, (folder / "data").glob("*.json")), key=lambda r: r["versions"].get("created", "")):
+    for record in sorted(
+        map(read_record, (folder / "data").glob("*.json")), key=lambda r: r["versions"].get("created", "")
+    ):
         if record["config"] not in wanted:
             data.other += 1
             continue
-        data.codes.add(record["code"])
         data.runs.setdefault(record["arm"], {})[record["seed"]] = record  # the latest, if several codes made it
     for label in data.labels:
-        records = [record for runs in data.runs.values() for record in runs.values()]
-        if len({record["evaluations"][label]["problems"] for record in records}) > 1:
+        if len({record["evaluations"][label]["problems"] for record in data.records}) > 1:
             raise RunFolderError(f"{folder}: the records hold different problems of {label}; delete those of one kind")
     return data
 
@@ -146,24 +147,33 @@ class Difference:
 def difference(gain_SP: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
     """Mean of gains, paired by seed and problem, with a bootstrap over seeds and problems at once.
 
-    Seeds and problems are drawn independently, as the question is how it would be with other seeds on other problems.
-    Few seeds make a bootstrap too narrow by √((S−1)/S) and by what Student's t has over the normal distribution; the
-    resamples are spread about their mean by both (Hesterberg 2014, "expanded"). Of one seed the interval is
-    unbounded.
+    Both are drawn independently, as the question is how it would be with other seeds on other problems. That counts
+    chance in single cells thrice, and few seeds not enough: the resamples are spread about their mean to the unbiased
+    variance of a crossed design, and by what Student's t of S − 1 degrees of freedom has over the normal distribution.
+    Of one seed or one problem the interval is unbounded.
     """
-    seeds, problems = gain_SP.shape
-    mean = float(gain_SP.mean())
-    ahead = int((gain_SP.mean(1) > 1e-12).sum())
-    if seeds < 2:
+    (seeds, problems), mean, ahead = gain_SP.shape, float(gain_SP.mean()), int((gain_SP.mean(1) > 1e-12).sum())
+    if min(seeds, problems) < 2:
         return Difference(mean, -math.inf, math.inf, 1.0, seeds, ahead)
     generator = np.random.default_rng(seed)
     seeds_BS = generator.multinomial(seeds, np.full(seeds, 1 / seeds), resamples) / seeds
     problems_BP = generator.multinomial(problems, np.full(problems, 1 / problems), resamples) / problems
-    means_B = ((seeds_BS @ gain_SP) * problems_BP).sum(1)
-    means_B = mean + (means_B - mean) * math.sqrt(seeds / (seeds - 1)) * student_quantile(seeds - 1) / 1.959964
-    low, high = np.percentile(means_B, [2.5, 97.5])
-    tail = min((means_B <= 0).sum(), (means_B >= 0).sum())
+    off_B = ((seeds_BS @ gain_SP) * problems_BP).sum(1) - mean
+    if (spread := math.sqrt((off_B**2).mean())) > 1e-12:
+        off_B *= math.sqrt(_variance(gain_SP)) / spread * student_quantile(seeds - 1) / 1.959964
+    low, high = np.percentile(mean + off_B, [2.5, 97.5])
+    tail = min((mean + off_B <= 1e-12).sum(), (mean + off_B >= -1e-12).sum())
     return Difference(mean, float(low), float(high), min(1.0, 2 * (tail + 1) / (resamples + 1)), seeds, ahead)
+
+
+def _variance(gain_SP: np.ndarray) -> float:
+    """Of the mean of a table whose rows and columns are both drawn at random: (MS_S + MS_P − MS_rest) / SP."""
+    seeds, problems = gain_SP.shape
+    mean_S, mean_P = gain_SP.mean(1), gain_SP.mean(0)
+    rest_SP = gain_SP - mean_S[:, None] - mean_P + gain_SP.mean()
+    rest = (rest_SP**2).sum() / ((seeds - 1) * (problems - 1))
+    by_seed, by_problem = problems * mean_S.var(ddof=1), seeds * mean_P.var(ddof=1)
+    return float(max(by_seed, by_problem, by_seed + by_problem - rest)) / gain_SP.size
 
 
 def student_quantile(freedom: int) -> float:
@@ -190,20 +200,17 @@ def differences(data: StudyData) -> dict[tuple[str, str, int | str], Difference]
     The least and the greatest k of every set are the main differences; their p-values are adjusted together.
     """
     found: dict[tuple[str, str, int | str], Difference] = {}
-    main = []
+    main = list[tuple[str, str, int | str]]()
     for arm in data.arms:
         own, other = data.runs[arm], data.runs.get(data.about["against"][arm], {})
         seeds = sorted(seed for seed in own.keys() & other.keys() if seed is not None)
         if arm == data.about["against"][arm] or not seeds:
             continue
-        for label in data.labels:
-            ks = data.ks(label)
-            greedy = [] if own[seeds[0]]["evaluations"][label]["greedy"] is None else ["greedy"]
-            for k in (*ks, *greedy):
-                gains = [values_P(own[seed], label, k) - values_P(other[seed], label, k) for seed in seeds]
+        for label, k in ((of, k) for of in data.labels for k in data.metrics(of)):
+            gains = [values_P(own[seed], label, k) - values_P(other[seed], label, k) for seed in seeds]
+            if np.isfinite(gains).all():  # else there was no greedy decoding
                 found[arm, label, k] = difference(np.array(gains))
-                if k in (ks[0], ks[-1]):
-                    main.append((arm, label, k))
+                main += [(arm, label, k)] * (k in (data.ks(label)[0], data.ks(label)[-1]))
     for key, p in zip(main, holm([found[key].p for key in main]), strict=True):
         found[key] = replace(found[key], adjusted=p)
     return found
@@ -249,11 +256,3 @@ def success_at(record: Record, cpu_seconds: float) -> float:
     """Share of correct training completions, over the WINDOW steps that end by so many CPU-seconds of training."""
     until = np.searchsorted(record["curves"]["cpu_seconds"], cpu_seconds, "right")
     return float(np.mean(record["curves"]["success"][max(0, until - WINDOW) : max(1, until)]))
-
-
-def mean_and_spread(values: Iterable[float | None]) -> tuple[float, float | None] | None:
-    """Mean and standard deviation (ddof 1; None of one value) of what is known; None if nothing is."""
-    known = [value for value in values if value is not None and math.isfinite(value)]
-    if not known:
-        return None
-    return float(np.mean(known)), float(np.std(known, ddof=1)) if len(known) > 1 else None

@@ -1,8 +1,8 @@
 """Work that several processes, on several machines, find in one folder: each piece is done by one of them.
 
 A claim is a file that only one process can have created, with its host and process ids in it. Its owner touches it
-while it works. A claim that nobody has touched for a while, or whose processes on this host are gone, may be taken
-over, by creating the file of the next number: of several that try, one succeeds.
+while it works. A claim that nobody has touched for a while, or whose processes on this host are gone, is taken over
+by creating the file of the next number: of several that try, one succeeds.
 """
 
 from __future__ import annotations
@@ -14,22 +14,14 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 HEARTBEAT_S = 20.0
 STALE_S = 300.0
 """Without a heartbeat for so long a claim counts as abandoned."""
 
 
-def host() -> str:
-    """This machine, or this container on it: where process ids mean something."""
-    with contextlib.suppress(OSError):
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    return socket.gethostname()
-
-
 class Claim:
-    """A piece of work that is ours, until the `with` block ends. Made by `claim`.
+    """A piece of work that is ours until the `with` block ends. Made by `claim`.
 
     `on_lost` is called, on another thread, if this process was held up for so long that another one took over.
     """
@@ -42,11 +34,11 @@ class Claim:
 
     @property
     def file(self) -> Path:
-        return _file(self.path, self.number)
+        return self.path.with_name(f"{self.path.name}.{self.number}")
 
     def note(self, *processes: int) -> None:
-        """Write down who works here: the claim stands as long as one of these processes lives."""
-        self.file.write_text(json.dumps({"host": host(), "processes": [os.getpid(), *processes]}), encoding="utf-8")
+        """Write down who works here: the claim stands as long as one of these processes, or this one, lives."""
+        self.file.write_text(json.dumps({"host": _host(), "processes": [os.getpid(), *processes]}), encoding="utf-8")
 
     def __enter__(self) -> Claim:
         self._heart.start()
@@ -57,7 +49,7 @@ class Claim:
         self._heart.join()
         if _newest(self.path) == self.number:
             for number in range(1, self.number + 1):
-                _file(self.path, number).unlink(missing_ok=True)
+                Claim(self.path, number).file.unlink(missing_ok=True)
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
@@ -71,20 +63,15 @@ class Claim:
 def claim(path: Path) -> Claim | None:
     """Claim the work that `path` stands for; None if another process has it. Files `path.1`, `path.2` … appear."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    number = _newest(path)
-    if number and not _abandoned(_file(path, number)):
+    mine = Claim(path, _newest(path) + 1)
+    if mine.number > 1 and not _abandoned(Claim(path, mine.number - 1).file):
         return None
-    mine = Claim(path, number + 1)
     try:
         os.close(os.open(mine.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
     except FileExistsError:
         return None
     mine.note()
     return mine
-
-
-def _file(path: Path, number: int) -> Path:
-    return path.with_name(f"{path.name}.{number}")
 
 
 def _newest(path: Path) -> int:
@@ -95,22 +82,26 @@ def _newest(path: Path) -> int:
 def _abandoned(file: Path) -> bool:
     probe = file.with_name(f"{file.name}.{os.getpid()}.now")
     try:
-        probe.touch()  # the clock of the folder's machine, which may not be this one's
+        probe.touch()  # by the clock of the folder's machine, which may not be this one's
         silent = probe.stat().st_mtime - file.stat().st_mtime
-        held: dict[str, Any] = json.loads(file.read_text(encoding="utf-8") or "{}")
-    except (OSError, ValueError):  # it has just ended, or is being written
+        held = json.loads(file.read_text(encoding="utf-8") or '{"host": ""}')  # just begun
+    except (OSError, ValueError):  # just ended, or being written
         return False
     finally:
         probe.unlink(missing_ok=True)
-    gone = held.get("host") == host() and not any(map(_runs, held["processes"]))
-    return silent > STALE_S or gone
+    return silent > STALE_S or (held["host"] == _host() and not any(map(_runs, held["processes"])))
+
+
+def _host() -> str:
+    """This machine, or this container on it: where process ids mean something."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    return socket.gethostname()
 
 
 def _runs(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # another user's
-        pass
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # another user's runs
     return True

@@ -63,7 +63,7 @@ class Study(Section):
     settings: tuple[str, ...] = ()
     """Laid over it, as on the command line: key=value, files, or names of shipped ones."""
     arms: dict[str, tuple[str, ...]] = Field(min_length=1)
-    """Name -> what is laid over that for this arm."""
+    """Name -> what is laid over that for this arm. null leaves out an arm of the file below."""
     vary: dict[str, tuple[Any, ...]] = Field(default={})
     """Setting -> values: every arm is run with each, as arms of their own."""
     against: dict[str, str] = Field(default={})
@@ -100,7 +100,10 @@ class Study(Section):
 
 def load(path: str | Path, *, quick: bool = False, overrides: Sequence[str] = ()) -> Study:
     """Read a study file. `overrides` are laid over every run. Raises ConfigError."""
-    study = configs.parse_as(Study, configs.read(config_file(path)), str(path))
+    values = configs.read(config_file(path))
+    if isinstance(arms := values.get("arms"), dict):
+        values["arms"] = {name: settings for name, settings in arms.items() if settings is not None}
+    study = configs.parse_as(Study, values, str(path))
     if quick:
         arms = {name: study.arms[name] for name in study.quick.arms or study.arms}
         against = {arm: other for arm, other in study.against.items() if {arm, other} <= arms.keys()}

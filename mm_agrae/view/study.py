@@ -63,7 +63,9 @@ def write_results(studies: Path, path: Path) -> Path:
     lines = ["# Results", "Written by `mm-agrae study` from the records in the folders of the studies, not by hand."]
     if path.with_name("protocol.md").exists():
         lines.append("What was to be run and what counts as a difference was fixed before: [Protocol](protocol.md).")
-    for folder in sorted(file.parent for file in studies.glob("*/study.json")):
+    folders = sorted(file.parent for file in studies.glob("*/study.json"))
+    lines += [] if folders else ["No study has been run yet."]
+    for folder in folders:
         data, where = statistics.read_study(folder), f"{studies.name}/{folder.name}"
         lines += [f"## {data.about['title']}", data.about["question"], _facts(data)]
         for title, text, header, rows in parts(data):

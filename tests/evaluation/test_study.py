@@ -198,6 +198,11 @@ def test_runs_in_parallel_reuse_and_a_run_that_fails(tmp_path):
     assert list(folder.path.parent.glob("*.claim*")) == []
     again = study(tmp_path, "--arms", "grpo")
     assert again.count("(recorded)") == 2
+    (tmp_path / "tiny.yaml").rename(tmp_path / "other.yaml")
+    (tmp_path / "tiny.yaml").write_text("base: other.yaml\narms: {same: ['advantage={rule: grpo}']}\n")
+    (tmp_path / "studies" / "tiny").rename(tmp_path / "studies" / "former")  # a run of a study beside it is taken over
+    assert study(tmp_path, "--arms", "same").count("(recorded)") == 2
+    assert {json.loads(path.read_text())["arm"] for path in data.glob("same*")} == {"same"}
     (tmp_path / "studies" / "tiny" / "index.html").unlink()
     assert "seed 3:" not in study(tmp_path, "--tables")
     assert (tmp_path / "studies" / "tiny" / "index.html").is_file()

@@ -347,9 +347,7 @@ def _study(arguments: argparse.Namespace) -> int:
     """
     from mm_agrae.view.study import carry_out
 
-    name = Path(arguments.config).stem + "-quick" * arguments.quick
-    keys = ("config", "overrides", "quick", "arms", "seeds", "jobs", "tables", "any_code")
-    return carry_out(arguments.out / name, **{key: getattr(arguments, key) for key in keys})
+    return carry_out(arguments)
 
 
 def _data(arguments: argparse.Namespace) -> int:

@@ -32,7 +32,9 @@ from mm_agrae.run.records import EvaluationResult
 
 START = "before training"
 """The arm that holds the model all runs start from, evaluated once."""
-NOT_TRAINING = re.compile(r"(view|adapters)/|evaluation/(study|alignment|difficulty|prepare|paired)|(cli|doctor)\.py")
+NOT_TRAINING = re.compile(
+    r"(view|adapters)/|run/claim|evaluation/(study|alignment|difficulty|prepare|paired)|(cli|doctor)\.py"
+)
 """Files that no figure of a run depends on."""
 CURVES = {
     "success": "success/mean",
@@ -101,8 +103,8 @@ class Study(Section):
 def load(path: str | Path, *, quick: bool = False, overrides: Sequence[str] = ()) -> Study:
     """Read a study file. `overrides` are laid over every run. Raises ConfigError."""
     values = configs.read(config_file(path))
-    if isinstance(arms := values.get("arms"), dict):
-        values["arms"] = {name: settings for name, settings in arms.items() if settings is not None}
+    if isinstance(values.get("arms"), dict):
+        values["arms"] = {name: own for name, own in values["arms"].items() if own is not None}
     study = configs.parse_as(Study, values, str(path))
     if quick:
         arms = {name: study.arms[name] for name in study.quick.arms or study.arms}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -23,21 +24,19 @@ Part = tuple[str, str, list[str], list[list[str]]]
 """A table: title, text, header, rows."""
 
 
-def carry_out(
-    folder: Path, config: str, overrides: Sequence[str], quick: bool, arms: Sequence[str] | None,
-    seeds: Sequence[int] | None, jobs: int, tables: bool, any_code: bool,
-) -> int:  # fmt: skip
-    """What `mm-agrae study` does; the arguments are its options. Returns 1 if a run failed, else 0."""
-    if jobs < 1:
-        raise ConfigError(f"--jobs is {jobs}; it must be 1 or more")
-    study = load(config, quick=quick, overrides=overrides)
-    runs = runs_of(study)
-    runner = Runner(choose(runs, arms, seeds), folder, describe=line_of, any_code=any_code)
-    if not (tables and (folder / "study.json").exists()):
+def carry_out(options: argparse.Namespace) -> int:
+    """What `mm-agrae study` does, with the options of the command. Returns 1 if a run failed, else 0."""
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs is {options.jobs}; it must be 1 or more")
+    study = load(options.config, quick=options.quick, overrides=options.overrides)
+    folder, runs = options.out / (Path(options.config).stem + "-quick" * options.quick), runs_of(study)
+    chosen = choose(runs, options.arms, options.seeds)
+    runner = Runner(chosen, folder, describe=line_of, any_code=options.any_code)
+    if not (options.tables and (folder / "study.json").exists()):
         statistics.write_about(study, runs, folder)
-    if not tables:
-        runner.run(jobs)
-    print(write_study(folder), write_results(folder.parent, folder.parent.parent / "results.md"), sep="\n")
+    if not options.tables:
+        runner.run(options.jobs)
+    print(write_study(folder), write_results(options.out, options.out.parent / "results.md"), sep="\n")
     return int(bool(runner.failed))
 
 

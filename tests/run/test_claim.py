@@ -22,17 +22,24 @@ for number in range(40):
     if (held := claim(work / "claims" / f"run{number}")):
         held.__enter__()  # never released
         print(number)
-time.sleep(60)
+time.sleep(300)
 """
+
+
+def wait_until(so):
+    deadline = time.monotonic() + 120
+    while not so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_processes_that_race_share_the_work_out(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, "-c", RACE, str(tmp_path)]
     racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(4)]
-    time.sleep(2)
+    time.sleep(1)
     (tmp_path / "go").touch()
-    time.sleep(3)
+    wait_until(lambda: len(list(tmp_path.glob("claims/*.1"))) == 40)
     assert [claim(tmp_path / "claims" / f"run{number}") for number in range(40)] == [None] * 40  # they live
     for racer in racers:
         racer.kill()
@@ -52,13 +59,12 @@ def test_a_claim_of_another_machine_counts_until_its_heartbeat_stops(tmp_path, m
     held.on_lost = lambda: lost.append(True)
     held.file.write_text(json.dumps({"host": "elsewhere", "processes": [1]}))
     with held:
-        time.sleep(0.3)
         os.utime(held.file, (0, 0))
-        time.sleep(0.3)
-        assert claim(tmp_path / "run") is None  # the heart has beaten since
-        monkeypatch.setattr(claims, "STALE_S", -1.0)
+        wait_until(lambda: held.file.stat().st_mtime > 0)  # its heart beats
+        assert claim(tmp_path / "run") is None
+        monkeypatch.setattr(claims, "STALE_S", -60.0)
         other = claim(tmp_path / "run")
-        time.sleep(0.3)
+        wait_until(lambda: lost)
         assert (other.number, lost) == (2, [True])
     assert other.file.exists()  # the former owner leaves the claim of the new one alone
 

@@ -5,7 +5,8 @@ Images are embedded, so the browser never requests a file.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import cache, partial
+from itertools import chain, groupby
 from typing import TypeVar
 
 from mm_agrae.evaluation.paired import OUTCOMES, PairedEvaluations, StoredEvaluation
@@ -20,7 +21,8 @@ from mm_agrae.view.components import (
     trace_card,
 )
 from mm_agrae.view.page import Html, el, empty, join, note, percent, tile
-from mm_agrae.view.runs import FILTERS, RunReader, select
+from mm_agrae.view.replay import StepReplay
+from mm_agrae.view.runs import FILTERS, MOST_FOUND, Found, RunReader, select
 
 GROUPS_PER_PAGE = 8
 COMPLETIONS_PER_PAGE = 128
@@ -67,22 +69,28 @@ def curve_panels(run: RunReader, step: int | None, reach: float) -> tuple[Html, 
     return el("div", *figures[:FIRST_CURVES], class_="plots"), join([more, constant])
 
 
-def group_page(run: RunReader, step: int | None, show: str, order: str, text: str, number: int) -> CardPage:
-    """The groups of a step that pass a filter and contain `text`. Raises RunFolderError."""
+def group_page(
+    run: RunReader, step: int | None, show: str, order: str, text: str, everywhere: bool, number: int
+) -> CardPage:
+    """The groups of a step that pass a filter and contain `text`; `everywhere`: of all steps. Raises RunFolderError."""
     if step is None:
         if run.metrics:
             return CardPage(empty(NO_ROLLOUTS))
         return CardPage(empty(ONLY_EVALUATIONS if run.only_evaluations() else NO_STEP))
-    groups = run.groups(step)
+    text = text.strip()
+    found = run.search_run(text) if everywhere and text else None
+    groups = run.groups(step) if found is None else found.groups
     chosen = select(groups, show, order)
-    matches: set[int] = set()
-    if text.strip():
-        matches = run.search(step, text.strip())
-        chosen = [group for group in chosen if matches.intersection(group.rows)]
+    matches: set[tuple[int, int]] = set() if found is None else found.rows
+    if text and found is None:
+        matches = {(step, row) for row in run.search(step, text)}
+        chosen = [group for group in chosen if any((step, row) in matches for row in group.rows)]
     largest = max((len(group.rows) for group in groups), default=1)
     size = max(1, min(GROUPS_PER_PAGE, COMPLETIONS_PER_PAGE // largest))
     number, shown, position = _page(chosen, number, size)
-    if shown:
+    if found is not None:
+        heading = note(f"{_found(found, len(run.steps))} Showing {position if shown else 'none of them'}.")
+    elif shown:
         completions = sum(len(group.rows) for group in groups)
         heading = note(
             f"Step {step:,}: {len(groups):,} groups, {completions:,} completions; showing {position}. {ADVANTAGES}"
@@ -92,12 +100,25 @@ def group_page(run: RunReader, step: int | None, show: str, order: str, text: st
     on_page = sum(len(group.rows) for group in shown) or 1
     limit = max(SHORTEST, min(LONGEST, CHARACTERS_PER_PAGE // on_page))
     images = EmbeddedImages(run.folder)
-    cards = []
-    for group, records in zip(shown, run.rows(step, shown), strict=True):
-        opened = [index for index, row in enumerate(group.rows) if row in matches]
-        cards.append(group_card(records, images, limit=limit, opened=opened))
+    cards: list[Html] = []
+    replay = cache(partial(StepReplay.of, run))
+    read = (run.rows(each, same) for each, same in groupby(shown, key=lambda group: group.step))
+    for group, records in zip(shown, chain.from_iterable(read), strict=True):
+        opened = [index for index, row in enumerate(group.rows) if (group.step, row) in matches]
+        if found is not None:
+            cards.append(el("h4", f"Step {group.step:,}"))
+        cards.append(group_card(records, images, limit=limit, opened=opened, replay=replay(group.step)))
     counts = {name: len(select(groups, name)) for name in FILTERS}
     return CardPage(join([heading, *cards]), counts, number, (number + 1) * size < len(chosen))
+
+
+def _found(found: Found, steps: int) -> str:
+    """What a search over all steps has read and found, and where it ended."""
+    groups = f"{len(found.groups):,} groups contain it, newest step first"
+    read = f"all {steps:,} steps" if found.searched == steps else f"only the newest {found.searched:,} of {steps:,} steps"
+    ended = "" if found.searched == steps else f", as {MOST_FOUND} groups end the search"
+    damaged = f"; {found.damaged:,} of them cannot be read" if found.damaged else ""
+    return f"{groups}; {read} were searched{ended}{damaged}."
 
 
 def first_pair(found: Mapping[str, StoredEvaluation]) -> tuple[str, str]:

@@ -1,0 +1,164 @@
+"""A recorded step again: how the rewards of a group became advantages and weights in the loss, as one picture.
+
+All numbers are those of the run: rewards and advantages as recorded with the completions, ω from its metrics; the
+weight of a token is A times what the loss (`loss.py`) divides by, counted over the completions of its optimiser step.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from mm_agrae.advantage import RULES
+from mm_agrae.loss import LOSSES, Denominator
+from mm_agrae.run.files import clean_text
+from mm_agrae.run.records import sampled_success
+from mm_agrae.view.page import Html, el, note, number, percent
+from mm_agrae.view.runs import Record, RunReader
+
+COLUMNS = {"reward": "reward", "advantage_before": "→ base A", "advantage_sample_level": "→ sample level",
+           "advantage": "→ group level"}  # fmt: skip
+DIVIDED = {"grpo": "(N · own length)", "dapo": "all tokens of the step", "dr_grpo": "(N · max_new_tokens)"}
+"""Losses -> what a token's advantage is divided by, in words; every loss divides as one of these does."""
+LABEL, CELL, BAR, STRIP, VALUE, ROW, TOP = 82.0, 110.0, 56.0, 150.0, 62.0, 22.0, 26.0
+WIDTH = LABEL + len(COLUMNS) * CELL + STRIP + VALUE
+
+
+@dataclass(frozen=True)
+class StepReplay:
+    """What a step's groups have in common. `blocks` are the denominators of its optimiser steps, each of
+    `block_prompts` prompts. `learns_less`: corrected completions were trained on in part, but in which is not kept."""
+
+    rule: str
+    loss: str
+    omega: float | None
+    mask_truncated: bool = False
+    learns_less: bool = False
+    block_prompts: int = 1
+    blocks: dict[int, Denominator] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, run: RunReader, step: int) -> StepReplay:
+        """Reads lengths and endings of the whole step. Raises RunFolderError."""
+        config = run.config()
+        rollout, update, advantage = (config.get(name) or {} for name in ("rollout", "update", "advantage"))
+        rule = str(advantage.get("rule", "agrae"))
+        parameters = inspect.signature(RULES[rule]).parameters if rule in RULES else {}
+        words = f"rule {rule}"
+        if "alpha" in parameters:
+            alpha = advantage.get("alpha")
+            words += f", α = {parameters['alpha'].default if alpha is None else alpha:g}"
+        metrics: Record = next((row for row in reversed(run.metrics) if row.get("step") == step), {})
+        columns = ("prompt_index", "tokens", "finish_reason", "correction")
+        rows = list(itertools.chain.from_iterable(run.folder.iter_rollouts(step, columns)))
+        prompts = update.get("mini_batch_prompts") or len({row["prompt_index"] for row in rows})
+        made = cls(
+            words, str(update.get("loss", "grpo")), metrics.get("advantage/omega"),
+            bool(update.get("mask_truncated")), (rollout.get("correction") or {}).get("train_on") == "added", prompts,
+        )  # fmt: skip
+        for block, found in itertools.groupby(sorted(rows, key=made._block), key=made._block):
+            own = list(found)
+            tokens = sum(row["tokens"] for row in own if not made._left_out(row))
+            made.blocks[block] = Denominator(len(own), tokens, rollout.get("max_new_tokens") or 512)
+        return made
+
+    def _block(self, row: Record) -> int:
+        return int(row["prompt_index"]) // self.block_prompts
+
+    def _left_out(self, row: Record) -> bool:
+        return self.mask_truncated and row["finish_reason"] == "length"
+
+    def weight(self, row: Record) -> float | None:
+        """By how much the loss raises log π of each of the completion's tokens; None if that cannot be known."""
+        corrected = self.learns_less and (row.get("correction") or {}).get("branch")
+        if self.loss not in LOSSES or row["advantage"] is None or corrected:
+            return None
+        length = torch.tensor(0.0 if self._left_out(row) else row["tokens"], dtype=torch.float64)
+        if not length:
+            return 0.0
+        return float(row["advantage"] * LOSSES[self.loss].token_weight(length, self.blocks[self._block(row)]))
+
+    def figure(self, rows: Sequence[Record]) -> Html:
+        """The picture of a group: a line for each completion, from its reward to the weight of its tokens."""
+        correct = sum(map(sampled_success, rows))
+        facts = [self.rule, f"ω = {number(self.omega)}, the mean reward of step {rows[0]['step']:,}"]
+        facts.append(f"p = {correct}/{len(rows)} = {percent(correct / len(rows))}")
+        divided = [text for name, text in DIVIDED.items() if self._divides_as(name)]
+        completions = self.blocks[self._block(rows[0])].completions
+        facts += [f"loss {self.loss}: weight of a token = A / {text}, N = {completions:,}" for text in divided]
+        if variant := rows[0].get("variant"):
+            facts.append(f"variant of a problem: {variant}")
+        weights = [self.weight(row) for row in rows]
+        largest = {name: max((abs(row[name] or 0.0) for row in rows), default=0.0) for name in COLUMNS}
+        advantages = max(value for name, value in largest.items() if name != "reward")
+        scale = largest | {name: advantages for name in COLUMNS if name != "reward"}
+        heaviest, longest = max(abs(w or 0.0) for w in weights), max(row["tokens"] for row in rows)
+        marks = [_text(title, LABEL + i * CELL, 14) for i, title in enumerate(COLUMNS.values())]
+        marks.append(_text("→ loss weight × tokens", WIDTH - VALUE - STRIP, 14))
+        for index, (row, weight) in enumerate(zip(rows, weights, strict=True)):
+            middle = TOP + (index + 0.5) * ROW
+            marks += _line(row, index, middle, scale)
+            marks += _strip(row, weight, middle, (weight or 0.0) / (heaviest or 1.0), STRIP / (longest or 1))
+        height = TOP + len(rows) * ROW
+        svg = el("svg", *marks, viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label="rewards to loss weights")
+        hatched = " Hatched: not sampled, but inserted by guided correction." if any(map(_forced, rows)) else ""
+        about = "A strip is as long as the completion, and as high as the weight of each of its tokens."
+        return el("figure", note(" · ".join(facts)), el("div", svg, class_="scroll"), note(about + hatched),
+                  class_="replay")  # fmt: skip
+
+    def _divides_as(self, name: str) -> bool:
+        return self.loss in LOSSES and LOSSES[self.loss].token_weight is LOSSES[name].token_weight
+
+
+def _line(row: Record, index: int, middle: float, scale: Record) -> list[Html]:
+    branch = (row.get("correction") or {}).get("branch") or ""
+    label = el("tspan", "✓ " if row["success"] else "✗ ", class_="correct" if row["success"] else "incorrect")
+    marks = [_text(f"{index + 1} ", 0, middle + 4, label, branch)]
+    for place, name in enumerate(COLUMNS):
+        value, zero = row[name], LABEL + place * CELL + BAR / 2
+        marks.append(_rect(zero - 0.5, middle - ROW / 2, 1, ROW, "axis"))
+        if value:
+            width = BAR / 2 * abs(value) / scale[name]
+            marks.append(_rect(zero if value > 0 else zero - width, middle - 6, width, 12, _css(value)))
+        marks.append(_text("–" if value is None else f"{value + 0.0:+.2f}", zero + BAR / 2 + 6, middle + 4))
+    return marks
+
+
+def _strip(row: Record, weight: float | None, middle: float, share: float, per_token: float) -> list[Html]:
+    left, width = WIDTH - VALUE - STRIP, row["tokens"] * per_token
+    height = abs(share) * (ROW / 2 - 1)
+    marks = [_rect(left, middle - 0.5, width, 1, "axis")]
+    if share:
+        tip = el("title", f"completion {row['completion_index'] + 1}: {row['tokens']} tokens, {weight:+.3g} each")
+        marks.append(_rect(left, middle - height if share > 0 else middle, width, height, _css(share), tip))
+    if span := _forced(row):
+        first, last = (width * place / max(1, len(clean_text(row["completion"]))) for place in span)
+        hatches = [left + first + 3 * i for i in range(int((last - first) / 3) + 1)]
+        path = "".join(f"M{x:.1f},{middle + ROW / 2 - 2:g}l4,{4 - ROW:g}" for x in hatches)
+        marks.append(el("path", el("title", "not sampled"), d=path, class_="hatch"))
+    marks.append(_text("–" if weight is None else f"{weight + 0.0:+.1e}", WIDTH - VALUE + 6, middle + 4))
+    return marks
+
+
+def _forced(row: Record) -> list[int]:
+    """First and last character of what guided correction has inserted; empty if nothing."""
+    first, last = (row.get("correction") or {}).get("forced") or (0, 0)
+    return [first, last] if first < last else []
+
+
+def _css(value: float) -> str:
+    return "up" if value > 0 else "down"
+
+
+def _rect(x: float, y: float, width: float, height: float, css: str, *children: Any) -> Html:
+    box = {"x": x, "y": y, "width": width, "height": height}
+    return el("rect", *children, **{name: f"{value:.1f}" for name, value in box.items()}, class_=css)
+
+
+def _text(text: str, x: float, y: float, *more: object) -> Html:
+    return el("text", text, *more, x=f"{x:g}", y=f"{y:g}")

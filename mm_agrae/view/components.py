@@ -173,7 +173,7 @@ def group_card(
     origin = f"prompt {rows[0]['prompt_index']}{resampled} · {shorten(rows[0]['example_id'], 100)}"
     problem = problem_part(rows[0], images, el("p", origin, class_="muted small"))
     if replay is not None:
-        summary = el("summary", el("span", "From reward to loss: this group's part in the step"))
+        summary = el("summary", el("span", "From reward to loss"))
         lines.append(el("details", summary, replay.figure(shown), class_="completion"))
     return el("article", problem, el("div", title, *lines, more), class_="card group")
 

@@ -1,8 +1,6 @@
-"""The demo: Gradio pages. What they show is made in `mm_agrae.view`. From Python or a notebook:
+"""The demo: Gradio pages. What they show is made in `mm_agrae.view`.
 
-    from mm_agrae_demo import launch
-
-    app = launch("runs/quickstart")  # at app.local_url, until app.close()
+From Python or a notebook, `mm_agrae_demo.launch("runs/quickstart")` serves it until its result is closed.
 """
 
 from __future__ import annotations

@@ -100,11 +100,7 @@ class ExplorerTab:
         asking = [self.groups.filter.input, self.order.input, self.text.submit, self.everywhere.input]
         for events, asked in ((asking, filters), ([self.step.input], [*filters[:-1], gr.State(False)])):
             gr.on(
-                events,
-                self.list_groups,
-                [*asked, self.groups.first, self.groups.first],
-                self.groups.outputs,
-                **latest,
+                events, self.list_groups, [*asked, self.groups.first, self.groups.first], self.groups.outputs, **latest
             )
         self.groups.connect(self.list_groups, filters, **quiet)
         self.timer.tick(

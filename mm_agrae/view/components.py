@@ -270,15 +270,23 @@ def boxed(text: str) -> Html:
     return join([*parts, text[end:]])
 
 
+_SIGNS = {
+    "pi": "π",
+    "times": "×",
+    "cdot": "·",
+    "pm": "±",
+    "infty": "∞",
+    "leq?": "≤",
+    "geq?": "≥",
+    "left": "",
+    "right": "",
+}
 _TEX = (
     (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),
     (r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1"),
-    (r"\^?\{?\\circ\}?", "°"),
     (r"\\sqrt\s*\{([^{}]*)\}", r"√(\1)"),
-    (r"\\(?:left|right|,|;|!)", ""),
-    *((rf"\\{name}\b", sign) for name, sign in {"pi": "π", "times": "×", "cdot": "·", "pm": "±", "infty": "∞"}.items()),
-    *((rf"\\{name}q?\b", sign) for name, sign in {"le": "≤", "ge": "≥", "ne": "≠"}.items()),
-    (r"\\([%$#&])", r"\1"),
+    (r"\^?\{?\\circ\}?", "°"),
+    *((rf"\\{name}(?![a-z])", sign) for name, sign in _SIGNS.items()),
 )
 
 

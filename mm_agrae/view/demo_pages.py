@@ -72,7 +72,7 @@ def curve_panels(run: RunReader, step: int | None, reach: float) -> tuple[Html, 
 def group_page(
     run: RunReader, step: int | None, show: str, order: str, text: str, everywhere: bool, number: int
 ) -> CardPage:
-    """The groups of a step that pass a filter and contain `text`; `everywhere`: of all steps. Raises RunFolderError."""
+    """The groups of a step, or `everywhere`, that pass a filter and contain `text`. Raises RunFolderError."""
     if step is None:
         if run.metrics:
             return CardPage(empty(NO_ROLLOUTS))
@@ -114,11 +114,11 @@ def group_page(
 
 def _found(found: Found, steps: int) -> str:
     """What a search over all steps has read and found, and where it ended."""
-    groups = f"{len(found.groups):,} groups contain it, newest step first"
-    read = f"all {steps:,} steps" if found.searched == steps else f"only the newest {found.searched:,} of {steps:,} steps"
-    ended = "" if found.searched == steps else f", as {MOST_FOUND} groups end the search"
+    read = f"all {steps:,} steps were searched"
+    if found.searched < steps:
+        read = f"{MOST_FOUND} end the search, so only the newest {found.searched:,} of {steps:,} steps were searched"
     damaged = f"; {found.damaged:,} of them cannot be read" if found.damaged else ""
-    return f"{groups}; {read} were searched{ended}{damaged}."
+    return f"{len(found.groups):,} groups contain it, newest step first; {read}{damaged}."
 
 
 def first_pair(found: Mapping[str, StoredEvaluation]) -> tuple[str, str]:

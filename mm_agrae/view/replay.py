@@ -25,7 +25,8 @@ COLUMNS = {"reward": "reward", "advantage_before": "→ base A", "advantage_samp
            "advantage": "→ group level"}  # fmt: skip
 DIVIDED = {"grpo": "(N · own length)", "dapo": "all tokens of the step", "dr_grpo": "(N · max_new_tokens)"}
 """Losses -> what a token's advantage is divided by, in words; every loss divides as one of these does."""
-LABEL, CELL, BAR, STRIP, VALUE, ROW, TOP = 82.0, 110.0, 56.0, 150.0, 62.0, 22.0, 26.0
+LABEL, CELL, BAR, STRIP, VALUE, ROW, TOP = 44.0, 110.0, 56.0, 150.0, 62.0, 22.0, 26.0
+_UP = {True: "up", False: "down"}
 WIDTH = LABEL + len(COLUMNS) * CELL + STRIP + VALUE
 
 
@@ -75,12 +76,11 @@ class StepReplay:
 
     def weight(self, row: Record) -> float | None:
         """By how much the loss raises log π of each of the completion's tokens; None if that cannot be known."""
-        corrected = self.learns_less and (row.get("correction") or {}).get("branch")
-        if self.loss not in LOSSES or row["advantage"] is None or corrected:
+        if self.loss not in LOSSES or row["advantage"] is None or (self.learns_less and _branch(row)):
             return None
-        length = torch.tensor(0.0 if self._left_out(row) else row["tokens"], dtype=torch.float64)
-        if not length:
+        if self._left_out(row) or not row["tokens"]:
             return 0.0
+        length = torch.tensor(row["tokens"], dtype=torch.float64)
         return float(row["advantage"] * LOSSES[self.loss].token_weight(length, self.blocks[self._block(row)]))
 
     def figure(self, rows: Sequence[Record]) -> Html:
@@ -106,25 +106,26 @@ class StepReplay:
             marks += _strip(row, weight, middle, (weight or 0.0) / (heaviest or 1.0), STRIP / (longest or 1))
         height = TOP + len(rows) * ROW
         svg = el("svg", *marks, viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label="rewards to loss weights")
-        hatched = " Hatched: not sampled, but inserted by guided correction." if any(map(_forced, rows)) else ""
         about = "A strip is as long as the completion, and as high as the weight of each of its tokens."
-        return el("figure", note(" · ".join(facts)), el("div", svg, class_="scroll"), note(about + hatched),
-                  class_="replay")  # fmt: skip
+        if corrected := [f"{place} {_branch(row)}" for place, row in enumerate(rows, 1) if _branch(row)]:
+            about += f" ↻: by guided correction ({', '.join(corrected)}); hatched: not sampled, but inserted by it."
+        parts = note(" · ".join(facts)), el("div", svg, class_="scroll"), note(about)
+        return el("figure", *parts, class_="replay")
 
     def _divides_as(self, name: str) -> bool:
         return self.loss in LOSSES and LOSSES[self.loss].token_weight is LOSSES[name].token_weight
 
 
 def _line(row: Record, index: int, middle: float, scale: Record) -> list[Html]:
-    branch = (row.get("correction") or {}).get("branch") or ""
+    made = " ↻" if _branch(row) else ""
     label = el("tspan", "✓ " if row["success"] else "✗ ", class_="correct" if row["success"] else "incorrect")
-    marks = [_text(f"{index + 1} ", 0, middle + 4, label, branch)]
+    marks = [_text(f"{index + 1} ", 0, middle + 4, label, made)]
     for place, name in enumerate(COLUMNS):
         value, zero = row[name], LABEL + place * CELL + BAR / 2
         marks.append(_rect(zero - 0.5, middle - ROW / 2, 1, ROW, "axis"))
         if value:
             width = BAR / 2 * abs(value) / scale[name]
-            marks.append(_rect(zero if value > 0 else zero - width, middle - 6, width, 12, _css(value)))
+            marks.append(_rect(zero if value > 0 else zero - width, middle - 6, width, 12, _UP[value > 0]))
         marks.append(_text("–" if value is None else f"{value + 0.0:+.2f}", zero + BAR / 2 + 6, middle + 4))
     return marks
 
@@ -135,7 +136,7 @@ def _strip(row: Record, weight: float | None, middle: float, share: float, per_t
     marks = [_rect(left, middle - 0.5, width, 1, "axis")]
     if share:
         tip = el("title", f"completion {row['completion_index'] + 1}: {row['tokens']} tokens, {weight:+.3g} each")
-        marks.append(_rect(left, middle - height if share > 0 else middle, width, height, _css(share), tip))
+        marks.append(_rect(left, middle - height if share > 0 else middle, width, height, _UP[share > 0], tip))
     if span := _forced(row):
         first, last = (width * place / max(1, len(clean_text(row["completion"]))) for place in span)
         hatches = [left + first + 3 * i for i in range(int((last - first) / 3) + 1)]
@@ -145,14 +146,15 @@ def _strip(row: Record, weight: float | None, middle: float, share: float, per_t
     return marks
 
 
+def _branch(row: Record) -> str:
+    """By which branch guided correction has changed the completion; empty if it has not."""
+    return str((row.get("correction") or {}).get("branch") or "")
+
+
 def _forced(row: Record) -> list[int]:
     """First and last character of what guided correction has inserted; empty if nothing."""
-    first, last = (row.get("correction") or {}).get("forced") or (0, 0)
-    return [first, last] if first < last else []
-
-
-def _css(value: float) -> str:
-    return "up" if value > 0 else "down"
+    span = (row.get("correction") or {}).get("forced") or [0, 0]
+    return list(span) if span[0] < span[1] else []
 
 
 def _rect(x: float, y: float, width: float, height: float, css: str, *children: Any) -> Html:

@@ -126,7 +126,7 @@ def _results(folder: RunFolder, config: Record, evaluations: Sequence[Evaluation
         parts += [
             el("h3", label) if len(labels) > 1 else Html(""),
             el("div", *tiles, class_="tiles") if ends else Html(""),
-            el("div", el("b", "What fell"), *(el("div", text) for text in fell), class_="card fell") if fell else Html(""),
+            fell,
             note(about),
             el("div", *plots, class_="plots"),
             pass_at_k_table([(result.name, result) for result in results]),
@@ -210,15 +210,15 @@ def _progress_plot(results: Sequence[EvaluationResult], last_step: int) -> Html:
 
 def _kind_tables(
     folder: RunFolder, shown: Sequence[EvaluationResult], paired: PairedEvaluations | None, trained: bool
-) -> tuple[list[str], list[Html]]:
-    """What fell, in words, and pass@1 and pass@n for each kind of problem; `trained`: before and after, falls first."""
+) -> tuple[Html, list[Html]]:
+    """What fell, in words; and pass@1 and pass@n of each kind of problem: if `trained` before and after, falls first."""
     last, ks = shown[-1], _first_and_last_k(shown[-1])
     problems: dict[tuple[str, str], set[str]] = {}
     for row in folder.read_samples(last) if paired else ():
         for key in last.groups:
             problems.setdefault((key, str(row["meta"].get(key))), set()).add(str(row["example_id"]))
     tables: list[Html] = []
-    lower: list[str] = []
+    lower: list[Html] = []
     for key in sorted(last.groups, key=lambda key: key not in OPEN_KINDS):
         fallen = last.falls(shown[0], key) if trained else {}
         gains: dict[tuple[str, int], Interval | None] = {}
@@ -234,10 +234,10 @@ def _kind_tables(
         columns = ["{}", "{}, change"] if trained else [f"{{}} {result.name}" for result in shown]
         header = [key, "problems", *(column.format(f"pass@{k}") for k in ks for column in columns)]
         words = [_fallen(last, key, k, fallen, gains) for k in ks if trained]
-        lower += [f"By {key}: {text}" for text, fell in words if fell]
+        lower += [el("div", f"By {key}: {text}") for text, fell in words if fell]
         body = [*(el("p", text) for text, fell in words if not fell), table(header, rows)]
         tables += [el("h4", f"By {key}"), *body] if key in OPEN_KINDS else [fold(f"By {key} ({len(rows)})", *body)]
-    return lower, tables
+    return el("div", el("b", "What fell"), *lower, class_="card fell") if lower else Html(""), tables
 
 
 def _changed(found: Sequence[Interval | None], gain: Interval | None, fell: bool) -> list[object]:
@@ -251,9 +251,8 @@ def _changed(found: Sequence[Interval | None], gain: Interval | None, fell: bool
 def _fallen(
     last: EvaluationResult, key: str, k: int, fallen: Record, gains: Mapping[Any, Interval | None]
 ) -> tuple[str, bool]:
-    """Which kinds fell at pass@k and by how much; apart, those whose interval cannot tell; and whether any is lower."""
-    certain: list[str] = []
-    unclear: list[str] = []
+    """Which kinds fell at pass@k and by how much; apart, those whose interval cannot tell. True if any is lower."""
+    certain, unclear = list[str](), list[str]()
     for kind, changes in sorted(fallen.items(), key=lambda each: each[1].get(k, 0.0)):
         if k in changes:
             gain = gains[kind, k]

@@ -87,8 +87,7 @@ ORDERS = {
 @dataclass
 class Found:
     """What a search over all steps has found: groups, and the (step, row) of each match in them. `searched` counts the
-    newest steps that were read until there was enough, `damaged` those of them that could not be.
-    """
+    newest steps that were read until there was enough, `damaged` those of them that could not be."""
 
     groups: list[GroupOverview]
     rows: set[tuple[int, int]]
@@ -111,7 +110,6 @@ class RunReader:
         """Steps whose rollouts were kept, ascending."""
         self._mark: MetricsMark | None = None
         self._held: OrderedDict[tuple[int, int, int], list[GroupOverview]] = OrderedDict()
-        self._found: tuple[object, Found] | None = None
         self._lock = threading.Lock()
 
     def refresh(self) -> tuple[int, int, int, bool]:
@@ -192,27 +190,22 @@ class RunReader:
             if any(wanted in str(record[name] or "").casefold() for name in _SEARCHED)
         }
 
-
     def search_run(self, text: str) -> Found:
         """The groups of all steps that contain `text`, as `search` has it, up to MOST_FOUND, newest step first."""
-        with self._lock:
-            stamp = text, tuple((step, *self.folder.rollout_stamp(step)) for step in self.steps)
-        if self._found is None or self._found[0] != stamp:  # the next page of the same search
-            found = Found([], set(), 0, 0)
-            for step in reversed(self.steps):
-                found.searched += 1
-                try:
-                    rows = self.search(step, text)
-                    groups = self.groups(step) if rows else []
-                except RunFolderError:
-                    found.damaged += 1
-                    continue
-                found.rows |= {(step, row) for row in rows}
-                found.groups += [group for group in groups if rows.intersection(group.rows)]
-                if len(found.groups) >= MOST_FOUND:
-                    break
-            self._found = stamp, found
-        return self._found[1]
+        found = Found([], set(), 0, 0)
+        for step in reversed(self.steps):
+            found.searched += 1
+            try:
+                rows = self.search(step, text)
+                groups = self.groups(step) if rows else []
+            except RunFolderError:
+                found.damaged += 1
+                continue
+            found.rows |= {(step, row) for row in rows}
+            found.groups += [group for group in groups if rows.intersection(group.rows)]
+            if len(found.groups) >= MOST_FOUND:
+                break
+        return found
 
 
 def _overviews(step: int, chunks: Iterable[Sequence[Record]]) -> list[GroupOverview]:

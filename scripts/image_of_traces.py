@@ -40,7 +40,7 @@ def main() -> int:
         if unknown := [name for name in names if name not in before or name not in after]:
             raise UserError(f"{run.path}: no problem with an image is called {unknown[0]}")
         if not names:
-            raise UserError(f"{run.path}: greedy decoding solves no problem with an image that it did not solve before")
+            raise UserError(f"{run.path}: no problem with an image was learnt")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -74,7 +74,7 @@ def learnt(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) 
 
 
 def draw(run: RunFolder, pairs: list[tuple[dict[str, Any], dict[str, Any]]], out: Path) -> None:
-    figure, columns = plt.subplots(2, len(pairs), figsize=(3.5 * len(pairs), 4.2), height_ratios=[1, 1.1], squeeze=False)
+    figure, columns = plt.subplots(2, len(pairs), figsize=(3.5 * len(pairs), 4.2), squeeze=False)
     for (before, after), (picture, text) in zip(pairs, columns.T, strict=True):
         picture.imshow(Image.open(run.path / before["images"][0]), interpolation="lanczos")
         question = textwrap.fill(before["question"], 40)

@@ -22,6 +22,8 @@ from pydantic_core import PydanticUndefined
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "<!-- settings -->"
 """Where the tables stand in docs/configuration.md."""
+WIDE = ("papers.md", "peers.md", "support.md")
+"""Pages of wide tables, which get the place of the table of contents."""
 PLAIN = {
     "run_dir": "The folder that the run leaves everything in.",
     "model.attn_implementation": "As in transformers. Shared prompts need sdpa.",
@@ -76,6 +78,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     if page.file.src_uri == "configuration.md":
         return markdown.replace(MARK, settings())
     return markdown.replace("](../CONTRIBUTING.md)", "](contributing.md)")

@@ -71,8 +71,8 @@ class Problems:
         self.found: dict[int, float] = {}
         """Row -> D, of those that a step has changed. With the data cursor, this is all the state there is."""
         wanted = self.settings.operators
-        own = set(task.variant_names) if self.settings.count else set()
-        names = [*(each.name for each in PICTURE_OPERATORS), *_STEPS_OF_HINT, "reword", *sorted(own)]
+        own = sorted(set(task.variant_names))
+        names = [*(each.name for each in PICTURE_OPERATORS), *_STEPS_OF_HINT, "reword", *own]
         for name in wanted:
             if name not in names:
                 raise ConfigError(f"rollout.variants.operators: no operator {name!r}; {nearest(name, names)}")

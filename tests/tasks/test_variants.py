@@ -71,6 +71,13 @@ def test_operators_of_a_problem_differ(difficulty):
         assert sum(name.startswith("hint") for name in names) <= 1
 
 
+def test_a_problem_gets_one_hint(tmp_path):
+    solution = "Add 1 to 2. Add 3 to that. Add 4. Add 5 and count. So it is 15."
+    rows = [{"question": f"1 + 2 + 3 + 4 + 5? ({n})", "answer": "15", "solution": solution} for n in range(20)]
+    for chosen in chosen_at(of_rows(tmp_path, rows, count=8), 9.0):
+        assert sum(each is not None for each in chosen) == 1
+
+
 def test_nothing_fits_a_text_without_a_solution(tmp_path):
     problems = of_rows(tmp_path, [{"question": "1 + 1?", "answer": "2"}], count=2)
     problems.found[0] = 9.0
@@ -89,6 +96,7 @@ def test_a_variant_is_a_function_of_what_was_drawn():
     assert len({example.variant for example in made.values()}) > 6
     later = {draw: one.example(draw._replace(number=draw.number + 20)) for draw in draws}  # an epoch on
     assert {draw.variant for draw in draws if later[draw] != made[draw]} == {1, 2, 3}
+    assert sum(later[draw].variant != made[draw].variant for draw in draws) > 9
     assert made != {draw: synthetic(count=3, seed=1).example(draw) for draw in draws}
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from helpers import REAL_DATA, run_config
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageStat
 
 from mm_agrae.config import DataSource
 from mm_agrae.config.rollout import VariantsSection
@@ -198,6 +198,7 @@ def test_hints_stop_before_the_answer(tmp_path):
         ("Give the coordinates of A.", False),
         ("Сколько кругов?", False),
         ("有几个圆?", False),
+        ("Combien de cercles?", False),
     ],
 )
 def test_what_may_be_turned(question, fits):
@@ -206,6 +207,15 @@ def test_what_may_be_turned(question, fits):
     assert not PICTURE["rotate"].fits(replace(example, images=()))
     choices = replace(example, grading={"choices": ["above", "inside"]})
     assert not PICTURE["rotate"].fits(choices)
+
+
+@pytest.mark.parametrize("name", ["noise", "strong_noise"])
+def test_noise_is_still_there_when_a_large_picture_has_been_made_smaller(name):
+    example = Example("1", "How many?", "4", (Image.new("RGB", (2000, 1400), "grey"),))
+    for seed in range(4):
+        (made,) = PICTURE[name].make(example, random.Random(seed)).images
+        assert made.size == (2000, 1400)
+        assert ImageStat.Stat(made.resize((400, 280), Image.Resampling.BICUBIC)).stddev[0] > 10
 
 
 def test_pictures_are_turned_as_the_question_says():

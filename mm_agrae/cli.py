@@ -394,6 +394,8 @@ def _variants(arguments: argparse.Namespace) -> int:
 
         chat = {"model": arguments.model, "address": arguments.address}
         return prepare(config, arguments.prepare, **chat, count=arguments.n)
+    if arguments.model or arguments.address:
+        raise ConfigError("variants: --model and --address ask a chat model; say by --prepare FILE where that is kept")
     from mm_agrae.view.variants import write_variants
 
     print(write_variants(config, count=arguments.n or 6, out=arguments.out))

@@ -71,8 +71,8 @@ class Problems:
         self.found: dict[int, float] = {}
         """Row -> D, of those that a step has changed. With the data cursor, this is all the state there is."""
         wanted = self.settings.operators
-        own = set(task.variant_names) if self.settings.count else set()
-        names = [*(each.name for each in PICTURE_OPERATORS), *_STEPS_OF_HINT, "reword", *sorted(own)]
+        own = sorted(set(task.variant_names))
+        names = [*(each.name for each in PICTURE_OPERATORS), *_STEPS_OF_HINT, "reword", *own]
         for name in wanted:
             if name not in names:
                 raise ConfigError(f"rollout.variants.operators: no operator {name!r}; {nearest(name, names)}")
@@ -110,10 +110,9 @@ class Problems:
             if self.settings.count > 1:
                 target = min(9, max(1, round(rng.gauss(_TARGET_MEAN[level], 1))))
             wanted = target - level
-            hinted = any(each and each.name in _STEPS_OF_HINT for each in chosen)
-            if wanted < 0 and hinted:
-                wanted = rng.randrange(4)
-            left = [each for each in fitting if each not in chosen and not (hinted and each.name in _STEPS_OF_HINT)]
+            if wanted < 0 and any(each and each.name in _STEPS_OF_HINT for each in chosen):
+                wanted = rng.randrange(4)  # for which no further hint is near enough
+            left = [each for each in fitting if each not in chosen]
             rng.shuffle(left)
             # Those one step off are as good; the shuffle decides.
             best = min(left, key=lambda each: abs(each.delta - wanted) // 2, default=None)

@@ -197,8 +197,7 @@ def group_card(
     """The completions of one prompt next to its images, question and gold answer.
 
     rows: as returned by `RunFolder.read_rollouts`. At most `completions` of them are shown, each
-    shortened to `limit` characters; `opened` are indices into `rows` whose text is unfolded. With
-    `replay`, that of their step, the way from their rewards to the loss is folded below.
+    shortened to `limit` characters; `opened` are indices into `rows` whose text is unfolded. `replay`: of their step.
     """
     correct = sum(map(sampled_success, rows))
     kind = {0: "incorrect", len(rows): "correct"}.get(correct, "")
@@ -299,13 +298,12 @@ def verdict(success: bool) -> Html:
 
 def boxed(text: str) -> Html:
     r"""The text with a frame around what each \boxed{…} holds; its command is not seen, but copied along."""
-    parts: list[object] = []
-    end = 0
+    parts, end = list[object](), 0
     for box in reversed(boxes(text, at_most=50)):
         if box.content and box.start >= end:  # not one inside another
             command, content, closing = text[box.start : box.end].rpartition(box.content)
-            framed = el("i", command), readable(content), el("i", closing)
-            parts += [text[end : box.start], el("span", *framed, class_="boxed")]
+            framed = el("span", el("i", command), readable(content), el("i", closing), class_="boxed")
+            parts += [text[end : box.start], framed]
             end = box.end
     return join([*parts, text[end:]])
 

@@ -89,18 +89,15 @@ def group_page(
         if run.metrics:
             return CardPage(empty(NO_ROLLOUTS))
         return CardPage(empty(ONLY_EVALUATIONS if run.only_evaluations() else NO_STEP))
-    text = text.strip()
-    found = run.search_run(text) if everywhere and text else None
-    groups = run.groups(step) if found is None else found.groups
-    chosen = select(groups, show, order)
-    matches: set[tuple[int, int]] = set() if found is None else found.rows
-    if text and found is None:
-        matches = {(step, row) for row in run.search(step, text)}
-        chosen = [group for group in chosen if any((step, row) in matches for row in group.rows)]
+    text, everywhere = text.strip(), everywhere and bool(text.strip())
+    groups = [] if everywhere else run.groups(step)
+    found = run.find(text, run.steps if everywhere else [step]) if text else Found(groups)
+    groups = found.groups if everywhere else groups
+    chosen = select(found.groups, show, order)
     largest = max((len(group.rows) for group in groups), default=1)
     size = max(1, min(GROUPS_PER_PAGE, COMPLETIONS_PER_PAGE // largest))
     number, shown, position = _page(chosen, number, size)
-    if found is not None:
+    if everywhere:
         heading = note(f"{_found(found, len(run.steps))} Showing {position if shown else 'none of them'}.")
     elif shown:
         completions = sum(len(group.rows) for group in groups)
@@ -112,12 +109,12 @@ def group_page(
     on_page = sum(len(group.rows) for group in shown) or 1
     limit = max(SHORTEST, min(LONGEST, CHARACTERS_PER_PAGE // on_page))
     images = EmbeddedImages(run.folder)
-    cards: list[Html] = []
+    cards = list[Html]()
     replay = cache(partial(StepReplay.of, run))
     read = (run.rows(each, same) for each, same in groupby(shown, key=lambda group: group.step))
     for group, records in zip(shown, chain.from_iterable(read), strict=True):
-        opened = [index for index, row in enumerate(group.rows) if (group.step, row) in matches]
-        if found is not None:
+        opened = [index for index, row in enumerate(group.rows) if (group.step, row) in found.rows]
+        if everywhere:
             cards.append(el("h4", f"Step {group.step:,}"))
         cards.append(group_card(records, images, limit=limit, opened=opened, replay=replay(group.step)))
     counts = {name: len(select(groups, name)) for name in FILTERS}
@@ -126,9 +123,8 @@ def group_page(
 
 def _found(found: Found, steps: int) -> str:
     """What a search over all steps has read and found, and where it ended."""
-    read = f"all {steps:,} steps were searched"
-    if found.searched < steps:
-        read = f"{MOST_FOUND} end the search, so only the newest {found.searched:,} of {steps:,} steps were searched"
+    ended = f"as {MOST_FOUND} end the search, only the newest {found.searched:,} of"
+    read = f"{'all' if found.searched == steps else ended} {steps:,} steps were searched"
     damaged = f"; {found.damaged:,} of them cannot be read" if found.damaged else ""
     return f"{len(found.groups):,} groups contain it, newest step first; {read}{damaged}."
 

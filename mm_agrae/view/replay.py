@@ -1,7 +1,6 @@
 """A recorded step again: how the rewards of a group became advantages and weights in the loss, as one picture.
 
-All numbers are those of the run: rewards and advantages as recorded with the completions, ω from its metrics; the
-weight of a token is A times what the loss (`loss.py`) divides by, counted over the completions of its optimiser step.
+Rewards and advantages are those recorded, ω that of the metrics; A is divided as `loss.py` does, over the step's rows.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -26,7 +24,6 @@ COLUMNS = {"reward": "reward", "advantage_before": "→ base A", "advantage_samp
 DIVIDED = {"grpo": "(N · own length)", "dapo": "all tokens of the step", "dr_grpo": "(N · max_new_tokens)"}
 """Losses -> what a token's advantage is divided by, in words; every loss divides as one of these does."""
 LABEL, CELL, BAR, STRIP, VALUE, ROW, TOP = 44.0, 110.0, 56.0, 150.0, 62.0, 22.0, 26.0
-_UP = {True: "up", False: "down"}
 WIDTH = LABEL + len(COLUMNS) * CELL + STRIP + VALUE
 
 
@@ -47,13 +44,11 @@ class StepReplay:
     def of(cls, run: RunReader, step: int) -> StepReplay:
         """Reads lengths and endings of the whole step. Raises RunFolderError."""
         config = run.config()
-        rollout, update, advantage = (config.get(name) or {} for name in ("rollout", "update", "advantage"))
+        sections = [config.get(name) for name in ("rollout", "update", "advantage")]
+        rollout, update, advantage = (each if isinstance(each, dict) else {} for each in sections)
         rule = str(advantage.get("rule", "agrae"))
-        parameters = inspect.signature(RULES[rule]).parameters if rule in RULES else {}
-        words = f"rule {rule}"
-        if "alpha" in parameters:
-            alpha = advantage.get("alpha")
-            words += f", α = {parameters['alpha'].default if alpha is None else alpha:g}"
+        alpha = inspect.signature(RULES[rule]).parameters.get("alpha") if rule in RULES else None
+        words = f"rule {rule}" + (f", α = {advantage.get('alpha') or alpha.default}" if alpha else "")
         metrics: Record = next((row for row in reversed(run.metrics) if row.get("step") == step), {})
         columns = ("prompt_index", "tokens", "finish_reason", "correction")
         rows = list(itertools.chain.from_iterable(run.folder.iter_rollouts(step, columns)))
@@ -88,56 +83,50 @@ class StepReplay:
         correct = sum(map(sampled_success, rows))
         facts = [self.rule, f"ω = {number(self.omega)}, the mean reward of step {rows[0]['step']:,}"]
         facts.append(f"p = {correct}/{len(rows)} = {percent(correct / len(rows))}")
-        divided = [text for name, text in DIVIDED.items() if self._divides_as(name)]
-        completions = self.blocks[self._block(rows[0])].completions
-        facts += [f"loss {self.loss}: weight of a token = A / {text}, N = {completions:,}" for text in divided]
-        if variant := rows[0].get("variant"):
-            facts.append(f"variant of a problem: {variant}")
+        kind, completions = LOSSES.get(self.loss), self.blocks[self._block(rows[0])].completions
+        divided = [words for name, words in DIVIDED.items() if kind and kind.token_weight is LOSSES[name].token_weight]
+        facts += [f"loss {self.loss}: weight of a token = A / {words}, N = {completions:,}" for words in divided]
+        facts += [f"variant of a problem: {rows[0]['variant']}"] if rows[0].get("variant") else []
         weights = [self.weight(row) for row in rows]
-        largest = {name: max((abs(row[name] or 0.0) for row in rows), default=0.0) for name in COLUMNS}
-        advantages = max(value for name, value in largest.items() if name != "reward")
-        scale = largest | {name: advantages for name in COLUMNS if name != "reward"}
+        reward, *others = (max(abs(row[name] or 0.0) for row in rows) for name in COLUMNS)
+        scale = dict.fromkeys(COLUMNS, max(others)) | {"reward": reward}
         heaviest, longest = max(abs(w or 0.0) for w in weights), max(row["tokens"] for row in rows)
-        marks = [_text(title, LABEL + i * CELL, 14) for i, title in enumerate(COLUMNS.values())]
-        marks.append(_text("→ loss weight × tokens", WIDTH - VALUE - STRIP, 14))
+        titles = (*COLUMNS.values(), "→ loss weight × tokens")
+        marks = [_text(title, LABEL + i * CELL, 14) for i, title in enumerate(titles)]
         for index, (row, weight) in enumerate(zip(rows, weights, strict=True)):
             middle = TOP + (index + 0.5) * ROW
             marks += _line(row, index, middle, scale)
             marks += _strip(row, weight, middle, (weight or 0.0) / (heaviest or 1.0), STRIP / (longest or 1))
-        height = TOP + len(rows) * ROW
-        svg = el("svg", *marks, viewBox=f"0 0 {WIDTH:g} {height:g}", role="img", aria_label="rewards to loss weights")
+        size = f"0 0 {WIDTH:g} {TOP + len(rows) * ROW:g}"
+        svg = el("svg", *marks, viewBox=size, role="img", aria_label="rewards to loss weights")
         about = "A strip is as long as the completion, and as high as the weight of each of its tokens."
         if corrected := [f"{place} {_branch(row)}" for place, row in enumerate(rows, 1) if _branch(row)]:
             about += f" ↻: by guided correction ({', '.join(corrected)}); hatched: not sampled, but inserted by it."
-        parts = note(" · ".join(facts)), el("div", svg, class_="scroll"), note(about)
-        return el("figure", *parts, class_="replay")
-
-    def _divides_as(self, name: str) -> bool:
-        return self.loss in LOSSES and LOSSES[self.loss].token_weight is LOSSES[name].token_weight
+        return el("figure", note(" · ".join(facts)), el("div", svg, class_="scroll"), note(about), class_="replay")
 
 
 def _line(row: Record, index: int, middle: float, scale: Record) -> list[Html]:
-    made = " ↻" if _branch(row) else ""
-    label = el("tspan", "✓ " if row["success"] else "✗ ", class_="correct" if row["success"] else "incorrect")
-    marks = [_text(f"{index + 1} ", 0, middle + 4, label, made)]
+    label = el("tspan", "✓" if row["success"] else "✗", class_="correct" if row["success"] else "incorrect")
+    marks = [_text(f"{index + 1} ", 0, middle + 4, label, " ↻" if _branch(row) else "")]
     for place, name in enumerate(COLUMNS):
         value, zero = row[name], LABEL + place * CELL + BAR / 2
         marks.append(_rect(zero - 0.5, middle - ROW / 2, 1, ROW, "axis"))
         if value:
             width = BAR / 2 * abs(value) / scale[name]
-            marks.append(_rect(zero if value > 0 else zero - width, middle - 6, width, 12, _UP[value > 0]))
+            marks.append(_rect(zero if value > 0 else zero - width, middle - 6, width, 12, ("down", "up")[value > 0]))
         marks.append(_text("–" if value is None else f"{value + 0.0:+.2f}", zero + BAR / 2 + 6, middle + 4))
     return marks
 
 
 def _strip(row: Record, weight: float | None, middle: float, share: float, per_token: float) -> list[Html]:
-    left, width = WIDTH - VALUE - STRIP, row["tokens"] * per_token
-    height = abs(share) * (ROW / 2 - 1)
+    left, width, height = WIDTH - VALUE - STRIP, row["tokens"] * per_token, abs(share) * (ROW / 2 - 1)
     marks = [_rect(left, middle - 0.5, width, 1, "axis")]
     if share:
         tip = el("title", f"completion {row['completion_index'] + 1}: {row['tokens']} tokens, {weight:+.3g} each")
-        marks.append(_rect(left, middle - height if share > 0 else middle, width, height, _UP[share > 0], tip))
-    if span := _forced(row):
+        css, top = ("up", middle - height) if share > 0 else ("down", middle)
+        marks.append(_rect(left, top, width, height, css, tip))
+    span = (row.get("correction") or {}).get("forced") or (0, 0)
+    if span[0] < span[1]:
         first, last = (width * place / max(1, len(clean_text(row["completion"]))) for place in span)
         hatches = [left + first + 3 * i for i in range(int((last - first) / 3) + 1)]
         path = "".join(f"M{x:.1f},{middle + ROW / 2 - 2:g}l4,{4 - ROW:g}" for x in hatches)
@@ -151,13 +140,7 @@ def _branch(row: Record) -> str:
     return str((row.get("correction") or {}).get("branch") or "")
 
 
-def _forced(row: Record) -> list[int]:
-    """First and last character of what guided correction has inserted; empty if nothing."""
-    span = (row.get("correction") or {}).get("forced") or [0, 0]
-    return list(span) if span[0] < span[1] else []
-
-
-def _rect(x: float, y: float, width: float, height: float, css: str, *children: Any) -> Html:
+def _rect(x: float, y: float, width: float, height: float, css: str, *children: object) -> Html:
     box = {"x": x, "y": y, "width": width, "height": height}
     return el("rect", *children, **{name: f"{value:.1f}" for name, value in box.items()}, class_=css)
 

@@ -11,7 +11,7 @@ import threading
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,7 @@ from mm_agrae.run.records import EvaluationResult, sampled_success
 Record = Mapping[str, Any]
 """One line of a run's files: metrics of a step, a completion or an evaluation's sample."""
 
-MOST_FOUND = 200
-"""With so many groups a search over all steps ends."""
-
+MOST_FOUND = 200  # groups, with which a search over steps ends
 STEPS_HELD = 4
 """How many steps to keep overviews of, least recently used out first."""
 
@@ -86,13 +84,13 @@ ORDERS = {
 
 @dataclass
 class Found:
-    """What a search over all steps has found: groups, and the (step, row) of each match in them. `searched` counts the
-    newest steps that were read until there was enough, `damaged` those of them that could not be."""
+    """What a search has found: groups, and the (step, row) of each match in them. `searched` counts the newest steps
+    that were read until there was enough, `damaged` those of them that could not be."""
 
     groups: list[GroupOverview]
-    rows: set[tuple[int, int]]
-    searched: int
-    damaged: int
+    rows: set[tuple[int, int]] = field(default_factory=set)
+    searched: int = 0
+    damaged: int = 0
 
 
 def select(groups: Sequence[GroupOverview], show: str = "all", order: str = "as sampled") -> list[GroupOverview]:
@@ -190,10 +188,10 @@ class RunReader:
             if any(wanted in str(record[name] or "").casefold() for name in _SEARCHED)
         }
 
-    def search_run(self, text: str) -> Found:
-        """The groups of all steps that contain `text`, as `search` has it, up to MOST_FOUND, newest step first."""
-        found = Found([], set(), 0, 0)
-        for step in reversed(self.steps):
+    def find(self, text: str, steps: Sequence[int]) -> Found:
+        """The groups that contain `text`, as `search` has it, up to MOST_FOUND, newest step first."""
+        found = Found([])
+        for step in reversed(steps):
             found.searched += 1
             try:
                 rows = self.search(step, text)

@@ -200,7 +200,7 @@ def test_a_group_is_replayed_from_its_rewards_to_the_loss(page):
     figure = card.locator("figure")
     says = " ".join(figure.inner_text().split())
     # The mean over N = 11 × 4 completions of the means over their 9 tokens.
-    assert "rule agrae, α = 1 · ω = 0.48, the mean reward of step 40 · p = 1/4 = 25.0 %" in says
+    assert "rule agrae, α = 1.0 · ω = 0.48, the mean reward of step 40 · p = 1/4 = 25.0 %" in says
     assert "loss grpo: weight of a token = A / (N · own length), N = 44" in says
     assert "1 ✓ +1.00 +1.50 +1.25 +0.75 +1.9e-03" in says
     assert "2 ✗ +0.00 -0.50 -0.75 -0.25 -6.3e-04" in says

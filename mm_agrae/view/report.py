@@ -370,7 +370,7 @@ def _groups_of(run: RunReader, step: int, count: int, images: EmbeddedImages) ->
     shown = (kinds["mixed"][: count - len(others)] + others + rest)[:count]
     counts = ", ".join(f"{len(found):,} {kind}" for kind, found in kinds.items())
     text = f"Step {step:,}: {len(groups):,} groups ({counts}), {len(shown)} shown. {ADVANTAGES}"
-    replay = StepReplay.of(run, step)
+    replay = StepReplay.of(run, step) if step == run.steps[-1] else None
     cards = [group_card(rows, images, completions=COMPLETIONS_SHOWN, replay=replay) for rows in run.rows(step, shown)]
     return join([note(text), *cards])
 

@@ -211,9 +211,9 @@ def group_card(
     variant = f" · variant: {shorten(rows[0]['variant'], 100)}" if rows[0].get("variant") else ""
     origin = f"prompt {rows[0]['prompt_index']}{resampled} · {shorten(rows[0]['example_id'], 100)}{variant}"
     problem = problem_part(rows[0], images, el("p", origin, class_="muted small"))
-    if replay is not None:
+    if replay is not None and rows[0]["advantage"] is not None:
         summary = el("summary", el("span", "From reward to loss"))
-        lines.append(el("details", summary, replay.figure(shown), class_="completion"))
+        lines.append(el("details", summary, replay.figure(rows, completions), class_="completion"))
     return el("article", problem, el("div", title, *lines, more), class_="card group")
 
 

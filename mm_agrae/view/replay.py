@@ -78,11 +78,11 @@ class StepReplay:
         length = torch.tensor(row["tokens"], dtype=torch.float64)
         return float(row["advantage"] * LOSSES[self.loss].token_weight(length, self.blocks[self._block(row)]))
 
-    def figure(self, rows: Sequence[Record]) -> Html:
-        """The picture of a group: a line for each completion, from its reward to the weight of its tokens."""
-        correct = sum(map(sampled_success, rows))
+    def figure(self, group: Sequence[Record], most: int | None = None) -> Html:
+        """The picture of a group: a line for each completion (of `most`), from its reward to its tokens' weight."""
+        correct, rows = sum(map(sampled_success, group)), group[:most]
         facts = [self.rule, f"ω = {number(self.omega)}, the mean reward of step {rows[0]['step']:,}"]
-        facts.append(f"p = {correct}/{len(rows)} = {percent(correct / len(rows))}")
+        facts.append(f"p = {correct}/{len(group)} = {percent(correct / len(group))}")
         kind, completions = LOSSES.get(self.loss), self.blocks[self._block(rows[0])].completions
         divided = [words for name, words in DIVIDED.items() if kind and kind.token_weight is LOSSES[name].token_weight]
         facts += [f"loss {self.loss}: weight of a token = A / {words}, N = {completions:,}" for words in divided]
@@ -93,6 +93,8 @@ class StepReplay:
         heaviest, longest = max(abs(w or 0.0) for w in weights), max(row["tokens"] for row in rows)
         titles = (*COLUMNS.values(), "→ loss weight × tokens")
         marks = [_text(title, LABEL + i * CELL, 14) for i, title in enumerate(titles)]
+        zeros = (LABEL + i * CELL + BAR / 2 for i in range(len(COLUMNS)))
+        marks += [_rect(zero - 0.5, TOP, 1, len(rows) * ROW, "axis") for zero in zeros]
         for index, (row, weight) in enumerate(zip(rows, weights, strict=True)):
             middle = TOP + (index + 0.5) * ROW
             marks += _line(row, index, middle, scale)
@@ -110,7 +112,6 @@ def _line(row: Record, index: int, middle: float, scale: Record) -> list[Html]:
     marks = [_text(f"{index + 1} ", 0, middle + 4, label, " ↻" if _branch(row) else "")]
     for place, name in enumerate(COLUMNS):
         value, zero = row[name], LABEL + place * CELL + BAR / 2
-        marks.append(_rect(zero - 0.5, middle - ROW / 2, 1, ROW, "axis"))
         if value:
             width = BAR / 2 * abs(value) / scale[name]
             marks.append(_rect(zero if value > 0 else zero - width, middle - 6, width, 12, ("down", "up")[value > 0]))
@@ -131,7 +132,7 @@ def _strip(row: Record, weight: float | None, middle: float, share: float, per_t
         hatches = [left + first + 3 * i for i in range(int((last - first) / 3) + 1)]
         path = "".join(f"M{x:.1f},{middle + ROW / 2 - 2:g}l4,{4 - ROW:g}" for x in hatches)
         marks.append(el("path", el("title", "not sampled"), d=path, class_="hatch"))
-    marks.append(_text("–" if weight is None else f"{weight + 0.0:+.1e}", WIDTH - VALUE + 6, middle + 4))
+    marks.append(_text("–" if weight is None else f"{weight:+.1e}" if weight else "0", WIDTH - VALUE + 6, middle + 4))
     return marks
 
 
@@ -142,7 +143,7 @@ def _branch(row: Record) -> str:
 
 def _rect(x: float, y: float, width: float, height: float, css: str, *children: object) -> Html:
     box = {"x": x, "y": y, "width": width, "height": height}
-    return el("rect", *children, **{name: f"{value:.1f}" for name, value in box.items()}, class_=css)
+    return el("rect", *children, **{name: f"{value:.4g}" for name, value in box.items()}, class_=css)
 
 
 def _text(text: str, x: float, y: float, *more: object) -> Html:

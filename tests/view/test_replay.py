@@ -62,6 +62,7 @@ def test_weights_are_what_the_loss_gives_its_tokens(tmp_path, loss, masked, mini
     assert f"rule agrae, α = 0.5 · ω = {number(levels.omega)}, the mean reward of step 3 · p = 1/4" in figure
     assert all(f"{row['advantage_sample_level'] + 0.0:+.2f}" in figure for row in rows[:4])
     assert f"{weights[0]:+.1e}" in figure
+    assert "p = 1/4" in replay.figure(rows[:4], most=2)  # of the whole group, however many are drawn
 
 
 def test_corrected_completions_and_variants_are_marked(tmp_path):

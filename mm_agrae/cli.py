@@ -117,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     argument("source", help="a checkpoint, a LoRA adapter, or a run folder")
     argument("out", help="a new folder")
     argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    argument("--push", metavar="USER/NAME", help="also upload it to this repository of the hub, private if new")
+    argument("--public", action="store_true", help="a new repository is public")
 
     # Its options are in rollout/serve.py, --help among them.
     add(_serve, "a vLLM server for rollout.engine=vllm_server", add_help=False)
@@ -411,10 +413,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     """Write a trained policy as a checkpoint that transformers and vLLM load, LoRA merged."""
     _require_model("export", arguments.source)
-    from mm_agrae.run.export import export
+    from mm_agrae.run.export import export, push, require_hub
 
+    if arguments.push:
+        require_hub(arguments.push)
     made = export(Path(arguments.source), Path(arguments.out), arguments.dtype)
     print(f"{arguments.out}  {made['parameters']:,} parameters, {made['dtype']}")
+    if arguments.push:
+        print(push(Path(arguments.out), arguments.push, public=arguments.public))
     return 0
 
 

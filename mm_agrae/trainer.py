@@ -298,6 +298,7 @@ class Trainer:
                 for result in results:
                     self.on_evaluation(result)
             self._keep_best()
+            self.checkpointer.describe(self.steps_done)
         except Stopped:
             self.reporter.say(f"evaluation {name!r} was not finished; the same command does it when it goes on")
 
@@ -457,6 +458,8 @@ class Trainer:
         if best := self.checkpointer.best(self.steps_done, self.total_steps):
             summary["best"] = best
         self.run.write_summary(summary)
+        self.checkpointer.describe(self.steps_done)
+        self.checkpointer.wait()
         return summary
 
 

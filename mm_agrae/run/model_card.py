@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def model_card(
     config: Config | None,
     policy: Policy,
     processing: Processing,
-    state: Mapping[str, Any],
+    state: dict[str, Any],
     run: Path,
     merged: bool = False,
 ) -> str:
@@ -51,24 +51,22 @@ def model_card(
     lora = hasattr(policy.model, "peft_config")
     front = ModelCardData(
         base_model=base_id,
+        datasets=sorted({*map(_hub_id, config.data.train)} - {""}) or None if config else None,
         library_name="peft" if lora and not merged else "transformers",
         pipeline_tag="image-text-to-text" if processing.is_multimodal else "text-generation",
-        tags=["mm-agrae", "reinforcement-learning", "grpo"],
+        tags=["mm-agrae", "reinforcement-learning", "grpo", *([config.advantage.rule] if config else [])],
     )
     front.__dict__.update(licence)
     more: dict[str, Any] = {}
     if config:
-        name, update = config.advantage.rule, config.update
-        front.tags = [*dict.fromkeys([*(front.tags or ()), name])]
-        front.datasets = sorted({*map(_hub_id, config.data.train)} - {""}) or None
-        rule = advantage.RULES[name]
+        name, update, rule = config.advantage.rule, config.update, advantage.RULES[config.advantage.rule]
         parameters = inspect.signature(rule).parameters.values()
-        named = [*re.findall(r"\d{4}\.\d{5}", rule.__doc__ or ""), "2602.05548"]
+        defaults = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        named = re.findall(r"\d{4}\.\d{5}", rule.__doc__ or "")
         more = {
-            "rule_settings": {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
-            | rule_settings(config),
+            "rule_settings": defaults | rule_settings(config),
             "bounds": loss_and_bounds(update.loss, update.clip_low, update.clip_high, update.loss_options)[1:],
-            "paper": PAPERS.get(name, named[0]),
+            "paper": PAPERS.get(name, [*named, "2602.05548"][0]),
             "scores": list(_scores(RunFolder(run), state["step"])),
         }
     text = TEMPLATE.render(

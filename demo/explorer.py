@@ -1,4 +1,4 @@
-"""Run explorer: the course of a run, and every group of every step with its images.
+"""Run explorer: the course of a run, how hard its problems are, and every group of every step with its images.
 
 Runs are asked for by the names of a `RunLibrary`, never by path.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from mm_agrae.errors import UserError
-from mm_agrae.view.demo_pages import curve_panels, group_page
+from mm_agrae.view.demo_pages import curve_panels, difficulty_page, group_page
 from mm_agrae.view.demo_settings import DemoSettings
 from mm_agrae.view.page import empty, note
 from mm_agrae.view.runs import FILTERS, ORDERS, RunLibrary, RunReader
@@ -48,6 +48,10 @@ class ExplorerTab:
             self.curves = html("explorer-curves")
             with gr.Accordion("More curves", open=False):
                 self.more = html("explorer-more")
+        # Filled when it is opened, as that reads all rollouts.
+        self.difficulty = gr.Accordion("Difficulty", open=False, elem_id="explorer-difficulty")
+        with self.difficulty:
+            self.problems = html("explorer-problems")
         self.step = gr.Slider(0, 1, step=1, label="Step", elem_id="explorer-step", interactive=False)
         self.follow = gr.Checkbox(label="Follow new steps", elem_id="explorer-follow")
         self.groups = CardList("explorer", {name: name for name in FILTERS}, "Groups")
@@ -79,11 +83,12 @@ class ExplorerTab:
             self.open_run,
             [self.run],
             [
-                *(self.run, *curves, self.smoothing, self.step, self.follow),
+                *(self.run, *curves, self.difficulty, self.problems, self.smoothing, self.step, self.follow),
                 *(self.order, self.text, *self.groups.outputs, self.seen),
             ],
             **reading,
         )
+        self.difficulty.expand(self.show_difficulty, self.run, self.problems, **reading)
         # Following stops as soon as someone looks at something else.
         elsewhere = [*(self.step.input, self.text.submit), *(self.groups.back.click, self.groups.onward.click)]
         gr.on(elsewhere, lambda: False, None, self.follow, queue=False, **quiet)
@@ -127,10 +132,13 @@ class ExplorerTab:
             stamp = run.refresh()
             reach = len(run.metrics) // 30
             newest = run.steps[-1] if run.steps else None
+            measured = run.only_evaluations() and (run.folder.path / "difficulty.json").is_file()
             progress(0.5, desc="Reading the newest step")
             return [
                 chooser,
                 *_curves(run, newest, reach),
+                gr.Accordion(open=measured),
+                self.show_difficulty(name) if measured else "",
                 gr.Slider(value=min(reach, MOST_SMOOTHING)),
                 _slider(run, newest),
                 not stamp[-1],
@@ -159,6 +167,13 @@ class ExplorerTab:
             return _curves(run, run.nearest(step), reach)
         except UserError as problem:
             return [area(error(problem)), "", ""]
+
+    def show_difficulty(self, name: str | None) -> str:
+        """How hard the problems of the run are, of those steps that were kept until now."""
+        try:
+            return area(difficulty_page(self.library.open(name)))
+        except UserError as problem:
+            return area(error(problem))
 
     def look_again(
         self,
@@ -197,8 +212,8 @@ class ExplorerTab:
 
 
 def _no_run(message: Any) -> list[Any]:
-    """Values of about, curves, more, smoothing, step and follow."""
-    return [area(message), "", "", gr.Slider(value=0), _slider(None, None), False]
+    """Values of about, curves, more, difficulty, problems, smoothing, step and follow."""
+    return [area(message), "", "", gr.Accordion(open=False), "", gr.Slider(value=0), _slider(None, None), False]
 
 
 def _slider(run: RunReader | None, step: int | None, *, move: bool = True) -> Any:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 OVERRIDE = "key=value|FILE.yaml"
 """Each changes the config that precedes it."""
+CONFIG = "a YAML file, or the name of a shipped one"
 ERRORS_WITHOUT_NOTICE = 0.01
 """The share of a run's completions whose reward may fail before `train` ends with status 3."""
 
@@ -74,32 +75,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mm-agrae {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def add(run: Callable[[Any], int], summary: str, **options: Any) -> Callable[..., Any]:
-        """Add the command that `run` carries out; returns what adds an argument to it."""
+    def add(
+        run: Callable[[Any], int], summary: str, *, config: str = "", nargs: str | None = None, **options: Any
+    ) -> Callable[..., Any]:
+        """Add the command that `run` carries out; returns what adds an argument to it. `config`: help of its first."""
         name = run.__name__.removeprefix("_")
         made = commands.add_parser(name, help=summary, description=run.__doc__, **options)
         made.set_defaults(command=run)
+        if config:
+            made.add_argument("config", nargs=nargs, help=config)
+            made.add_argument("overrides", nargs="*", metavar=OVERRIDE)
         return made.add_argument
 
-    def add_config(argument: Callable[..., Any], nargs: str | None = None, what: str = "a file or a name") -> None:
-        argument("config", nargs=nargs, help=what)
-        argument("overrides", nargs="*", metavar=OVERRIDE)
-
-    _add_training(add, add_config)
+    _add_training(add)
 
     _add_evaluations(add)
 
-    argument = add(_data, "what a data set is read as, and its bad rows")
-    add_config(argument, what="a file, a folder, a hub id or a task, whose options may follow; or a config")
+    what = "a file, a folder, a hub id or a task, whose options may follow; or a config"
+    argument = add(_data, "what a data set is read as, and its bad rows", config=what)
     argument("-n", type=int, default=3, help="how many rows to show")
     argument("--out", type=Path, help="also write them with their images to an .html page or a .png sheet")
 
-    argument = add(_sample, "show a task's images and questions")
-    add_config(argument)
+    argument = add(_sample, "show a task's images and questions", config=CONFIG)
     argument("-n", type=int, default=12, help="how many examples")
     argument("--split", choices=["train", "evaluate"], default="train")
     argument("--completions", type=int, default=0, help="also sample this many of each")
     argument("--out", type=Path, default="sample.html", help="an .html page or a .png sheet")
+
+    _add_variants(add)
 
     argument = add(_report, "one HTML page of a run")
     argument("runs", nargs="+", metavar="RUN", help="run folders")
@@ -125,23 +128,22 @@ def _parser() -> argparse.ArgumentParser:
     add(_tasks, "list tasks and their options")
     add(_rules, "list advantage rules and their settings")
 
-    argument = add(_doctor, "what this machine has, and what a config needs")
-    add_config(argument, nargs="?")
+    argument = add(_doctor, "what this machine has, and what a config needs", config=CONFIG, nargs="?")
     argument("--gpus", type=int, help="plan for this many (default: those found here)")
     argument("--gpu-memory", type=float, metavar="GIB", help="memory of each (default: as found here)")
     argument("--parallel", choices=["multi_gpu", "fsdp2"], help="copies or shards (default: as the scripts do)")
     return parser
 
 
-def _add_training(add: Callable[..., Any], add_config: Callable[..., None]) -> None:
+def _add_training(add: Callable[..., Any]) -> None:
     argument = add(_quickstart, "train the embedded model on this machine's CPU, in minutes")
     argument("overrides", nargs="*", metavar=OVERRIDE)
 
     argument = add(_configs, "list the configs that come with mm-agrae, or print one")
     argument("name", nargs="?", help="print this one, as a start for one's own: > mine.yaml")
 
-    argument = add(_train, "train a model", epilog=legend(), formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_config(argument)
+    raw: Any = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+    argument = add(_train, "train a model", config=CONFIG, epilog=legend(), **raw)
     argument("--overwrite", action="store_true", help="delete the run folder first if it holds a run")
     argument("--plan", action="store_true", help="print the plan and stop")
     argument("--launch-plan", action="store_true", help="print how the launch scripts start this, and stop")
@@ -162,6 +164,16 @@ def _add_evaluations(add: Callable[..., Any]) -> None:
     argument("--proficiency", default="none,low,average,high", help="any of these, joined by commas (default: all)")
     argument("--config", help="config with data.evaluate (default: the checkpoint's)")
     argument("--out", type=Path, help="a folder (default: runs/difficulty); with --rollouts, a file")
+
+
+def _add_variants(add: Callable[..., Any]) -> None:
+    what = "a problem's variants side by side; or other wordings and steps, by a chat model"
+    argument = add(_variants, what, config=CONFIG)
+    argument("-n", type=int, help="how many problems (default: 6; with --prepare, all)")
+    argument("--out", type=Path, default="variants.html", help="an .html page")
+    argument("--prepare", type=Path, metavar="FILE", help="write wordings and steps there")
+    argument("--model", default="", help="the chat model of --prepare: a path, or its name at --address")
+    argument("--address", default="", metavar="URL", help="OpenAI's chat completions, as http://127.0.0.1:8000/v1")
 
 
 def _load(
@@ -369,6 +381,26 @@ def _sample(arguments: argparse.Namespace) -> int:
         config, split=arguments.split, count=arguments.n, completions=arguments.completions, out=arguments.out
     )
     print(path)
+    return 0
+
+
+def _variants(arguments: argparse.Namespace) -> int:
+    """Show training problems beside all variants that keep their answer, for rollout.variants. With --prepare FILE:
+    have a chat model word the problems otherwise and solve them in steps; what verifies is kept, for
+    rollout.variants.prepared.
+    """
+    _require_suffix(arguments.out, ".html")
+    config = _load(arguments.config, arguments.overrides, to_run=False)
+    if arguments.prepare:
+        from mm_agrae.evaluation.prepare import prepare
+
+        chat = {"model": arguments.model, "address": arguments.address}
+        return prepare(config, arguments.prepare, **chat, count=arguments.n)
+    if arguments.model or arguments.address:
+        raise ConfigError("variants: --model and --address ask a chat model; say by --prepare FILE where that is kept")
+    from mm_agrae.view.variants import write_variants
+
+    print(write_variants(config, count=arguments.n or 6, out=arguments.out))
     return 0
 
 

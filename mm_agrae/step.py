@@ -263,7 +263,8 @@ class UpdateTotals:
 
 def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
     """Rewards, groups, lengths and entropy of a step, over all ranks; reward and success as sampled. `correction/` are
-    shares of all completions, and the mean reward after it."""
+    shares of all completions, and the mean reward after it. `variants/` tell the problems as they are from what was
+    made of them, whose success is not the task's; `variants/difficulty` is the mean D of the problems."""
     groups, rate_P, length_PG = table.groups, table.success_before_PG.mean(-1), table.length_PG
     completions, tokens = length_PG.numel(), length_PG.sum().item()
     values = {
@@ -296,6 +297,13 @@ def step_metrics(table: StepTable, levels: AdvantageLevels) -> dict[str, float]:
         names = ("reflect", "answer", "solution", "no_solution", "skipped", "right")
         values |= {f"correction/{name}": counts[name] / completions for name in names}
         values["correction/reward"] = table.reward_PG.mean().item()
+    if any(group.problem != group.position for group in groups):
+        variant_P = torch.tensor([group.is_variant for group in groups])
+        values["variants/share"] = variant_P.float().mean().item()
+        values["variants/success_original"] = rate_P[~variant_P].mean().item()
+        values["variants/difficulty"] = float(np.mean([g.difficulty for g in groups if not g.is_variant]))
+        if variant_P.any():
+            values["variants/success"] = rate_P[variant_P].mean().item()
     parts = [part for group in groups for part in group.parts_before]
     for name in sorted({name for part in parts for name in part}):
         values[f"reward/{name}"] = float(np.mean([part[name] for part in parts if name in part]))
@@ -339,6 +347,8 @@ def rollout_records(
                     entropy=-float(np.mean(sampled)) if (sampled := completion.sampled_logprobs) else None,
                     correction=asdict(correction) if correction else {},
                     meta=dict(example.meta),
+                    variant=example.variant,
+                    difficulty=example.difficulty,
                 )
             )
     return records

@@ -76,7 +76,7 @@ class Trainer:
         self.watch = Watch()
         self.difficulty: dict[str, float] = {}
         self.on_step, self.on_evaluation = on_step, on_evaluation
-        self._check_device()
+        check_device(config, self.processes, self.reporter)
         self._load_data()
         with self.processes.explained():
             self._load_model()
@@ -92,17 +92,6 @@ class Trainer:
             self._load_state(state)
         self.processes.barrier("resume")  # before the main process tidies up the run folder
         self._whole_step = self._state()
-
-    def _check_device(self) -> None:
-        """On a GPU: raise ConfigError for what will not fit; say what will be slow."""
-        config, device, strategy = self.config, self.processes.device, self.processes.strategy
-        if device.type != "cuda":
-            return
-        if config.model.dtype == "float32" and "dtype" in config.model.model_fields_set:
-            self.reporter.say("model.dtype=float32: several times slower on a GPU than bfloat16, and more memory")
-        if config.train.check_memory and not strategy.offloads:
-            total = torch.cuda.get_device_properties(device).total_memory
-            require_fit(config, processes=self.world, device_bytes=total, sharded=strategy.sharded)
 
     def _load_data(self) -> None:
         """Training and evaluation examples, and the plan that follows from their number."""
@@ -461,6 +450,18 @@ class Trainer:
         self.checkpointer.describe(self.steps_done)
         self.checkpointer.wait()
         return summary
+
+
+def check_device(config: Config, processes: Processes, reporter: Reporter) -> None:
+    """On a GPU: raise ConfigError for what will not fit; say what will be slow."""
+    device, strategy = processes.device, processes.strategy
+    if device.type != "cuda":
+        return
+    if config.model.dtype == "float32" and "dtype" in config.model.model_fields_set:
+        reporter.say("model.dtype=float32: several times slower on a GPU than bfloat16, and more memory")
+    if config.train.check_memory and not strategy.offloads:
+        total = torch.cuda.get_device_properties(device).total_memory
+        require_fit(config, processes=processes.world, device_bytes=total, sharded=strategy.sharded)
 
 
 def delete_run(config: Config) -> None:

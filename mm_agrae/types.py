@@ -42,7 +42,8 @@ class Example:
     for its images, for rewards. `system` is the row's own system turn (empty: `prompt.system`), `history` the turns
     before the question, as ("user" or "assistant", text); their markers stand for the first of the images.
     `image_sizes` and `shown_sizes`, width and height in pixels of each image as stored and as the model sees it, are
-    there once the prompt has been made. `difficulty` is DIVA's D, from 1 (easy) to 9, by `data.difficulty_from`.
+    there once the prompt has been made. `difficulty` is DIVA's D, 1 (easy) to 9. `variant` names what has made this
+    of the problem `id` (`tasks/variants.py`); it is empty for the problem as it is.
     """
 
     id: str
@@ -58,6 +59,7 @@ class Example:
     image_sizes: tuple[tuple[int, int], ...] = field(default=(), compare=False)
     shown_sizes: tuple[tuple[int, int], ...] = field(default=(), compare=False)
     difficulty: float = 5.0
+    variant: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +143,9 @@ class GroupSummary:
     Numbers alone, small enough to be gathered from all ranks. Rewards, success and parts `before` are those of the
     completions as sampled, before guided correction. `learning` counts the tokens in the loss, `sampled` those that
     the policy wrote. `entropies` are estimates (nats): the mean of −log p of the sampled tokens; of completions
-    without any, the mean of the group's others, or 0. Groups of one `problem` are variants of it; `difficulty` is 1
-    (easy) to 9. `corrected` counts completions by branch, and those that became correct ("right"), were left as they
-    are ("skipped") or had no reference solution ("no_solution"); None without that stage.
+    without any, the mean of the group's others, or 0. Groups of one `problem` are it and its variants; `difficulty`
+    is 1 (easy) to 9. `corrected` counts completions by branch, and those that became correct ("right"), were left as
+    they are ("skipped") or had no reference solution ("no_solution"); None without that stage.
     """
 
     position: int
@@ -160,6 +162,7 @@ class GroupSummary:
     sampled: list[int]
     problem: int
     difficulty: float
+    is_variant: bool
     errors: int
     truncated: list[bool]
     corrected: Counter[str] | None
@@ -172,6 +175,7 @@ class Group:
     `position` is the group's place in the step, counted over all ranks: rank r of N holds the
     positions p with p mod N = r. `resample_round` counts rounds of dynamic sampling, from 0. `corrections`, by the
     index of the completion, are there after guided correction; completions and scores are then the corrected ones.
+    `problem` is the position of the first group of the same problem; not set: every group is one of its own.
     """
 
     position: int
@@ -180,6 +184,7 @@ class Group:
     scores: list[Score]
     resample_round: int = 0
     corrections: dict[int, Correction] | None = None
+    problem: int | None = None
 
     def summary(self) -> GroupSummary:
         made = self.corrections or {}
@@ -203,8 +208,9 @@ class Group:
             parts_before=[dict(score.parts) for score in before],
             entropies=[-sum(own) / len(own) if own else usual for own in logprobs],
             sampled=[*map(len, logprobs)],
-            problem=self.position,
+            problem=self.position if self.problem is None else self.problem,
             difficulty=self.prompt.example.difficulty,
+            is_variant=bool(self.prompt.example.variant),
             errors=sum(bool(score.error) for score in self.scores),
             truncated=[c.finish_reason == "length" for c in self.completions],
             corrected=None if self.corrections is None else counts,

@@ -15,7 +15,7 @@ from mm_agrae.model import activations, memory
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.size import find_model_config, measure
 from mm_agrae.progress import Reporter
-from mm_agrae.trainer import Trainer
+from mm_agrae.trainer import check_device
 from mm_agrae.types import MicroBatch
 
 SHAPES = Path(__file__).parent.parent / "data" / "model_shapes"
@@ -275,12 +275,9 @@ def test_a_run_that_does_not_fit_is_refused_with_what_would_help(tmp_path, monke
 
 def test_only_a_gpu_is_checked_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
     def check(device, **sections):
-        trainer = Trainer.__new__(Trainer)
-        trainer.config, trainer.reporter = run_config(tmp_path, VL, **sections), Reporter()
-        trainer.world = 1
         strategy = SimpleNamespace(sharded=False, offloads=False)
-        trainer.processes = SimpleNamespace(device=torch.device(device), strategy=strategy)
-        trainer._check_device()
+        processes = SimpleNamespace(device=torch.device(device), strategy=strategy, world=1)
+        check_device(run_config(tmp_path, VL, **sections), processes, Reporter())
         return capsys.readouterr().out
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=doctor.GIB))

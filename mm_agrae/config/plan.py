@@ -11,7 +11,7 @@ def plan(config: Config, train_rows: int, processes: int = 1) -> list[tuple[str,
     """What a run will do, as (name, value) lines, worked out before anything is loaded."""
     rollout, update = config.rollout, config.update
     steps = total_steps(config, train_rows)
-    prompts, group = rollout.prompts_per_step, rollout.completions_per_prompt
+    prompts, group, problems = rollout.prompts_per_step, rollout.completions_per_prompt, rollout.problems_per_step
     completions = prompts * group
     mini = update.mini_batch_prompts or prompts
     optimiser_steps = prompts // mini * update.epochs
@@ -24,15 +24,16 @@ def plan(config: Config, train_rows: int, processes: int = 1) -> list[tuple[str,
         micro_batches = f"{micro} an optimiser step and process, up to {most} completions each"
     tokens = completions * rollout.max_new_tokens
     policy = "on-policy" if optimiser_steps == 1 else "off-policy after the first"
-    epochs = steps * prompts / train_rows
-    left = (config.train.epochs or 0) * train_rows - steps * prompts
-    dropped = f"; {left} of the last epoch are not used: a step takes {prompts}" if left > 0 else ""
+    epochs = steps * problems / train_rows
+    left = (config.train.epochs or 0) * train_rows - steps * problems
+    dropped = f"; {left} of the last epoch are not used: a step takes {problems}" if left > 0 else ""
     return [
         ("training rows", f"{train_rows:,} ({epochs:.2f} epochs{dropped})"),
         ("steps (rollouts)", f"{steps:,}"),
         (
             "per step",
-            f"{prompts} prompts × {group} completions = {completions} on {processes} "
+            (f"{problems} problems × {prompts // problems} variants = " if problems < prompts else "")
+            + f"{prompts} prompts × {group} completions = {completions} on {processes} "
             f"process{'es' if processes > 1 else ''}",
         ),
         ("optimiser steps", f"{optimiser_steps} a rollout ({policy}), {steps * optimiser_steps:,} in all"),
@@ -106,10 +107,11 @@ def total_steps(config: Config, train_rows: int) -> int:
     if config.train.steps is not None:
         return config.train.steps
     assert config.train.epochs is not None
-    steps = config.train.epochs * train_rows // config.rollout.prompts_per_step
+    problems = config.rollout.problems_per_step
+    steps = config.train.epochs * train_rows // problems
     if steps == 0:
         raise ConfigError(
-            f"rollout.prompts_per_step = {config.rollout.prompts_per_step} is more than "
+            f"rollout.prompts_per_step = {config.rollout.prompts_per_step} takes {problems} rows, more than "
             f"train.epochs × rows = {config.train.epochs} × {train_rows}; lower it"
         )
     return steps

@@ -15,7 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, model_validator
 
 from mm_agrae.config.objective import check_loss, check_rule, try_rule
-from mm_agrae.config.section import URL_SECRET, CorrectSection, Fraction, NonNegative, OnOrOff, PositiveInt, Section
+from mm_agrae.config.rollout import RolloutSection, SamplingSection
+from mm_agrae.config.section import Fraction, NonNegative, OnOrOff, PositiveInt, Section
 from mm_agrae.config.shipped import found
 from mm_agrae.errors import nearest
 
@@ -120,132 +121,6 @@ class PromptSection(Section):
     """Images above this area are made smaller. Not set: the checkpoint's own."""
     chat_template: str = ""
     """A Jinja file, for base models without a chat template. Empty: the checkpoint's own."""
-
-
-class SamplingSection(Section):
-    temperature: Annotated[float, Field(ge=0)] = 1.0
-    """0 is greedy."""
-    top_p: Fraction = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    """0 keeps every token."""
-    max_new_tokens: PositiveInt = 512
-
-
-class DynamicSampling(Section):
-    """DAPO: groups whose advantages are all 0 are resampled, in at most `max_draws` rounds."""
-
-    max_draws: PositiveInt = 3
-
-
-class VllmSection(Section):
-    """For the engines vllm (inside the training process) and vllm_server (over HTTP)."""
-
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """auto: model.dtype."""
-    sync: Literal["merged", "adapter"] = "merged"
-    """What reaches the engine after an optimiser step: all weights, LoRA merged into them, or
-    the LoRA adapter alone."""
-    max_model_len: PositiveInt | None = None
-    """Tokens of prompt and completion together; not set: prompt.max_tokens + max_new_tokens."""
-    memory_fraction: Fraction = 0.4
-    """Share of a GPU's memory for weights and KV cache. On a CPU see cache_gib."""
-    cache_gib: PositiveInt = 1
-    """KV cache on a CPU, in GiB."""
-    max_num_seqs: PositiveInt | None = None
-    """Completions sampled at once; not set: vLLM's own default, 1,024 on an H100 and 256 on smaller GPUs."""
-    tensor_parallel: PositiveInt = 1
-    sleep: bool = True
-    """Free the GPU's memory for the update between rollouts (engine vllm)."""
-    enforce_eager: bool = False
-    servers: tuple[str, ...] = ()
-    """Addresses for vllm_server, such as http://127.0.0.1:8000, started by `mm-agrae serve`."""
-    start_limit_s: Annotated[float, Field(gt=0)] = 600.0
-    """How long to wait for an engine to get ready."""
-    request_limit_s: Annotated[float, Field(gt=0)] = 600.0
-    """How long one prompt's completions may take before its server counts as lost."""
-    options: dict[str, Any] = Field(default={})
-    """Further arguments of vLLM's engine, as they are (engine vllm)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> VllmSection:
-        if any(URL_SECRET.search(server) for server in self.servers):
-            raise ValueError(
-                "rollout.vllm.servers: an address holds a password, which would be logged; leave "
-                "it out and set MM_AGRAE_VLLM_KEY, which `mm-agrae serve` reads as well"
-            )
-        return self
-
-
-class MismatchSection(Section):
-    """What is done about an engine whose log-probabilities differ from the trained model's."""
-
-    correction: Annotated[Literal["auto", "off", "token", "sequence"], OnOrOff] = "auto"
-    """Truncated importance sampling by π_old / π_engine, of each token or of whole completions.
-    auto: token for every engine but hf, whose numbers are the model's own."""
-    limit: Annotated[float, Field(ge=1)] = 2.0
-    """Weights are cut to this."""
-    beyond: Literal["truncate", "mask"] = "truncate"
-    """mask: what is beyond the limit, or below its inverse, is left out."""
-    probe_every: Annotated[int, Field(ge=0)] = 50
-    """Compare log-probabilities at the start and every N steps; 0: never."""
-    probe_prompts: PositiveInt = 4
-    warn_above: Annotated[float, Field(gt=0)] = 0.05
-    """Mean difference (nats a token) above which the probe warns; bfloat16 gives about 0.01."""
-    stop_above: Annotated[float, Field(gt=0)] = 0.5
-    """Mean difference above which the run stops: the engine holds other weights or sees other images."""
-
-
-class RolloutSection(SamplingSection):
-    engine: str = "hf"
-    """hf: the trained model itself. vllm: vLLM in this process. vllm_server: vLLM over HTTP. Or a
-    class of yours, as "module:Class" or "path/to/file.py:Class"."""
-    vllm: VllmSection = VllmSection()
-    mismatch: MismatchSection = MismatchSection()
-    overlap: bool = False
-    """Sample the next step's completions while the update runs (vllm_server): they are one
-    version behind, which the same importance weights correct."""
-    prompts_per_step: Annotated[int, Field(ge=1)] = 16
-    """Prompts of one rollout, over all processes."""
-    completions_per_prompt: int = 8
-    """The group size G; advantages are relative to the group, so at least 2."""
-    batch_completions: PositiveInt = 128
-    """Completions generated at once on one device: bounds memory, not results."""
-    dynamic_sampling: DynamicSampling | None = None
-    correct: CorrectSection | None = None
-    """Guided correction of incorrect completions, in training alone; {} for its defaults. See docs/correction.md."""
-
-    @model_validator(mode="after")
-    def _check(self) -> RolloutSection:
-        if self.engine == "vllm_server" and not self.vllm.servers:
-            raise ValueError(
-                "rollout.vllm.servers names no server; start one with `mm-agrae serve` and give "
-                "its address, such as rollout.vllm.servers=[http://127.0.0.1:8000]"
-            )
-        if self.overlap and self.engine != "vllm_server":
-            raise ValueError(
-                f"rollout.overlap needs rollout.engine=vllm_server, not {self.engine}: only a "
-                "server can sample while this process updates"
-            )
-        if self.overlap and self.dynamic_sampling is not None:
-            raise ValueError(
-                "rollout.overlap and rollout.dynamic_sampling exclude each other: which groups to "
-                "resample is known only after the next ones have been started"
-            )
-        if self.overlap and self.correct is not None:
-            raise ValueError(
-                "rollout.overlap and rollout.correct exclude each other: the policy would go on writing with newer "
-                "weights than a completion was begun with"
-            )
-        if self.completions_per_prompt < 2:
-            raise ValueError(
-                f"rollout.completions_per_prompt is {self.completions_per_prompt}: a group of one "
-                "has no relative advantage; use 2 or more (8 is usual)"
-            )
-        if self.temperature == 0:
-            raise ValueError(
-                "rollout.temperature is 0: greedy completions of a group are all the same and carry no signal; use 1.0"
-            )
-        return self
 
 
 class OverlongPenalty(Section):

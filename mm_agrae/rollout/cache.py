@@ -19,15 +19,14 @@ from mm_agrae.run.files import write_atomic
 from mm_agrae.types import Completion, Correction, Group, Score
 
 _TENSORS = ("token_ids", "logprobs")
-_DATA_STATE = ("data_position", "rows_skipped")
 _CORRECTIONS = TypeAdapter(dict[int, Correction] | None)
 
 
 def write(
-    path: Path, checkpoint: str, groups: Sequence[Group], rows: Sequence[int], data_state: dict[str, int]
+    path: Path, checkpoint: str, groups: Sequence[Group], draws: Sequence[Sequence[float]], data_state: dict[str, Any]
 ) -> None:
-    """Store the groups of the step after `checkpoint` (its id), whose prompts are `rows` of the
-    data, and the data cursor after them. Raises RunFolderError."""
+    """Store the groups of the step after `checkpoint` (its id), what was drawn for each (`tasks.variants.Draw`), and
+    the state of the data after them. Raises RunFolderError."""
     from safetensors.torch import save
 
     every = [completion for group in groups for completion in group.completions]
@@ -37,7 +36,8 @@ def write(
         "groups": [
             {
                 "position": group.position,
-                "row": row,
+                "draw": draw,
+                "problem": group.problem,
                 "prompt_ids": group.prompt.token_ids.tolist(),
                 "resample_round": group.resample_round,
                 "completions": [
@@ -53,7 +53,7 @@ def write(
                 "scores": [asdict(score) for score in group.scores],
                 "corrections": _CORRECTIONS.dump_python(group.corrections),
             }
-            for group, row in zip(groups, rows, strict=True)
+            for group, draw in zip(groups, draws, strict=True)
         ],
     }
     tensors = {
@@ -63,10 +63,12 @@ def write(
     write_atomic(path, save(tensors, {"rollouts": json.dumps(header)}))
 
 
-def read(path: Path, checkpoint: str) -> tuple[list[tuple[int, list[int], dict[str, Any]]], dict[str, int]] | None:
-    """What `write` stored after the checkpoint of this id, and the data cursor.
+def read(
+    path: Path, checkpoint: str
+) -> tuple[list[tuple[list[Any], list[int], dict[str, Any]]], dict[str, Any]] | None:
+    """What `write` stored after the checkpoint of this id, and the state of the data.
 
-    A group is given as its row in the data, the token ids of its prompt, and all of `Group` but
+    A group is given as what was drawn, the token ids of its prompt, and all of `Group` but
     the prompt. None if the file holds nothing of this checkpoint.
     """
     from safetensors import safe_open
@@ -77,8 +79,8 @@ def read(path: Path, checkpoint: str) -> tuple[list[tuple[int, list[int], dict[s
             ids, logprobs = (iter(file.get_tensor(name).tolist()) for name in _TENSORS)
         if not checkpoint or header["checkpoint"] != checkpoint:
             return None
-        groups = [(group["row"], group["prompt_ids"], _group(group, ids, logprobs)) for group in header["groups"]]
-        return groups, {name: int(header["data_state"][name]) for name in _DATA_STATE}
+        groups = [(group["draw"], group["prompt_ids"], _group(group, ids, logprobs)) for group in header["groups"]]
+        return groups, header["data_state"]
     except Exception:  # not whole, or not ours: sampling again costs only time
         return None
 
@@ -94,5 +96,6 @@ def _group(stored: dict[str, Any], ids: Iterator[int], logprobs: Iterator[float]
         "completions": completions,
         "scores": [Score(**score) for score in stored["scores"]],
         "resample_round": stored["resample_round"],
+        "problem": stored["problem"],
         "corrections": _CORRECTIONS.validate_python(stored["corrections"]),
     }

@@ -2,16 +2,18 @@
 
 Read `Collector.collect` first. The prompts of a step are dealt to the ranks in turn (position i to rank i mod N), and
 every rank samples and scores its own. Rows that cannot be used and groups without an advantage are replaced on all
-ranks alike, so that the data cursor is the same everywhere.
+ranks alike, so that the data cursor is the same everywhere. A problem and its variants are neighbours in the step, and
+kept or replaced together.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 from mm_agrae.batching import StepTable
 from mm_agrae.errors import DataError, EngineError, with_skip
@@ -24,6 +26,7 @@ from mm_agrae.rollout.engine import Engine, derive_seed
 from mm_agrae.run.context import RunContext
 from mm_agrae.tasks import Concatenation
 from mm_agrae.tasks.order import DataOrder
+from mm_agrae.tasks.variants import Draw, Problems
 from mm_agrae.types import Completion, Group, Prompt
 
 Prompts = dict[int, Prompt]
@@ -45,7 +48,7 @@ class _Overlapped:
     prompts: Prompts
     completions: Future[Completions]
     version: int
-    data_state: dict[str, int]
+    data_state: dict[str, Any]
 
 
 class Collector:
@@ -66,17 +69,18 @@ class Collector:
         data = self.config.data
         difficulty = task.difficulty if data.easy_to_hard else ()
         self.order = DataOrder(len(task), self.config.train.seed, data.shuffle, difficulty)
+        self.problems = Problems(task, self.config.rollout.variants, self.config.train.seed)
         self.rows_skipped = len(task.skipped)
         self.behaviour_version = engine.version
         self.values: dict[str, float] = {}
         self._corrector = Corrector(context, processing) if self.config.rollout.correct else None
         self._mismatch_checked = False
-        self._row_at: dict[int, int] = {}
-        """The row of the data at each position of the step."""
+        self._draw_at: dict[int, Draw] = {}
+        """What was drawn for each position of the step."""
         self._overlapped: _Overlapped | None = None
         self._sampling_thread = ThreadPoolExecutor(1, "rollout")
-        self._prefetched: dict[int, Future[Prompt]] = {}
-        """Prompts of the next step by row, being prepared during the present one."""
+        self._prefetched: dict[Draw, Future[Prompt]] = {}
+        """Prompts of the next step, being prepared during the present one."""
         # Threads, as decoding, resizing and cutting into patches hold the interpreter lock for 7 % of their time:
         # processes are no faster, and would send each prompt's pixels, up to 100 MB, through a pipe.
         self._prefetch_threads = ThreadPoolExecutor(self.config.data.prefetch_threads or 1, "prompts")
@@ -107,6 +111,8 @@ class Collector:
             prompts, completions = self._replace_refused(prompts, completions, step, resample_round)
             fresh = self._score(prompts, completions, resample_round)
             groups.update({group.position: group for group in fresh})
+            own = [(self._draw_at[g.position].row, sum(s.success for s in g.scores), len(g.scores)) for g in fresh]
+            self.problems.update(self.processes.gather(own, "difficulty") if self.problems.size > 1 else ())
             if resample_round + 1 == rounds:
                 break
             positions = self._without_advantage(groups.values())
@@ -118,15 +124,16 @@ class Collector:
         return found
 
     def _without_advantage(self, groups: Iterable[Group]) -> list[int]:
-        """Positions, over all ranks, of groups that the update would skip: all advantages are 0."""
+        """Positions, over all ranks, of groups that the update would skip: all advantages of a problem are 0."""
         summaries = [group.summary() for group in groups]
         table = StepTable.of(self.processes.gather(summaries, "dynamic sampling"))
         advantage_PG = table.advantages(self.config).advantage_PG
-        return [
+        flat = {
             group.position
             for group, advantage_G in zip(table.groups, advantage_PG, strict=True)
             if not advantage_G.any()
-        ]
+        }
+        return sorted(position for position in flat if flat.issuperset(self.problems.siblings(position)))
 
     def sync(self) -> None:
         """Hand the policy's weights to an engine that holds older ones."""
@@ -159,15 +166,17 @@ class Collector:
         self._prefetch_threads.shutdown(wait=True, cancel_futures=True)
 
     @property
-    def data_state(self) -> dict[str, int]:
-        """The data cursor. A resumed run draws again what is being sampled for the next step."""
+    def data_state(self) -> dict[str, Any]:
+        """Data cursor and D of the problems. A resumed run draws again what is being sampled for the next step."""
         return self._overlapped.data_state if self._overlapped else self._data_state()
 
-    def load_data_state(self, state: dict[str, int]) -> None:
+    def load_data_state(self, state: Mapping[str, Any]) -> None:
         self.order.position, self.rows_skipped = state["data_position"], state["rows_skipped"]
+        self.problems.found = {int(row): difficulty for row, difficulty in state.get("difficulty", {}).items()}
 
-    def _data_state(self) -> dict[str, int]:
-        return {"data_position": self.order.position, "rows_skipped": self.rows_skipped}
+    def _data_state(self) -> dict[str, Any]:
+        state = {"data_position": self.order.position, "rows_skipped": self.rows_skipped}
+        return state | {"difficulty": dict(self.problems.found)}
 
     @property
     def cache_path(self) -> Path:
@@ -175,19 +184,19 @@ class Collector:
 
     def write_cache(self, checkpoint_id: str, groups: Sequence[Group]) -> None:
         """Have the groups of the step after a checkpoint survive a kill; see `cache`."""
-        rows = [self._row_at[group.position] for group in groups]
-        cache.write(self.cache_path, checkpoint_id, groups, rows, self._data_state())
+        draws = [self._draw_at[group.position] for group in groups]
+        cache.write(self.cache_path, checkpoint_id, groups, draws, self._data_state())
 
     def read_cache(self, checkpoint_id: str) -> list[Group] | None:
         """The groups that `write_cache` stored after this checkpoint, on all ranks or on none."""
         cached = cache.read(self.cache_path, checkpoint_id)
         groups: list[Group] = []
         with self.stopwatch("prompts"), contextlib.suppress(DataError, IndexError):
-            for row, prompt_ids, values in cached[0] if cached else []:
-                prompt = self._take(row)
+            for drawn, prompt_ids, values in cached[0] if cached else []:
+                prompt = self._take(draw := Draw(*drawn))
                 if prompt.token_ids.tolist() == prompt_ids:
                     groups.append(Group(prompt=prompt, **values))
-                    self._row_at[groups[-1].position] = row
+                    self._draw_at[groups[-1].position] = draw
         positions = range(self.processes.rank, self.config.rollout.prompts_per_step, self.processes.world)
         whole = cached is not None and [group.position for group in groups] == list(positions)
         if not all(self.processes.gather([whole], "rollout cache")) or cached is None:
@@ -204,11 +213,11 @@ class Collector:
         """
         if not self.config.data.prefetch_threads:
             return
-        rows = self.order.peek(self.config.rollout.prompts_per_step)
+        rows = enumerate(self.order.peek(self.config.rollout.problems_per_step), self.order.position)
+        draws = [draw for number, row in rows for draw in self.problems.draws(row, number)]
         before, self._prefetched = self._prefetched, {}
-        for row in rows[self.processes.rank :: self.processes.world]:
-            if row not in self._prefetched:
-                self._prefetched[row] = before.get(row) or self._prefetch_threads.submit(self._prompt, row)
+        for draw in draws[self.processes.rank :: self.processes.world]:
+            self._prefetched[draw] = before.get(draw) or self._prefetch_threads.submit(self._prompt, draw)
 
     def store_images(self, groups: Iterable[Group]) -> None:
         """Begin to store a step's images, which takes longer than decoding them; logging finds them stored."""
@@ -216,39 +225,53 @@ class Collector:
             for image in chain.from_iterable(group.prompt.images for group in groups):
                 self._prefetch_threads.submit(self.folder.store_image, image)
 
-    def _take(self, row: int) -> Prompt:
-        """The prompt of a row, prefetched or not. Raises DataError."""
-        prefetched = self._prefetched.pop(row, None)
-        return prefetched.result() if prefetched else self._prompt(row)
+    def _take(self, draw: Draw) -> Prompt:
+        """The prompt of what was drawn, prefetched or not. Raises DataError."""
+        prefetched = self._prefetched.pop(draw, None)
+        return prefetched.result() if prefetched else self._prompt(draw)
 
-    def _prompt(self, row: int) -> Prompt:
-        with self._task_lock:  # a task may be anyone's code
-            example = self.task[row]
-        return self.processing.prompt(example)
+    def _prompt(self, draw: Draw) -> Prompt:
+        """The problem as it is takes the place of a variant that cannot be used, such as one of too many tokens."""
+        try:
+            with self._task_lock:  # a task may be anyone's code
+                example = self.problems.example(draw)
+            return self.processing.prompt(example)
+        except DataError:
+            if draw.variant == 0:
+                raise
+            return self._prompt(draw._replace(variant=0))
 
     def _draw_prompts(self, positions: Iterable[int]) -> Prompts:
-        """This rank's prompts by position; a bad row is skipped on all ranks alike."""
+        """This rank's prompts by position, all of whole problems; a bad row is skipped on all ranks alike."""
         drawn: Prompts = {}
         missing = list(positions)
         in_a_row = 0
         while missing:
             bad = []
-            for position, row in [(position, self.order.next()) for position in missing]:
+            draws = [
+                draw
+                for _ in missing[:: self.problems.size]
+                for draw in self.problems.draws(number=self.order.position, row=self.order.next())
+            ]
+            for position, draw in zip(missing, draws, strict=True):
                 if position % self.processes.world != self.processes.rank:
                     continue
                 try:
-                    drawn[position] = self._take(row)
-                    self._row_at[position] = row
+                    drawn[position] = self._take(draw)
+                    self._draw_at[position] = draw
                 except DataError as error:
                     if self.config.data.on_bad_row == "error":
                         raise with_skip(error) from None
                     bad.append((position, str(error)))
-            missing = []
-            for position, message in sorted(self.processes.gather(bad, "prompts")):
+            messages = {
+                self.problems.siblings(position): message
+                for position, message in sorted(self.processes.gather(bad, "prompts"))
+            }
+            for message in messages.values():
                 self.reporter.say(f"skipped {message}")
-                missing.append(position)
-            self.rows_skipped += len(missing)
-            in_a_row = in_a_row + len(missing) if missing else 0
+            missing = [*chain(*messages)]
+            self.rows_skipped += len(messages)
+            in_a_row = in_a_row + len(messages) if messages else 0
             if in_a_row > len(self.task):
                 raise DataError("data.train: no usable row was found in a whole pass over the data")
         return dict(sorted(drawn.items()))
@@ -273,8 +296,9 @@ class Collector:
                     f"{refused[0][1]}: the rollout server refused this row; its message is in the "
                     "log. Mend it or set data.on_bad_row=skip"
                 )
-            self.rows_skipped += len(refused)
-            fresh = self._draw_prompts([position for position, _ in refused])
+            problems = sorted({self.problems.siblings(position)[0] for position, _ in refused})
+            self.rows_skipped += len(problems)
+            fresh = self._draw_prompts([*chain(*map(self.problems.siblings, problems))])
             prompts = dict(sorted({**prompts, **fresh}.items()))
             completions |= self._generate(fresh, step, resample_round + 1000 * attempt)
         raise EngineError(f"the rollout server refused {MAX_REFUSALS} rows in a row")
@@ -360,6 +384,13 @@ class Collector:
             )
         rest = iter(scores)
         return [
-            Group(position, prompt, completions[position], [*islice(rest, count)], resample_round)
+            Group(
+                position,
+                prompt,
+                completions[position],
+                [*islice(rest, count)],
+                resample_round,
+                problem=self.problems.siblings(position)[0],
+            )
             for position, prompt in prompts.items()
         ]

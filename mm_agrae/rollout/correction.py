@@ -26,6 +26,7 @@ from mm_agrae.model.processing import THINK, Processing
 from mm_agrae.rewards import Rewarder
 from mm_agrae.rollout.engine import Engine, derive_seed
 from mm_agrae.run.context import RunContext
+from mm_agrae.tasks.variants import worked_solutions
 from mm_agrae.types import Completion, Correction, Example, Group, Prompt
 
 END_OF_THINKING = "</think>"
@@ -123,7 +124,7 @@ class Corrector:
         kept, end = old.token_ids, self.processing.end_id
         if kept and kept[-1] in self.processing.eos_ids:
             kept, end = kept[:-1], kept[-1]
-        solutions = _solutions(example) if drawn == "solution" else []
+        solutions = worked_solutions(example) if drawn == "solution" else []
         branch = "answer" if drawn == "solution" and not solutions else drawn
         if branch == "reflect":
             inserted = self.cue
@@ -167,10 +168,3 @@ class Corrector:
     def _filled(self, text: str, example: Example) -> str:
         gold = final_answer(example.answer)
         return text.replace("{boxed}", rf"\boxed{{{gold}}}").replace("{answer}", gold)
-
-
-def _solutions(example: Example) -> list[str]:
-    """Worked solutions of an example: `meta["ways"]`, or its column `solution` if that is more than the answer."""
-    found = example.meta.get("ways") or example.columns.get("solution") or ()
-    texts = [found] if isinstance(found, str) else found if isinstance(found, list | tuple) else []
-    return [text for text in texts if isinstance(text, str) and text.strip() not in ("", example.answer)]

@@ -13,8 +13,8 @@ from mm_agrae.run import checkpoint
 from mm_agrae.run.files import explained, write_jsonl
 from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.records import sampled_success
+from mm_agrae.tasks.variants import EASIEST, HARDEST
 
-EASIEST, HARDEST = 1.0, 9.0
 AT_START = "difficulty_at_start.jsonl"
 """In a run folder with `data.difficulty_from`: D as it was when the run began, which a resumed one reads."""
 
@@ -32,10 +32,6 @@ class ProblemSuccess:
     def rate(self) -> float:
         return self.correct.total() / self.completions.total()
 
-    def by_step(self) -> list[tuple[int, int]]:
-        """Correct completions and all of them, step by step."""
-        return [(self.correct[step], count) for step, count in sorted(self.completions.items())]
-
     @property
     def difficulty(self) -> float:
         """D₀ of DIVA-GRPO from the pass rate: 1 always solved, 9 never."""
@@ -50,8 +46,10 @@ def problem_success(run_dir: str | Path) -> dict[str, ProblemSuccess]:
     run, found = RunFolder(run_dir), dict[str, ProblemSuccess]()
     run.read_config()
     for step in run.rollout_steps():
-        for rows in run.iter_rollouts(step, ["example_id", "success", "success_before", "meta"]):
+        for rows in run.iter_rollouts(step, ["example_id", "success", "success_before", "meta", "variant"]):
             for row in rows:
+                if row.get("variant"):
+                    continue  # not the problem itself
                 problem = found.setdefault(row["example_id"], ProblemSuccess(row["example_id"], row["meta"]))
                 problem.correct[step] += sampled_success(row)
                 problem.completions[step] += 1

@@ -40,6 +40,7 @@ class RolloutRecord:
     the mean over its tokens in nats. The three advantages are the normalised reward before any rescaling, after the
     sample level, and the final one. Where guided correction has dealt with the completion, `correction` holds the
     fields of `types.Correction`; text, reward and success are the corrected one's, `success_before` the sampled one's.
+    `variant` names what was made of the problem (empty: nothing), and `difficulty` is D, from 1 to 9, of this variant.
     """
 
     step: int
@@ -65,12 +66,14 @@ class RolloutRecord:
     meta: Mapping[str, Any] = field(default_factory=dict)
     success_before: bool | None = None
     correction: Mapping[str, Any] = field(default_factory=dict)
+    variant: str = ""
+    difficulty: float | None = None
 
 
 ROLLOUT_COLUMNS = get_type_hints(RolloutRecord)
 """Name -> type of every column of a rollout file, in the order stored."""
 
-LATER_COLUMNS = {"success_before", "correction"}
+LATER_COLUMNS = {"success_before", "correction", "variant", "difficulty"}
 """Those that files of earlier versions lack."""
 
 

@@ -57,6 +57,10 @@ WARNINGS: dict[str, tuple[Callable[[Rows], bool], str, tuple[str, ...]]] = {
         f"rewards gave no gradient in {STEPS_ALIKE} steps: those of a group are all the same. See them in `mm-agrae "
         "report RUN`; add a part that tells completions apart, or raise rollout.temperature",
         ("truncated", "none-correct", "all-correct")),
+    "variants": (
+        lambda rows: all(x == 0 for x in newest(rows, STEPS_AT_ZERO, "variants/share")),
+        f"no problem had a variant in {STEPS_AT_ZERO} steps, only itself once more. `mm-agrae variants CONFIG` "
+        "shows what fits; --prepare makes wordings and steps, data.difficulty_from says what is easy", ()),
     "entropy": (
         lambda rows: grown(rows, "policy/entropy") < ENTROPY_LEFT and fmean(newest(rows, SPAN, "success/mean")) < MOST,
         f"entropy is below {ENTROPY_LEFT:.0%} of what it was, though answers are still wrong: a group's completions "

@@ -12,10 +12,15 @@ by row. A column with another name is an error that lists the columns.
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
 
-from mm_agrae.tasks.published import CatalogEntry, task_class
+from mm_agrae.tasks.picture_operators import Operator
+from mm_agrae.tasks.published import CatalogEntry, CatalogTask, task_class
 from mm_agrae.tasks.rows import TableRow
+from mm_agrae.types import Example
 
 
 def _geometry3k(row: TableRow) -> TableRow:
@@ -187,4 +192,42 @@ CATALOG: dict[str, CatalogEntry] = {
     ),
 }
 
-TASKS = {name: task_class(name, entry) for name, entry in CATALOG.items()}
+_VERSIONS = {
+    "Text Only": -2,
+    "Text Dominant": -2,
+    "Text Lite": 0,
+    "Vision Intensive": 1,
+    "Vision Dominant": 2,
+    "Vision Only": 4,
+}
+"""MathVerse's versions of a problem, and how much harder each is than with the text that most need, in steps of D."""
+
+
+class _MathVerse(CatalogTask):
+    variant_names = (*_VERSIONS,)
+
+    @cached_property
+    def _groups(self) -> dict[Any, list[tuple[str, Example]]]:
+        """Problem -> its versions in this split."""
+        found: dict[Any, list[tuple[str, Example]]] = defaultdict(list)
+        for index in range(len(self)):
+            found[self._group(example := self[index])].append((str(example.columns.get("problem_version")), example))
+        return found
+
+    def _group(self, example: Example) -> Any:
+        return example.columns.get("group", example.columns.get("problem_index"))
+
+    def variants(self, index: int) -> list[Operator]:
+        """The other versions of the same problem."""
+        own = self[index]
+        base = _VERSIONS.get(str(own.columns.get("problem_version")), 0)
+        group = self._groups[self._group(own)] if self._group(own) is not None else []
+        return [
+            Operator(version, _VERSIONS[version] - base, lambda _: True, lambda *_, other=other: other)
+            for version, other in group
+            if version in _VERSIONS and other.id != own.id
+        ]
+
+
+_OWN_CLASS = {"mathverse": _MathVerse}
+TASKS = {name: task_class(name, entry, _OWN_CLASS.get(name, CatalogTask)) for name, entry in CATALOG.items()}

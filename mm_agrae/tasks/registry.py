@@ -6,7 +6,8 @@ name it as "module:Class" or "path/to/file.py:Class" in the config. A published 
 those of the base class, less the names in the class attribute `fixed`. Two options are filled in, if the constructor
 has them: `limit` (stop after so many examples) and `on_bad_row` ("error" or "skip"). A task that leaves rows out lists
 the reasons in an attribute `skipped`; what people should know of its rows it says in `notes`. `generated = True` says
-that its examples are made by a program and need no check.
+that its examples are made by a program and need no check. `variants(index)` returns `Operator`s of a row's own, with
+names from the class attribute `variant_names`.
 """
 
 import inspect
@@ -19,6 +20,7 @@ from mm_agrae.config import DataSource
 from mm_agrae.config.plugins import UNSET, check_arguments, is_import_name, load_object, signature
 from mm_agrae.errors import ConfigError, DataError, nearest
 from mm_agrae.tasks import catalog, medical
+from mm_agrae.tasks.picture_operators import Operator
 from mm_agrae.types import Example
 
 
@@ -67,13 +69,29 @@ class Concatenation:
         return [index for index, generated in enumerate(chain(*marks)) if not generated]
 
     def __getitem__(self, index: int) -> Example:
+        task, row = self._at(index)
+        return replace(task[row], difficulty=self.difficulty_of(index)) if self.difficulty else task[row]
+
+    def difficulty_of(self, index: int) -> float:
+        return self.difficulty[index] if self.difficulty else Example.difficulty
+
+    @property
+    def variant_names(self) -> list[str]:
+        return [name for task in self.tasks for name in getattr(task, "variant_names", ())]
+
+    def variants(self, index: int) -> Sequence[Operator]:
+        """The variants that an example's task itself has of it."""
+        task, row = self._at(index)
+        return task.variants(row) if hasattr(task, "variants") else ()
+
+    def _at(self, index: int) -> tuple[Task, int]:
+        """The task of an example, and its index there."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         row = index
         for task, length in zip(self.tasks, self.lengths, strict=True):
             if row < length:
-                example = task[row]
-                return replace(example, difficulty=self.difficulty[index]) if self.difficulty else example
+                return task, row
             row -= length
         raise AssertionError("unreachable")
 

@@ -1,4 +1,4 @@
-"""What the report and the demo both show of a run: curves, pass@k, groups, traces side by side."""
+"""What the report and the demo both show of a run: curves, pass@k, difficulty, groups, traces side by side."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from pathlib import Path
 
 from PIL import Image
 
+from mm_agrae.errors import RunFolderError
+from mm_agrae.evaluation.difficulty import tables
 from mm_agrae.run.files import clean_text
 from mm_agrae.run.folder import RunFolder
+from mm_agrae.run.problems import problem_success
 from mm_agrae.run.records import EvaluationResult, Interval, sampled_success
 from mm_agrae.view.page import Html, el, empty, note, number, percent, shorten, table, with_interval
 from mm_agrae.view.plots import Line, Points, plot, thin
@@ -19,6 +22,7 @@ from mm_agrae.view.runs import Record
 
 TEXT_LIMIT = 2400  # characters of one completion
 IMAGE_BUDGET = 1_200_000  # characters of all images of a page, as data URIs
+PROBLEMS_SHOWN = 40
 
 
 # fmt: off
@@ -36,6 +40,10 @@ CURVES: list[tuple[str, str, dict[str, str], tuple[str, ...]]] = [
     ("Corrected", "share of all completions, by what became of them; right: correct afterwards",
      {"correction/reflect": "reflected", "correction/answer": "answer added", "correction/solution": "solution",
       "correction/skipped": "left", "correction/right": "right"}, ("smooth", "shares", "zero")),
+    ("Problems and variants", "share of correct completions",
+     {"variants/success_original": "as they are", "variants/success": "variants"}, ("shares", "smooth")),
+    ("Difficulty", "mean D of the step's problems, from 1 (easy) to 9",
+     {"variants/difficulty": "D"}, ("smooth",)),
     ("Length", "tokens per completion",
      {"completions/mean_tokens": "mean", "completions/max_tokens": "longest"}, ("smooth",)),
     ("Truncated", "completions cut off by the token limit",
@@ -143,6 +151,37 @@ def pass_at_k_table(results: Sequence[tuple[str, EvaluationResult]]) -> Html:
 ADVANTAGES = "A is the advantage before rescaling → after the sample level → after the group level."
 
 
+def measured_difficulty(folder: RunFolder) -> list[Html]:
+    """The tables of `mm-agrae difficulty`; none if it was not run here. Raises RunFolderError if damaged."""
+    parts: list[Html] = []
+    for name, result in folder.read_difficulty().items():
+        parts += [el("h3", name), note("One greedy reply to each item. Ranges: 95 % bootstrap intervals over items.")]
+        try:
+            for title, header, rows in tables(result):
+                parts += [el("h4", title), table(header, rows)]
+        except (KeyError, TypeError, ValueError) as error:
+            raise RunFolderError(f"{folder.path}/difficulty.json: damaged ({error!r}); delete it") from None
+    return parts
+
+
+def problem_table(folder: RunFolder) -> tuple[str, Html]:
+    """Title and table of the problems drawn more than once, hardest first; of all if none was.
+
+    Raises RunFolderError if no rollouts were kept, or some are damaged.
+    """
+    found = sorted(problem_success(folder.path).values(), key=lambda p: (-p.difficulty, -p.completions.total()))
+    again = [problem for problem in found if len(problem.completions) > 1]
+    problems, which = (again, " drawn more than once") if again else (found, ", each drawn once")
+    rows = []
+    for problem in problems[:PROBLEMS_SHOWN]:
+        steps = sorted(problem.completions)
+        course = " → ".join(f"{problem.correct[step]}/{problem.completions[step]}" for step in steps)
+        cells = (el("span", text, class_="long") for text in (course, ", ".join(map(str, steps))))
+        rows.append([problem.example_id, f"{problem.difficulty:.2f}", *cells])
+    title = f"Problems{which}: {len(rows):,} hardest of {len(problems):,} (D 9: never solved)"
+    return title, table(["problem", "D", "correct, step by step", "steps"], rows)
+
+
 def group_card(
     rows: Sequence[Record],
     images: EmbeddedImages,
@@ -165,7 +204,8 @@ def group_card(
     more = note(f"and {hidden} more") if hidden else None
     round_ = rows[0]["resample_round"]
     resampled = f", resample round {round_}" if round_ else ""
-    origin = f"prompt {rows[0]['prompt_index']}{resampled} · {shorten(rows[0]['example_id'], 100)}"
+    variant = f" · variant: {shorten(rows[0]['variant'], 100)}" if rows[0].get("variant") else ""
+    origin = f"prompt {rows[0]['prompt_index']}{resampled} · {shorten(rows[0]['example_id'], 100)}{variant}"
     problem = problem_part(rows[0], images, el("p", origin, class_="muted small"))
     return el("article", problem, el("div", title, *lines, more), class_="card group")
 

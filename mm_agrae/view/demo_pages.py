@@ -1,4 +1,4 @@
-"""What two of the demo's tabs show: a run's curves and groups, and evaluations side by side.
+"""What two of the demo's tabs show: a run's curves, difficulties and groups, and evaluations side by side.
 
 Images are embedded, so the browser never requests a file.
 """
@@ -15,8 +15,10 @@ from mm_agrae.view.components import (
     EmbeddedImages,
     curve_figures,
     group_card,
+    measured_difficulty,
     pass_at_k_plot,
     pass_at_k_table,
+    problem_table,
     trace_card,
 )
 from mm_agrae.view.page import Html, el, empty, join, note, percent, tile
@@ -32,6 +34,7 @@ LONGEST_OF_PAIR = 20_000
 NO_STEP = "No step has been finished yet. This page updates by itself."
 ONLY_EVALUATIONS = "There was no training here; see Compare for the evaluations."
 NO_ROLLOUTS = "This run kept no completions (log.rollouts is off); its curves are above."
+NO_DIFFICULTY = "How hard the problems are is not known: no completions were kept, nor was mm-agrae difficulty run."
 NO_EVALUATION = (
     "No evaluation was found in the given runs. A training run evaluates before and after; "
     "mm-agrae eval MODEL … --out FOLDER evaluates checkpoints side by side, and "
@@ -65,6 +68,15 @@ def curve_panels(run: RunReader, step: int | None, reach: float) -> tuple[Html, 
     figures, constant = curve_figures(run.metrics, reach=reach, mark=step)
     more = el("div", *figures[FIRST_CURVES:], class_="plots")
     return el("div", *figures[:FIRST_CURVES], class_="plots"), join([more, constant])
+
+
+def difficulty_page(run: RunReader) -> Html:
+    """What `mm-agrae difficulty` measured, and how often each problem was solved. Raises RunFolderError."""
+    parts = measured_difficulty(run.folder)
+    if run.steps:
+        title, problems = problem_table(run.folder)
+        parts += [el("h4", title), problems]
+    return join(parts) if parts else empty(NO_DIFFICULTY)
 
 
 def group_page(run: RunReader, step: int | None, show: str, order: str, text: str, number: int) -> CardPage:

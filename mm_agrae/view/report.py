@@ -1,15 +1,14 @@
 """Self-contained HTML pages: one run with what the model wrote, and several runs side by side."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from mm_agrae.errors import RunFolderError
-from mm_agrae.evaluation.difficulty import tables
 from mm_agrae.evaluation.paired import PairedEvaluations, SampleCache, StoredEvaluation
 from mm_agrae.run.files import write_atomic
 from mm_agrae.run.folder import RunFolder
-from mm_agrae.run.problems import problem_success
 from mm_agrae.run.records import EvaluationResult, Interval, PartMeans
 from mm_agrae.view.components import (
     ADVANTAGES,
@@ -18,8 +17,10 @@ from mm_agrae.view.components import (
     curve_figures,
     group_card,
     interval_line,
+    measured_difficulty,
     pass_at_k_plot,
     pass_at_k_table,
+    problem_table,
     series,
     trace_card,
 )
@@ -46,7 +47,6 @@ from mm_agrae.view.runs import Record, RunReader, distinct_names, select, step_o
 GROUPS_SHOWN = 6
 EARLIER_GROUPS_SHOWN = 2
 COMPLETIONS_SHOWN = 16
-PROBLEMS_SHOWN = 40
 OPEN_KINDS = ("family", "figure", "level")
 """Entries of the examples' meta whose tables are not folded."""
 FEWEST_PROBLEMS = 6
@@ -260,31 +260,9 @@ def _fallen(last: EvaluationResult, key: str, k: int, fallen: Record, gains: Map
 
 
 def _difficulty(folder: RunFolder) -> Html | None:
-    """What `mm-agrae difficulty` measured here; of a training run, how often each problem was solved step by step."""
-    parts: list[Html] = []
-    for name, result in folder.read_difficulty().items():
-        parts += [
-            el("h3", name),
-            note("One greedy reply to each item. Ranges are 95 % bootstrap intervals over items."),
-        ]
-        try:
-            found = tables(result)
-        except (KeyError, TypeError, ValueError) as error:
-            raise RunFolderError(f"{folder.path}/difficulty.json: damaged ({error!r}); delete it") from None
-        for title, header, rows in found:
-            parts += [el("h4", title), table(header, rows)]
-    try:
-        problems = [each for each in problem_success(folder.path).values() if len(each.completions) > 1]
-    except RunFolderError:  # none were kept, or one is damaged, which its own section says
-        problems = []
-    if problems:
-        problems.sort(key=lambda each: -each.difficulty)
-        rows = [
-            [each.example_id, f"{each.difficulty:.2f}", " → ".join(f"{n}/{of}" for n, of in each.by_step())]
-            for each in problems[:PROBLEMS_SHOWN]
-        ]
-        title = f"Problems drawn more than once: {len(rows):,} hardest of {len(problems):,}"
-        parts.append(fold(title, table(["problem", "D", "correct, step by step"], rows)))
+    parts = measured_difficulty(folder)
+    with suppress(RunFolderError):  # no rollouts were kept, or some are damaged, which their own section says
+        parts.append(fold(*problem_table(folder)))
     return join(parts) if parts else None
 
 

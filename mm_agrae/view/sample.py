@@ -68,7 +68,7 @@ def sample_html(examples: Sequence[Example], completions: Sequence[Sequence[Samp
     DataError for an image that cannot be used.
     """
     samples = list(completions) or [()] * len(examples)
-    cards = [_card(example, rows) for example, rows in zip(examples, samples, strict=True)]
+    cards = [card(example, rows) for example, rows in zip(examples, samples, strict=True)]
     return page("Examples", el("header", el("h1", "Examples")), [("Examples", join(cards))])
 
 
@@ -86,8 +86,7 @@ def write_samples(config: Config, *, split: str, count: int, completions: int, o
     if not sources:
         raise ConfigError(f"sample: data.{split} names no data")
     task = load_all(sources, on_bad_row=config.data.on_bad_row)
-    count = min(count, len(task))
-    indices = [number * len(task) // count for number in range(count)]
+    indices = spread(len(task), count)
     if completions:
         problems = _solve(config, task, indices, completions)
         content: str | bytes = sample_html(
@@ -97,11 +96,22 @@ def write_samples(config: Config, *, split: str, count: int, completions: int, o
         content = encode_png(contact_sheet([task[index] for index in indices]))
     else:
         content = sample_html([task[index] for index in indices])
+    return write(out, content)
+
+
+def spread(rows: int, count: int) -> list[int]:
+    """At most `count` indices, evenly over the rows."""
+    count = min(count, rows)
+    return [number * rows // count for number in range(count)]
+
+
+def write(out: Path, content: str | bytes) -> Path:
+    """Raises ConfigError if that cannot be done."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_bytes(content if isinstance(content, bytes) else content.encode())
     except OSError as error:
-        raise ConfigError(f"sample: cannot write {out} ({error.strerror})") from None
+        raise ConfigError(f"cannot write {out} ({error.strerror})") from None
     return out
 
 
@@ -145,7 +155,7 @@ def _solve(config: Config, task: Task, indices: Sequence[int], completions: int)
         return run(engine, processing, rewarder, task, indices, section, on_bad_row=config.data.on_bad_row)
 
 
-def _card(example: Example, records: Sequence[SampleRecord]) -> Html:
+def card(example: Example, records: Sequence[SampleRecord] = (), title: str = "") -> Html:
     sources = (base64.b64encode(encode_png(image)).decode() for image in _images(example))
     images = [
         el("img", src=f"data:image/png;base64,{source}", alt=f"image {number}")
@@ -153,6 +163,7 @@ def _card(example: Example, records: Sequence[SampleRecord]) -> Html:
     ]
     problem = el(
         "div",
+        el("h3", title) if title else None,
         *images,
         el("div", example.question, class_="question"),
         el("p", "Answer: ", el("b", example.answer)),

@@ -153,7 +153,7 @@ def test_plan_counts():
 def test_epochs_become_steps():
     config = parse(train={"epochs": 2}, rollout={"prompts_per_step": 16})
     assert configs.total_steps(config, train_rows=100) == 12
-    with pytest.raises(ConfigError, match="prompts_per_step = 16 is more than"):
+    with pytest.raises(ConfigError, match="prompts_per_step = 16 takes 16 rows, more than"):
         configs.total_steps(config, train_rows=7)
 
 

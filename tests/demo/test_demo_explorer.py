@@ -36,7 +36,9 @@ def runs(tmp_path_factory):
     for path in (bare.path / "rollouts").iterdir():
         path.unlink()
     evaluate(make_run(root / "runs" / "begun"), "before", [1])
-    evaluate(make_run(root / "runs" / "evaluated"), "models/base", [1])
+    evaluated = make_run(root / "runs" / "evaluated")
+    evaluate(evaluated, "models/base", [1])
+    evaluated.write_difficulty({HOSTILE: measured_difficulty()})
     (root / "secret.png").write_bytes(next((full.path / "images").iterdir()).read_bytes())
     make_run(root / "secret", [1])
     return root / "runs"
@@ -46,6 +48,20 @@ def runs(tmp_path_factory):
 def address(runs):
     with served(DemoSettings(models={}, runs=(runs,))) as address:
         yield address
+
+
+def measured_difficulty():
+    """One task of difficulty.json."""
+    known = {"value": 0.5, "low": 0.25, "high": 0.75}
+    base = {"name": "models/base", "read": 1.0, "spearman": known, "auroc": None}
+    return {
+        "rating": "spoken",
+        "label": "level",
+        "pool": dict.fromkeys(("failure", "saturated", "savant", "brittle"), known),
+        "examinees": [base | {"accuracy": known, "ability": 0.0, "ability_error": 1.0}],
+        "best_models": [0.5],
+        "levels": [[1, 6, known, 42.0]],
+    }
 
 
 def cards(page):
@@ -277,6 +293,52 @@ def test_runs_that_have_little_to_show(page):
     choose(page, "Run", "evaluated")
     says(page, "see Compare for the evaluations")
     says(page, "An evaluation of checkpoints, without training.", "#explorer-about")
+
+
+def test_the_success_of_each_problem_over_the_steps(browser, tmp_path):
+    run = make_run(tmp_path / "runs" / "run", [1])
+    run.write_rollouts(2, rollouts(run, 2, groups=1, success={(0, 0): True}))
+    once = make_run(tmp_path / "runs" / "once", [3])
+    with served(DemoSettings(models={}, runs=(tmp_path / "runs",))) as address:
+        page = visit(browser, address, tab="Runs")
+        choose(page, "Run", "run")
+        says(page, "Step 2: 1 groups")
+        problems, fold = page.locator("#explorer-problems"), page.locator("#explorer-difficulty > button")
+        fold.click()
+        says(page, "Problems drawn more than once: 1 hardest of 1", "#explorer-problems")
+        assert problems.locator("tbody tr").all_inner_texts() == ["example 0\t8.00\t0/4 → 1/4\t1, 2"]
+        # Another run closes it; it shows what there is when it is opened.
+        choose(page, "Run", "once")
+        problems.wait_for(state="hidden")
+        fold.click()
+        says(page, "Problems, each drawn once: 4 hardest of 4", "#explorer-problems")
+        assert problems.locator("tbody th").all_inner_texts() == [f"example {i}" for i in range(4)]
+        (once.path / "rollouts" / "step_000004.parquet").write_bytes(b"PAR1 nonsense PAR1")
+        fold.click()
+        fold.click()
+        says(page, "step_000004.parquet is damaged", "#explorer-problems")
+        assert page.errors == []
+
+
+def test_measured_difficulty(page, runs):
+    """`mm-agrae difficulty` trains nothing, so that its tables are what its folder opens with."""
+    choose(page, "Run", "evaluated")
+    problems = page.locator("#explorer-problems")
+    problems.get_by_text("Ratings (spoken) against level").wait_for()
+    assert problems.locator("h3").inner_text() == HOSTILE
+    assert problems.locator("h4").count() == problems.locator("table").count() == 4
+    assert "models/base\t100\t0.50 [0.25, 0.75]\t–" in problems.locator("table").first.inner_text()
+    assert fits(page)
+    assert low_contrast(page, "#explorer-problems") == []
+    damaged = runs / "evaluated" / "difficulty.json"
+    kept = damaged.read_text()
+    for content, message in {'{"test": {"label": 1}}': "damaged (KeyError('pool'))", "{": "not valid JSON"}.items():
+        damaged.write_text(content)
+        choose(page, "Run", "begun")
+        says(page, "No step has been finished yet.")
+        choose(page, "Run", "evaluated")
+        says(page, message, "#explorer-problems [role=alert]")
+    damaged.write_text(kept)
 
 
 def test_a_run_that_goes_on_is_followed(browser, tmp_path, monkeypatch):

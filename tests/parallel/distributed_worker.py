@@ -74,12 +74,14 @@ def first_step(config, strategy: str = "one", spoilt: bool = False) -> dict:
     if not trainer.is_main:
         return {}
     keys = ("prompt_index", "completion", "reward", "advantage", "images", "success_before", "correction")
+    keys += ("variant", "difficulty")
     return {
         "gradients": gradients,
         "learning": learning,
         "whole": whole,
         "rollouts": [[row[key] for key in keys] for row in run.read_rollouts(trainer.steps_done)],
         "metrics": run.read_metrics(),
+        "data_state": trainer.collector.data_state,
         "evaluations": [result.pass_at_k for result in run.read_evaluations()],
         "checksums": checksums,
         "has_image": [bool(row["images"]) for row in run.read_rollouts(trainer.steps_done)],

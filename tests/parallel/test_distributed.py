@@ -41,8 +41,10 @@ RUNS = {
             "correct": {"reflect_cue": " So, ", "answer_cue": " so {boxed}", "reflect_tokens": 8},
         }
     },
+    # The groups of a problem are on both processes, and their success is one.
+    "variants": {"rollout": {"prompts_per_step": 9, "variants": {"count": 2}}, "advantage": {"rule": "diva"}},
 }
-STRATEGIES = {"ddp": ("full", "lora", "corrected"), "fsdp": tuple(RUNS), "offload": ("full", "lora_kl")}
+STRATEGIES = {"ddp": ("full", "lora", "corrected", "variants"), "fsdp": tuple(RUNS), "offload": ("full", "lora_kl")}
 SPREAD = """
 def spread(example, completion):
     return sum(completion.token_ids) % 97 / 97
@@ -148,7 +150,8 @@ def apart(a: dict, b: dict) -> tuple[float, float]:
 def check_same_steps(one: dict, two: dict, weights: float = 1e-6) -> None:
     """Whether two runs took the same steps; `weights`: how far apart weights may be after them."""
     assert set(one["has_image"]) == {True, False}
-    assert one["rollouts"] == two["rollouts"]  # completions, rewards and advantages
+    assert one["rollouts"] == two["rollouts"]  # completions, rewards, advantages and variants
+    assert one["data_state"] == two["data_state"]
     assert len(one["gradients"]) == len(two["gradients"])
     assert max(apart(one["gradients"][0], two["gradients"][0])) < 1e-6
     # Adam makes a step of full size of a gradient that is next to nothing.

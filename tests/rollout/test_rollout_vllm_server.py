@@ -27,7 +27,8 @@ from helpers import TEXT, VL, policy, processing, prompts, sampling
 from servers import KEY, MAX_TOKENS, Server
 from training import require_same_greedy_evaluation, small_trainer
 
-from mm_agrae.config.schema import LoraSection, RolloutSection, VllmSection
+from mm_agrae.config.rollout import RolloutSection, VllmSection
+from mm_agrae.config.schema import LoraSection
 from mm_agrae.errors import ConfigError, DataError, EngineError
 from mm_agrae.rollout import serve as serving
 from mm_agrae.rollout import vllm_transfer

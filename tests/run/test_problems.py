@@ -26,7 +26,8 @@ def test_success_of_each_problem_by_step(tmp_path, capsys):
     run.write_rollouts(9, [])
     run.write_rollouts(7, [r for r in rows_of(tmp_path, solved) if r.prompt_index == 0])
     problems = problem_success(run.path)
-    assert problems["example 0"].by_step() == [(0, 4), (0, 4), (3, 4)]
+    assert problems["example 0"].completions == {2: 4, 5: 4, 7: 4}
+    assert problems["example 0"].correct == {2: 0, 5: 0, 7: 3}
     assert problems["example 0"].rate == 0.25
     assert difficulty_of(run.path) == {"example 0": 7.0, "example 1": 7.0, "example 2": 5.0, "example 3": 3.0}
     assert problems["example 3"].meta == {"level": 2}

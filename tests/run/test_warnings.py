@@ -54,6 +54,7 @@ def train(config):
         ("all-correct", STEPS_ALIKE, {"groups/all_correct": 1.0, "success/mean": 1.0} | ZERO),
         ("no-gradient", STEPS_ALIKE, {"groups/no_signal": 1.0}),
         ("no-gradient", STEPS_ALIKE, {"update/grad_norm": 0.0}),
+        ("variants", STEPS_AT_ZERO, {"variants/share": 0.0}),
         ("entropy", SPAN, {"policy/entropy": 0.04}),
         ("clipping", STEPS_ALIKE, {"policy/clip_low": 0.07, "policy/clip_high": 0.07}),
         ("mismatch", SPAN, {"mismatch/mean_abs": 0.04}),
@@ -120,6 +121,7 @@ CONSTANT = "def constant(example, completion): return 1.0\n"
         ("truncated", STEPS_AT_ZERO, {"rollout": {"max_new_tokens": 2}}),
         ("no-gradient", STEPS_ALIKE, {"reward": {"parts": {"accuracy": 0.0, "own": 1.0}}}),
         ("all-correct", STEPS_ALIKE, {"reward": {"parts": {"own": 1.0}, "success": "own"}}),
+        ("variants", STEPS_AT_ZERO, {"rollout": {"variants": {}}}),
     ],
 )
 def test_a_run_says_what_is_wrong_with_it(tmp_path, capsys, name, step, sections):
@@ -158,11 +160,14 @@ def test_the_line_of_a_step():
     assert list(ENTRIES) == [re.match(r"  (.*?)  ", text + "  ")[1] for text in legend().splitlines()[1:]]
 
 
-def test_the_legend_is_in_the_help_and_the_readme(capsys):
+def test_the_legend_is_in_the_help_and_the_documentation(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     assert legend() in capsys.readouterr().out
-    assert legend() in (ROOT / "README.md").read_text("utf-8")
+    page = (ROOT / "docs" / "reading_a_run.md").read_text("utf-8")
+    section = page.split("## The line of a step")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ((?:\\.|[^|\n])+) \|", section, re.MULTILINE)
+    assert [name.replace("\\", "") for name in rows] == list(ENTRIES)
 
 
 def test_every_warning_has_its_section():

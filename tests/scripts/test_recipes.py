@@ -104,9 +104,32 @@ def test_each_algorithm_is_one_override(path, overlay):
     assert advantage.get("alpha") == (plain.advantage.alpha if "agrae" in (rule, base) else None)
     assert config.rollout.dynamic_sampling is None
     assert config.reward.overlong is None
+    assert (config.rollout.variants is not None) == (overlay == "diva")
     # Nothing else differs, so runs of two algorithms can be compared.
-    same = {"advantage": plain.advantage, "update": plain.update}
+    rollout = config.rollout.model_copy(update={"variants": None})
+    same = {"advantage": plain.advantage, "update": plain.update, "rollout": rollout}
     assert config.model_copy(update=same) == plain
+
+
+NEIGHBOURS = {
+    # rule, loss, clip, prompts a step, G, problems a step, new tokens, epochs: shared by paper and released code.
+    "edge_qwen2.5_math_7b": ("edge", "dapo", 0.2, 0.2, 8, 8, 8, 1024, 1),
+    "diva_qwen2.5_vl_7b": ("diva", "dapo", 0.2, 0.3, 128, 5, 64, 4096, 5),
+}
+
+
+@pytest.mark.parametrize("name", NEIGHBOURS)
+def test_recipes_of_the_neighbours(name):
+    config = configs.load(ROOT / "configs" / "neighbours" / f"{name}.yaml")
+    rollout, update = config.rollout, config.update
+    assert (
+        config.advantage.rule, update.loss, update.clip_low, update.clip_high, rollout.prompts_per_step,
+        rollout.completions_per_prompt, rollout.problems_per_step, rollout.max_new_tokens, config.train.epochs,
+    ) == NEIGHBOURS[name]  # fmt: skip
+    assert (rollout.correct is not None, rollout.variants is not None) == (name[0] == "e", name[0] == "d")
+    assert (update.learning_rate, update.kl_coef, rollout.temperature) == (1e-6, 0.0, 1.0)
+    for source in (*config.data.train, *config.data.evaluate):
+        tasks.check(source)
 
 
 @pytest.mark.parametrize("overlay", [name for name in RULES if name])

@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from mm_agrae.tasks.synthetic import drawing
-from mm_agrae.tasks.synthetic.figures import FIGURES, Numbers, derive
+from mm_agrae.tasks.synthetic.figures import FIGURES, Figure, Numbers, derive
 
 _SALT = 4410
 """Chosen so that every figure has enough problems in each split."""
@@ -51,7 +51,15 @@ def split_of(family: str, numbers: Iterable[int]) -> str:
 
 def _geometry(level: int, split: str, rng: random.Random) -> Problem:
     figure = rng.choice([f for f in FIGURES.values() if level in f.levels])
-    numbers = rng.choice(numbers_of(figure.name, level, split))
+    return _geometry_of(figure, rng.choice(numbers_of(figure.name, level, split)), level)
+
+
+def shown_as(problem: Problem, level: int) -> Problem:
+    """A geometry problem asked and drawn as another level does it, with the same answer."""
+    return _geometry_of(FIGURES[problem.figure], problem.numbers, level)
+
+
+def _geometry_of(figure: Figure, numbers: Numbers, level: int) -> Problem:
     derived = [found for way in figure.ways if (found := derive(way, numbers))]
     given = ", ".join(map(str, numbers))
     ways = tuple(f"Given {given}. {text}" for text, _ in derived)

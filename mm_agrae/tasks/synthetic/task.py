@@ -19,11 +19,12 @@ whether drawn or described, at any level. Item i of a split is the same problem 
 """
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mm_agrae.errors import ConfigError, nearest
-from mm_agrae.tasks.synthetic.problems import MAKERS, Problem
+from mm_agrae.tasks.picture_operators import Operator
+from mm_agrae.tasks.synthetic.problems import MAKERS, Problem, shown_as
 from mm_agrae.types import Example
 
 SPLITS = ("train", "validation", "test")
@@ -83,7 +84,30 @@ class SyntheticTask(Sequence[Example]):
             raise IndexError(f"example {index} of {self.size}")
         index %= self.size
         problem, rng = self.problem(index)
-        image, drawn = problem.draw(rng, self.picture_px) if self.modality == "image" else (None, {})
+        return self._example(index, problem, rng if self.modality == "image" else None)
+
+    variant_names = ("words", "numbers", "picture_only", "redrawn")
+
+    def variants(self, index: int) -> list[Operator]:
+        """The problem in words, with its numbers in the question or in the picture alone, or drawn once more."""
+        if self.modality != "image":
+            return []
+        problem, _ = self.problem(index)
+        forms = [("words", -2, problem)]
+        if problem.family == "geometry":
+            hidden = problem.level == 4
+            forms += [("numbers", -3, shown_as(problem, 2)) if hidden else ("picture_only", 3, shown_as(problem, 4))]
+        if problem.family != "charts":
+            forms += [("redrawn", 0, problem)]
+
+        def made(form: Problem, name: str) -> Callable[[Example, random.Random], Example]:
+            return lambda _, rng: self._example(index, form, None if name == "words" else rng)
+
+        return [Operator(name, delta, lambda _: True, made(form, name)) for name, delta, form in forms]
+
+    def _example(self, index: int, problem: Problem, rng: random.Random | None) -> Example:
+        """A problem drawn with `rng`, or in words without one."""
+        image, drawn = problem.draw(rng, self.picture_px) if rng else (None, {})
         choices = list(problem.choices)
         return Example(
             id=f"synthetic-{self.split}-{self.seed}-{index}",

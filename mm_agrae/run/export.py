@@ -86,23 +86,20 @@ def export(source: Path, out: Path, dtype: Dtype = "auto", *, trust_remote_code:
 
 def require_hub(name: str) -> None:
     """Raise ConfigError if `name` can be no repository, or the hub cannot be entered: no token, no network."""
-    from huggingface_hub import constants, whoami
-    from huggingface_hub.utils import validate_repo_id
+    import huggingface_hub as hub
 
     try:
-        validate_repo_id(name)
+        hub.utils.validate_repo_id(name)
         if "/" not in name:
             raise ConfigError("name a repository as user/name or organisation/name")
-        whoami()
+        hub.whoami()
     except Exception as error:  # of many kinds, those of its HTTP library among them
-        raise ConfigError(f"--push {name}: {one_line(error)} ({constants.ENDPOINT})") from None
+        raise ConfigError(f"--push {name}: {one_line(error)} ({hub.constants.ENDPOINT})") from None
 
 
 def push(folder: Path, name: str, *, public: bool = False) -> str:
-    """Upload an export to the hub's repository `name`, which is made if need be, private unless `public`.
-
-    Returns its address. Raises ConfigError; the export stays.
-    """
+    """Upload an export to the hub's repository `name`, which is made if need be, private unless `public`. Returns its
+    address. Raises ConfigError; the export stays."""
     from huggingface_hub import create_repo, upload_folder
 
     try:

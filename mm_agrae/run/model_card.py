@@ -15,12 +15,11 @@ from jinja2 import Template
 
 from mm_agrae import advantage
 from mm_agrae.config import Config, DataSource, rule_settings
-from mm_agrae.errors import RunFolderError
+from mm_agrae.errors import HUB_ID, RunFolderError
 from mm_agrae.loss import loss_and_bounds
 from mm_agrae.model.lora import model_and_adapter
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
-from mm_agrae.run.files import clean_text
 from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.records import EvaluationResult
 from mm_agrae.run.versions import versions
@@ -28,7 +27,6 @@ from mm_agrae.tasks import TASKS
 
 CARD_FILE = "README.md"
 TEMPLATE = Template(Path(__file__).with_suffix(".md").read_text("utf-8"))
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 PAPERS = {"dapo": "2503.14476", "edge_released_code": "2507.21848", "diva_released_code": "2603.01106"}
 """Of rules whose docstring does not name their own first; A-GRAE's where it names none."""
@@ -62,19 +60,17 @@ def model_card(
         name, update, rule = config.advantage.rule, config.update, advantage.RULES[config.advantage.rule]
         parameters = inspect.signature(rule).parameters.values()
         defaults = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
-        named = re.findall(r"\d{4}\.\d{5}", rule.__doc__ or "")
         more = {
             "rule_settings": defaults | rule_settings(config),
             "bounds": loss_and_bounds(update.loss, update.clip_low, update.clip_high, update.loss_options)[1:],
-            "paper": PAPERS.get(name, [*named, "2602.05548"][0]),
+            "paper": PAPERS.get(name, [*re.findall(r"\d{4}\.\d{5}", rule.__doc__ or ""), "2602.05548"][0]),
             "scores": list(_scores(RunFolder(run), state["step"])),
         }
-    text = TEMPLATE.render(
+    return TEMPLATE.render(
         card_data=front.to_yaml(), config=config, lora=lora, adapter=lora and not merged, state=state, hub_id=_hub_id,
         multimodal=processing.is_multimodal, base=base_id, folder=Path(base).name,
         versions=state.get("versions") or versions(), **more,
-    )  # fmt: skip
-    return clean_text(text) + "\n"
+    ).encode(errors="replace").decode() + "\n"  # fmt: skip
 
 
 def _origin(base: str) -> tuple[str | None, dict[str, str]]:

@@ -121,7 +121,6 @@ def _parser() -> argparse.ArgumentParser:
     argument("out", help="a new folder")
     argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
     argument("--push", metavar="USER/NAME", help="also upload it to this repository of the hub, private if new")
-    argument("--public", action="store_true", help="a new repository is public")
 
     # Its options are in rollout/serve.py, --help among them.
     add(_serve, "a vLLM server for rollout.engine=vllm_server", add_help=False)
@@ -445,14 +444,10 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _export(arguments: argparse.Namespace) -> int:
     """Write a trained policy as a checkpoint that transformers and vLLM load, LoRA merged."""
     _require_model("export", arguments.source)
-    from mm_agrae.run.export import export, push, require_hub
+    from mm_agrae.run.export import export
 
-    if arguments.push:
-        require_hub(arguments.push)
-    made = export(Path(arguments.source), Path(arguments.out), arguments.dtype)
-    print(f"{arguments.out}  {made['parameters']:,} parameters, {made['dtype']}")
-    if arguments.push:
-        print(push(Path(arguments.out), arguments.push, public=arguments.public))
+    made = export(Path(arguments.source), Path(arguments.out), arguments.dtype, push=arguments.push)
+    print(f"{made.get('address', arguments.out)}  {made['parameters']:,} parameters, {made['dtype']}")
     return 0
 
 

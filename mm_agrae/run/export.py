@@ -25,21 +25,26 @@ EXPORT_FILE = "mm_agrae_export.json"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def export(source: Path, out: Path, dtype: Dtype = "auto", *, trust_remote_code: bool = False) -> dict[str, Any]:
+def export(
+    source: Path, out: Path, dtype: Dtype = "auto", *, trust_remote_code: bool = False, push: str | None = None
+) -> dict[str, Any]:
     """Write `source` to the new folder `out`, for transformers (4.57 or later), vLLM or this package to load.
 
     `source` is a checkpoint (full or LoRA), a LoRA adapter, or a run folder (its newest checkpoint). `dtype` "auto"
     keeps that of the (base) model's files; LoRA is merged in float32 and rounded once. Returns what is written to
     `mm_agrae_export.json`: source, step, dtype, parameters, versions. A model card (README.md) says how it was made.
+    `push` names a repository of the hub (user/name) to upload it to; its `address` is then returned as well.
 
-    Raises ModelError if the source cannot be loaded, RunFolderError if `out` is not empty or
-    cannot be written. The folder is written whole or not at all.
+    Raises ModelError if the source cannot be loaded, RunFolderError if `out` is not empty or cannot be written,
+    ConfigError for the hub. The folder is written whole or not at all.
     """
     from huggingface_hub import save_torch_state_dict
 
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"export: {out} exists and is not empty; name a new folder")
+    if push:
+        require_hub(push)
     folder = Path(checkpoint.of(str(source)))
     state: dict[str, Any] = {}
     if (folder / checkpoint.STATE_FILE).is_file():
@@ -81,29 +86,29 @@ def export(source: Path, out: Path, dtype: Dtype = "auto", *, trust_remote_code:
         card = model_card(config, policy, processing, state, folder.resolve().parent.parent, merged=True)
         (temporary / CARD_FILE).write_text(card, encoding="utf-8")
         (temporary / EXPORT_FILE).write_text(json.dumps(facts, indent=1), encoding="utf-8")
-    return facts
+    return facts | {"address": upload(out, push)} if push else facts
 
 
 def require_hub(name: str) -> None:
     """Raise ConfigError if `name` can be no repository, or the hub cannot be entered: no token, no network."""
-    import huggingface_hub as hub
+    from huggingface_hub import constants, whoami
+    from huggingface_hub.utils import validate_repo_id
 
     try:
-        hub.utils.validate_repo_id(name)
+        validate_repo_id(name)
         if "/" not in name:
             raise ConfigError("name a repository as user/name or organisation/name")
-        hub.whoami()
+        whoami()
     except Exception as error:  # of many kinds, those of its HTTP library among them
-        raise ConfigError(f"--push {name}: {one_line(error)} ({hub.constants.ENDPOINT})") from None
+        raise ConfigError(f"--push {name}: {one_line(error)} ({constants.ENDPOINT})") from None
 
 
-def push(folder: Path, name: str, *, public: bool = False) -> str:
-    """Upload an export to the hub's repository `name`, which is made if need be, private unless `public`. Returns its
-    address. Raises ConfigError; the export stays."""
+def upload(folder: Path, name: str) -> str:
+    """Upload an export to a repository of the hub, made private if there is none; its address. Raises ConfigError."""
     from huggingface_hub import create_repo, upload_folder
 
     try:
-        address = create_repo(name, private=not public, exist_ok=True)
+        address = create_repo(name, private=True, exist_ok=True)
         upload_folder(repo_id=name, folder_path=folder, commit_message="Export of mm-agrae")
     except Exception as error:  # as above
         again = f"the export is in {folder}; to try again: hf upload {name} {folder} ."

@@ -75,7 +75,7 @@ class Trainer:
         self.tokens_seen = 0
         self.watch = Watch()
         self.difficulty: dict[str, float] = {}
-        self.on_step, self.on_evaluation = on_step, on_evaluation
+        self.on_step, self.on_evaluation = on_step, on_evaluation or (lambda result: None)
         check_device(config, self.processes, self.reporter)
         self._load_data()
         with self.processes.explained():
@@ -283,9 +283,8 @@ class Trainer:
                     self.processes,
                     self.stop,
                 )
-            if self.on_evaluation:
-                for result in results:
-                    self.on_evaluation(result)
+            for result in results:
+                self.on_evaluation(result)
             self._keep_best()
             self.checkpointer.describe(self.steps_done)
         except Stopped:

@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     argument("source", help="a checkpoint, a LoRA adapter, or a run folder")
     argument("out", help="a new folder")
     argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    argument("--push", metavar="USER/NAME", help="also upload it to this repository of the hub, private if new")
 
     # Its options are in rollout/serve.py, --help among them.
     add(_serve, "a vLLM server for rollout.engine=vllm_server", add_help=False)
@@ -445,8 +446,8 @@ def _export(arguments: argparse.Namespace) -> int:
     _require_model("export", arguments.source)
     from mm_agrae.run.export import export
 
-    made = export(Path(arguments.source), Path(arguments.out), arguments.dtype)
-    print(f"{arguments.out}  {made['parameters']:,} parameters, {made['dtype']}")
+    made = export(Path(arguments.source), Path(arguments.out), arguments.dtype, push=arguments.push)
+    print(f"{made.get('address', arguments.out)}  {made['parameters']:,} parameters, {made['dtype']}")
     return 0
 
 

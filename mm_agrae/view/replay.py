@@ -55,7 +55,7 @@ class StepReplay:
         prompts = update.get("mini_batch_prompts") or len({row["prompt_index"] for row in rows})
         made = cls(
             words, str(update.get("loss", "grpo")), metrics.get("advantage/omega"),
-            bool(update.get("mask_truncated")), (rollout.get("correction") or {}).get("train_on") == "added", prompts,
+            bool(update.get("mask_truncated")), (rollout.get("correct") or {}).get("train_on") == "added", prompts,
         )  # fmt: skip
         for block, found in itertools.groupby(sorted(rows, key=made._block), key=made._block):
             own = list(found)

@@ -66,7 +66,7 @@ def test_weights_are_what_the_loss_gives_its_tokens(tmp_path, loss, masked, mini
 
 
 def test_corrected_completions_and_variants_are_marked(tmp_path):
-    config = "rollout: {correction: {train_on: TRAIN_ON}}\n"
+    config = "rollout: {correct: {train_on: TRAIN_ON}}\n"
     made = vars(Correction("reflect", "reflect", Score(0.0, False, {}), "was", (2, 6))) | {"score": {"reward": 0.0}}
     for train_on, weight in (("all", "+4.2e-02"), ("added", "–")):
         run = RunFolder(tmp_path / train_on).create(config.replace("TRAIN_ON", train_on), {})

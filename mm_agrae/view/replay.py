@@ -71,12 +71,14 @@ class StepReplay:
 
     def weight(self, row: Record) -> float | None:
         """By how much the loss raises log π of each of the completion's tokens; None if that cannot be known."""
-        if self.loss not in LOSSES or row["advantage"] is None or (self.learns_less and _branch(row)):
+        kind = LOSSES.get(self.loss)
+        by_tokens = kind is not None and kind.token_weight is LOSSES["dapo"].token_weight  # of all completions
+        if kind is None or row["advantage"] is None or (self.learns_less and (by_tokens or _branch(row))):
             return None
         if self._left_out(row) or not row["tokens"]:
             return 0.0
         length = torch.tensor(row["tokens"], dtype=torch.float64)
-        return float(row["advantage"] * LOSSES[self.loss].token_weight(length, self.blocks[self._block(row)]))
+        return float(row["advantage"] * kind.token_weight(length, self.blocks[self._block(row)]))
 
     def figure(self, group: Sequence[Record], most: int | None = None) -> Html:
         """The picture of a group: a line for each completion (of `most`), from its reward to its tokens' weight."""

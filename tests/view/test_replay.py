@@ -66,10 +66,16 @@ def test_weights_are_what_the_loss_gives_its_tokens(tmp_path, loss, masked, mini
 
 
 def test_corrected_completions_and_variants_are_marked(tmp_path):
-    config = "rollout: {correct: {train_on: TRAIN_ON}}\n"
+    config = "rollout: {correct: {train_on: TRAIN_ON}}\nupdate: {loss: LOSS}\n"
     made = vars(Correction("reflect", "reflect", Score(0.0, False, {}), "was", (2, 6))) | {"score": {"reward": 0.0}}
-    for train_on, weight in (("all", "+4.2e-02"), ("added", "–")):
-        run = RunFolder(tmp_path / train_on).create(config.replace("TRAIN_ON", train_on), {})
+    # Which tokens of a corrected completion were learnt is not recorded, nor then how many of the whole step.
+    for train_on, loss, weight, unknown in (
+        ("all", "grpo", "+4.2e-02", 0),
+        ("added", "grpo", "–", 1),
+        ("added", "dapo", "–", 2),
+    ):
+        text = config.replace("TRAIN_ON", train_on).replace("LOSS", loss)
+        run = RunFolder(tmp_path / f"{train_on} {loss}").create(text, {})
         run.write_rollouts(1, rollouts(run, 1, groups=2, size=2, correction={(1, 0): made}, advantage={(1, 0): 1.5}))
         reader = RunReader(run.path)
         rows = [row | {"variant": HOSTILE} for row in reader.rows(1, reader.groups(1)[1:])[0]]
@@ -78,5 +84,6 @@ def test_corrected_completions_and_variants_are_marked(tmp_path):
         assert figure.count("</tspan> ↻</text>") == 1
         assert "↻: by guided correction (1 reflect); hatched: not sampled, but inserted by it." in figure
         assert f">{weight}</text>" in figure
+        assert figure.count(">–</text>") == unknown
         assert "variant of a problem: &lt;script&gt;" in figure
         assert "<script>" not in figure

@@ -6,7 +6,6 @@ What it depends on is not installed again: a .pth file adds the packages of the 
 import importlib.util
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -116,7 +115,7 @@ def test_the_demo_in_an_empty_folder(environment, tmp_path):
         try:
             page = _page(f"http://127.0.0.1:{port}/config", demo)
         finally:
-            demo.send_signal(signal.SIGINT)
+            demo.terminate()
             demo.wait(60)
     assert "A-GRAE" in page, (tmp_path / "log").read_text()
     assert "example_run" in page

@@ -63,7 +63,10 @@ def test_wandb_gets_the_same_numbers(folder, monkeypatch):
     log.log(2, {"reward/mean": 0.75})
     log.close()
     (file,) = folder.path.glob("wandb/offline-run-*/run-*.wandb")
-    stored = file.read_bytes()  # records whose values are JSON text
+    for _ in range(300):  # written by a process of wandb's own
+        if b"0.75" in (stored := file.read_bytes()):  # records whose values are JSON text
+            break
+        time.sleep(0.1)
     assert all(text in stored for text in (b"mine", b"learning_rate", b"reward/mean", b"0.75"))
     assert b"update/loss" not in stored
 

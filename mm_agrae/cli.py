@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     if arguments.command is _serve:  # which parses its own options
         arguments.options = rest
         return arguments
@@ -137,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_training(add: Callable[..., Any]) -> None:
     argument = add(_quickstart, "train the embedded model on this machine's CPU, in minutes")
     argument("overrides", nargs="*", metavar=OVERRIDE)
+    argument("--overwrite", action="store_true", help="begin anew, with other settings perhaps")
 
     argument = add(_configs, "list the configs that come with mm-agrae, or print one")
     argument("name", nargs="?", help="print this one, as a start for one's own: > mine.yaml")
@@ -219,11 +220,9 @@ def _show_launch_plan(config: Config) -> int:
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
-    """Train the embedded vision-language model: `mm-agrae train quickstart`, without a network. A finished quickstart
-    is shown again and an interrupted one goes on; with settings (train.steps=20) it starts anew.
-    """
+    """Train the embedded model without a network; an interrupted quickstart goes on, a finished one is shown again."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return main(["train", "quickstart", *arguments.overrides, *["--overwrite"] * bool(arguments.overrides)])
+    return main(["train", "quickstart", *arguments.overrides, *["--overwrite"] * arguments.overwrite])
 
 
 def _configs(arguments: argparse.Namespace) -> int:

@@ -88,7 +88,7 @@ def test_the_quickstart_in_an_empty_folder(command, environment, tmp_path):
     assert (run / "report.html").stat().st_size > 10_000
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert Path(config["model"]["path"]).is_relative_to(environment.parent)
-    assert "step 1/1" not in command("train", "quickstart", *SMALL)  # the finished run is shown again
+    assert "step 1/1" not in command("quickstart", *SMALL)  # the finished run is shown again
     assert command("sample", "quickstart", "-n", 2, "--out", "seen.html") == "seen.html\n"
     read = "import mm_agrae; print(mm_agrae.load_run('data/example_run').rollouts().num_rows)"
     assert int(call(environment / "python", "-c", read, cwd=tmp_path)) > 0

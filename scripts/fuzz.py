@@ -328,7 +328,7 @@ def _whole_checkpoint() -> tuple[Path, Any]:
         made,
         processing(MODEL),
         config=run_config(workshop() / "run", MODEL),
-        card="",
+        card="# A card\n",
         state=dict.fromkeys(checkpoint.COUNTS, 1) | {"seconds": {}, "versions": {}},
         training={"optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()},
     )

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,7 @@ def kept_steps(example: Example, reply: str) -> list[str]:
     grading = {name: value for name, value in example.grading.items() if name != "grader"}
     if not steps or not verify(example.answer, reply, **grading | {"answer_in": ("boxed",)}):
         return []
-    first = next((n for n, step in enumerate(steps) if holds_answer(step, example)), len(steps))
-    return steps[:first]
+    return list(takewhile(lambda step: not holds_answer(step, example), steps))
 
 
 def _numbers(text: str) -> list[str]:

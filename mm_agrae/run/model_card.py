@@ -53,8 +53,8 @@ def model_card(
         library_name="peft" if lora and not merged else "transformers",
         pipeline_tag="image-text-to-text" if processing.is_multimodal else "text-generation",
         tags=["mm-agrae", "reinforcement-learning", "grpo", *([config.advantage.rule] if config else [])],
+        **licence,
     )
-    front.__dict__.update(licence)
     more: dict[str, Any] = {}
     if config:
         name, update, rule = config.advantage.rule, config.update, advantage.RULES[config.advantage.rule]
@@ -73,7 +73,7 @@ def model_card(
     ).encode(errors="replace").decode() + "\n"  # fmt: skip
 
 
-def _origin(base: str) -> tuple[str | None, dict[str, str]]:
+def _origin(base: str) -> tuple[str | None, dict[str, Any]]:
     """The hub id of a model and what its card says of its licence, as far as files here tell."""
     from huggingface_hub import ModelCard, try_to_load_from_cache
 

@@ -112,11 +112,10 @@ class Problems:
             wanted = target - level
             if wanted < 0 and any(each and each.name in _STEPS_OF_HINT for each in chosen):
                 wanted = rng.randrange(4)  # for which no further hint is near enough
-            left = [each for each in fitting if each not in chosen]
-            rng.shuffle(left)
-            # Those one step off are as good; the shuffle decides.
-            best = min(left, key=lambda each: abs(each.delta - wanted) // 2, default=None)
-            chosen.append(best if best and abs(best.delta - wanted) <= abs(wanted) else None)
+            # As near as the problem as it is; of these, one step off is as good, and the shuffle decides.
+            near = [each for each in fitting if each not in chosen and abs(each.delta - wanted) <= abs(wanted)]
+            rng.shuffle(near)
+            chosen.append(min(near, key=lambda each: abs(each.delta - wanted) // 2, default=None))
         return chosen
 
     def operators(self, row: int, example: Example) -> list[Operator]:

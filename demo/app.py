@@ -1,15 +1,27 @@
-"""The app: four tabs over one `DemoSettings`. By default it listens on this machine only."""
+"""The app: four tabs over one `DemoSettings`. By default it listens on this machine only.
+
+`python app.py` serves what comes with the package. A Space starts it so, with this folder alone (README.md).
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+from pathlib import Path
 from typing import Any
+
+if not __package__:  # run as a script: this folder is the package
+    __package__ = "mm_agrae_demo"
+    _spec = importlib.util.spec_from_file_location(__package__, Path(__file__).with_name("__init__.py"))
+    assert _spec is not None
+    sys.modules[__package__] = importlib.util.module_from_spec(_spec)
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 
 import gradio as gr
 
-from mm_agrae.view.demo_settings import DemoSettings
+from mm_agrae.view.demo_settings import DemoSettings, settings_for
 
 from . import elements
 from .evaluations import EvaluationsTab
@@ -67,3 +79,8 @@ def _look() -> dict[str, Any]:
         button_primary_background_fill_hover_dark="*primary_700",
     )
     return {"theme": theme, "head": elements.head()}
+
+
+if __name__ == "__main__":
+    server = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), int(os.environ.get("GRADIO_SERVER_PORT", "0"))
+    launch(settings_for([], host=server[0], port=server[1]))  # a Space sets the host

@@ -68,6 +68,7 @@ class ExplorerTab:
                 min_width=280,
                 elem_id="explorer-search",
             )
+            self.everywhere = gr.Checkbox(label="Search all steps", scale=0, elem_id="explorer-everywhere")
         self.groups.cards("groups")
         self.seen = gr.State(("", ()))
         self.timer = gr.Timer(SECONDS_BETWEEN_LOOKS)
@@ -77,14 +78,14 @@ class ExplorerTab:
         quiet = reading | {"show_progress": "minimal"}
         latest = quiet | {"trigger_mode": "always_last"}
         curves = [self.about, self.curves, self.more]
-        filters = [self.run, self.step, self.groups.filter, self.order, self.text]
+        filters = [self.run, self.step, self.groups.filter, self.order, self.text, self.everywhere]
         gr.on(
             None,
             self.open_run,
             [self.run],
             [
                 *(self.run, *curves, self.difficulty, self.problems, self.smoothing, self.step, self.follow),
-                *(self.order, self.text, *self.groups.outputs, self.seen),
+                *(self.order, self.text, self.everywhere, *self.groups.outputs, self.seen),
             ],
             **reading,
         )
@@ -99,13 +100,13 @@ class ExplorerTab:
             curves,
             **latest,
         )
-        gr.on(
-            [self.step.input, self.groups.filter.input, self.order.input, self.text.submit],
-            self.list_groups,
-            [*filters, self.groups.first, self.groups.first],
-            self.groups.outputs,
-            **latest,
-        )
+        # Whoever chooses a step wants to see it: that ends a search over all.
+        self.step.input(lambda: False, None, self.everywhere, queue=False, **quiet)
+        asking = [self.groups.filter.input, self.order.input, self.text.submit, self.everywhere.input]
+        for events, asked in ((asking, filters), ([self.step.input], [*filters[:-1], gr.State(False)])):
+            gr.on(
+                events, self.list_groups, [*asked, self.groups.first, self.groups.first], self.groups.outputs, **latest
+            )
         self.groups.connect(self.list_groups, filters, **quiet)
         self.timer.tick(
             self.look_again,
@@ -123,7 +124,7 @@ class ExplorerTab:
         names = list(self.library.runs())
         name = name if name in names else self.library.first()
         chooser = gr.Dropdown(choices=names, value=name)
-        reset = [gr.Dropdown(value=AS_SAMPLED), gr.Textbox(value="")]
+        reset = [gr.Dropdown(value=AS_SAMPLED), gr.Textbox(value=""), False]
         try:
             if name is None:
                 return [chooser, *_no_run(empty(NO_RUN)), *reset, *self.groups.message(), ("", ())]
@@ -143,7 +144,7 @@ class ExplorerTab:
                 _slider(run, newest),
                 not stamp[-1],
                 *reset,
-                *self._groups(run, newest, ALL, AS_SAMPLED, "", 0),
+                *self._groups(run, newest, ALL, AS_SAMPLED, "", False, 0),
                 (name, stamp),
             ]
         except UserError as problem:
@@ -151,12 +152,12 @@ class ExplorerTab:
             return [chooser, *_no_run(error(problem)), *reset, *self.groups.message(), seen]
 
     def list_groups(
-        self, name: str, step: float, show: str, order: str, text: str, number: int, turn: int
+        self, name: str, step: float, show: str, order: str, text: str, everywhere: bool, number: int, turn: int
     ) -> list[Any]:
-        """The groups of a step that pass the filters, one page of them."""
+        """The groups of a step, or of all, that pass the filters, one page of them."""
         try:
             run = self.library.open(name)
-            return self._groups(run, run.nearest(step), show, order, text, turned(number, turn))
+            return self._groups(run, run.nearest(step), show, order, text, everywhere, turned(number, turn))
         except UserError as problem:
             return self.groups.message(error(problem), show)
 
@@ -185,6 +186,7 @@ class ExplorerTab:
         show: str,
         order: str,
         text: str,
+        everywhere: bool,
     ) -> list[Any]:
         """What has been written since the last look; nothing is redrawn if there is nothing."""
         same_groups = [gr.skip()] * len(self.groups.outputs)
@@ -199,14 +201,14 @@ class ExplorerTab:
             newest = run.steps[-1] if run.steps else None
             shown = newest if follow else run.nearest(step)
             move = follow or not any(seen[1])
-            groups = self._groups(run, shown, show, order, text, 0) if move else same_groups
+            groups = self._groups(run, shown, show, order, text, everywhere, 0) if move else same_groups
             return [*_curves(run, shown, reach), _slider(run, shown, move=move), *groups, (name, stamp)]
         except UserError as problem:
             return [area(error(problem)), *untouched[1:]]
 
-    def _groups(self, run: RunReader, step: int | None, show: str, order: str, text: str, number: int) -> list[Any]:
+    def _groups(self, run: RunReader, step: int | None, show: str, *asked: Any) -> list[Any]:
         try:
-            return self.groups.show(group_page(run, step, show, order, text, number), show)
+            return self.groups.show(group_page(run, step, show, *asked), show)
         except UserError as problem:
             return self.groups.message(error(problem), show)
 

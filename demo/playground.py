@@ -34,7 +34,14 @@ FIRST = 0
 QUEUE = "model"
 """All questions wait in one queue, since they share one processor."""
 PRIVATE: dict[str, Any] = {"api_visibility": "private"}
+HINT = "Choose checkpoints and press Generate. Completions appear here as they are written."
 QUICK: dict[str, Any] = PRIVATE | {"queue": False, "show_progress": "hidden"}
+
+
+class _Asking(threading.Event):
+    """One press of Generate: set once it shall stop, and `stale` once something else is to be asked."""
+
+    stale = False
 
 
 class PlaygroundTab:
@@ -48,7 +55,7 @@ class PlaygroundTab:
         self.checkpoints = CheckpointCache(
             settings.models, device=settings.device, allow_paths=settings.allow_model_paths
         )
-        self.stops: dict[str, threading.Event] = {}
+        self.stops: dict[str, _Asking] = {}
         chosen = list(settings.models)[:1]
         start = Problem.sample(None, self._any_reads_images(chosen), FIRST)
         self.problem = gr.State(start)
@@ -84,7 +91,7 @@ class PlaygroundTab:
             value=start.image,
             format="png",
             sources=["upload", "clipboard"],
-            height=260,
+            height=180,
             label="Image",
             buttons=[],
             elem_id="pg-image",
@@ -95,9 +102,12 @@ class PlaygroundTab:
             self.level = gr.Dropdown(LEVEL_NAMES, show_label=False, container=False, min_width=120)
             self.another = gr.Button("Another problem", min_width=140, elem_id="pg-another")
         self.text = gr.Textbox(
-            start.text, label="Question", lines=3, max_lines=8, max_length=MAX_QUESTION, elem_id="pg-question"
+            start.text, label="Question", lines=2, max_lines=4, max_length=MAX_QUESTION, elem_id="pg-question"
         )
         self.answer = gr.Textbox(start.answer, label="Correct answer, if known", elem_id="pg-answer")
+        with gr.Row():  # above the settings, to be in sight without scrolling
+            self.go = gr.Button("Generate", variant="primary", min_width=120, elem_id="pg-go")
+            self.stop = gr.Button("Stop", variant="stop", interactive=False, min_width=120, elem_id="pg-stop")
 
     def _choose_sampling(self) -> None:
         self.samples = gr.Slider(1, MAX_SAMPLES, 4, step=1, label="Samples", elem_id="pg-samples")
@@ -107,14 +117,10 @@ class PlaygroundTab:
         with gr.Accordion("More", open=False):
             self.length = gr.Slider(16, MAX_NEW_TOKENS, 256, step=16, label="Token limit", elem_id="pg-length")
             self.seed = gr.Number(0, precision=0, label="Seed (the same one repeats the samples)")
-        with gr.Row():
-            self.go = gr.Button("Generate", variant="primary", min_width=120, elem_id="pg-go")
-            self.stop = gr.Button("Stop", variant="stop", interactive=False, min_width=120, elem_id="pg-stop")
 
     def _place_completions(self) -> None:
         self.status = html("pg-status")
-        hint = "Choose checkpoints and press Generate. Completions appear here as they are written."
-        self.traces = html("pg-traces", area(empty(hint)))
+        self.traces = html("pg-traces", area(empty(HINT)))
         with gr.Row():
             self.which = gr.Dropdown(label="Tokens of", choices=[], elem_id="pg-which")
             self.by = gr.Radio(
@@ -142,11 +148,14 @@ class PlaygroundTab:
 
     def _connect_generation(self) -> None:
         sampling = [self.samples, self.temperature, self.length, self.seed]
+        answers = [self.status, self.traces, self.finished, self.which, self.tokens]
+        new = [self.another.click, self.level.input, self.image.upload, self.image.clear]
+        gr.on(new, self.clear, None, answers, **QUICK)
         begun = self.go.click(self.begin, None, [self.go, self.stop, self.status], **QUICK)
         begun.then(
             self.generate,
             [self.names, self.image, self.text, self.answer, *sampling, self.problem],
-            [self.status, self.traces, self.finished, self.which, self.tokens],
+            answers,
             concurrency_limit=1,
             concurrency_id=QUEUE,
             show_progress="minimal",
@@ -168,7 +177,7 @@ class PlaygroundTab:
         root.unload(self.leave)
 
     def begin(self, request: gr.Request) -> tuple[Any, ...]:
-        self.stops[str(request.session_hash)] = threading.Event()
+        self.stops[str(request.session_hash)] = _Asking()
         waiting = area(view.waiting("Waiting for its turn …"))
         return gr.update(interactive=False), gr.update(interactive=True), waiting
 
@@ -178,6 +187,13 @@ class PlaygroundTab:
             return gr.skip()
         event.set()
         return area(view.waiting("Stopping …"))
+
+    def clear(self, request: gr.Request) -> tuple[Any, ...]:
+        """The values that `generate` fills, empty: its answers are to another problem. It stops if it is at work."""
+        if asking := self.stops.get(str(request.session_hash)):
+            asking.stale = True
+            asking.set()
+        return _nothing()
 
     def leave(self, request: gr.Request) -> None:
         event = self.stops.pop(str(request.session_hash), None)
@@ -198,7 +214,7 @@ class PlaygroundTab:
         request: gr.Request,
     ) -> Iterator[tuple[Any, ...]]:
         """Values of status, traces, finished, which and tokens, as the completions grow."""
-        event = self.stops.setdefault(str(request.session_hash), threading.Event())
+        event = self.stops.setdefault(str(request.session_hash), _Asking())
         shown: tuple[CheckpointTraces, ...] = ()
         same = gr.skip()
         try:
@@ -212,12 +228,15 @@ class PlaygroundTab:
                 seed=int(seed or 0),
             )
             for shown in SideBySide(self.checkpoints, names, question, event).stream():
+                if event.stale:
+                    continue
                 status = area(view.waiting(view.progress_line(shown)))
                 yield status, area(view.traces(shown, question)), same, same, same
         except UserError as trouble:
-            none_chosen = gr.update(choices=[], value=None)
-            no_tokens = area(view.tokens(None, view.PROBABILITY))
-            yield area(error(trouble)), same, (), none_chosen, no_tokens
+            yield area(error(trouble)), *_nothing()[1:]
+            return
+        if event.stale:
+            yield _nothing()
             return
         choices = list(_choices(shown))
         chosen = gr.update(choices=choices, value=choices[0] if choices else None)
@@ -241,6 +260,12 @@ class PlaygroundTab:
     def _note(self, names: Sequence[str]) -> str:
         note = view.note_on_images({name: self.checkpoints.reads_images(name) for name in names})
         return area(note) if note else ""
+
+
+def _nothing() -> tuple[Any, ...]:
+    """Values of status, traces, finished, which and tokens before anything was asked."""
+    none = gr.update(choices=[], value=None)
+    return "", area(empty(HINT)), (), none, area(view.tokens(None, view.PROBABILITY))
 
 
 def _uploaded(payload: Any) -> str | None:

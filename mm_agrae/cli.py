@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = _parser()
-    arguments, rest = parser.parse_known_args(argv)
+    arguments, rest = parser.parse_known_args((sys.argv[1:] if argv is None else argv) or ["--help"])
     if arguments.command is _serve:  # which parses its own options
         arguments.options = rest
         return arguments
@@ -120,6 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     argument("source", help="a checkpoint, a LoRA adapter, or a run folder")
     argument("out", help="a new folder")
     argument("--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto")
+    argument("--push", metavar="USER/NAME", help="also upload it to this repository of the hub, private if new")
 
     # Its options are in rollout/serve.py, --help among them.
     add(_serve, "a vLLM server for rollout.engine=vllm_server", add_help=False)
@@ -136,6 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_training(add: Callable[..., Any]) -> None:
     argument = add(_quickstart, "train the embedded model on this machine's CPU, in minutes")
     argument("overrides", nargs="*", metavar=OVERRIDE)
+    argument("--overwrite", action="store_true", help="begin anew, with other settings perhaps")
 
     argument = add(_configs, "list the configs that come with mm-agrae, or print one")
     argument("name", nargs="?", help="print this one, as a start for one's own: > mine.yaml")
@@ -227,11 +229,9 @@ def _show_launch_plan(config: Config) -> int:
 
 
 def _quickstart(arguments: argparse.Namespace) -> int:
-    """Train the embedded vision-language model: `mm-agrae train quickstart`, without a network. A finished quickstart
-    is shown again and an interrupted one goes on; with settings (train.steps=20) it starts anew.
-    """
+    """Train the embedded model without a network; an interrupted quickstart goes on, a finished one is shown again."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    return main(["train", "quickstart", *arguments.overrides, *["--overwrite"] * bool(arguments.overrides)])
+    return main(["train", "quickstart", *arguments.overrides, *["--overwrite"] * arguments.overwrite])
 
 
 def _configs(arguments: argparse.Namespace) -> int:
@@ -388,6 +388,8 @@ def _variants(arguments: argparse.Namespace) -> int:
 
         chat = {"model": arguments.model, "address": arguments.address}
         return prepare(config, arguments.prepare, **chat, count=arguments.n)
+    if arguments.model or arguments.address:
+        raise ConfigError("variants: --model and --address ask a chat model; say by --prepare FILE where that is kept")
     from mm_agrae.view.variants import write_variants
 
     print(write_variants(config, count=arguments.n or 6, out=arguments.out))
@@ -437,8 +439,8 @@ def _export(arguments: argparse.Namespace) -> int:
     _require_model("export", arguments.source)
     from mm_agrae.run.export import export
 
-    made = export(Path(arguments.source), Path(arguments.out), arguments.dtype)
-    print(f"{arguments.out}  {made['parameters']:,} parameters, {made['dtype']}")
+    made = export(Path(arguments.source), Path(arguments.out), arguments.dtype, push=arguments.push)
+    print(f"{made.get('address', arguments.out)}  {made['parameters']:,} parameters, {made['dtype']}")
     return 0
 
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
 
 def nearest(word: str, choices: Iterable[str]) -> str:
     """The end of a message about a wrong name: "did you mean …?", or all that are valid."""
@@ -21,7 +23,7 @@ def nearest(word: str, choices: Iterable[str]) -> str:
 def no_model(name: str) -> str | None:
     """Why `name` can be no model: it is neither on this machine nor a hub id. None if it may be one."""
     path = Path(name)
-    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+    hub_id = HUB_ID.fullmatch(name)
     if path.exists() or (hub_id and not path.parent.is_dir()):
         return None
     beside = [other.name for other in path.parent.iterdir() if other.is_dir()] if path.parent.is_dir() else []

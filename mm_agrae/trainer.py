@@ -75,7 +75,7 @@ class Trainer:
         self.tokens_seen = 0
         self.watch = Watch()
         self.difficulty: dict[str, float] = {}
-        self.on_step, self.on_evaluation = on_step, on_evaluation
+        self.on_step, self.on_evaluation = on_step, on_evaluation or (lambda result: None)
         check_device(config, self.processes, self.reporter)
         self._load_data()
         with self.processes.explained():
@@ -283,10 +283,10 @@ class Trainer:
                     self.processes,
                     self.stop,
                 )
-            if self.on_evaluation:
-                for result in results:
-                    self.on_evaluation(result)
+            for result in results:
+                self.on_evaluation(result)
             self._keep_best()
+            self.checkpointer.describe(self.steps_done)
         except Stopped:
             self.reporter.say(f"evaluation {name!r} was not finished; the same command does it when it goes on")
 
@@ -446,6 +446,8 @@ class Trainer:
         if best := self.checkpointer.best(self.steps_done, self.total_steps):
             summary["best"] = best
         self.run.write_summary(summary)
+        self.checkpointer.describe(self.steps_done)
+        self.checkpointer.wait()
         return summary
 
 

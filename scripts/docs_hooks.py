@@ -22,6 +22,8 @@ from pydantic_core import PydanticUndefined
 ROOT = Path(__file__).resolve().parent.parent
 MARK = "<!-- settings -->"
 """Where the tables stand in docs/configuration.md."""
+WIDE = ("papers.md", "peers.md", "support.md")
+"""Pages of wide tables, which get the place of the table of contents."""
 PLAIN = {
     "run_dir": "The folder that the run leaves everything in.",
     "model.attn_implementation": "As in transformers. Shared prompts need sdpa.",
@@ -32,12 +34,16 @@ PLAIN = {
     "model.lora.alpha": "An adapter's output is scaled by alpha / rank.",
     "model.lora.dropout": "Of an adapter's input.",
     "data.shuffle": "A new order in each epoch, by train.seed.",
+    "data.train.task": "A task by name, or a class of yours; its options stand beside it.",
+    "data.evaluate.task": "As under data.train.",
     "train.seed": "All randomness of training follows from it and the step.",
     "rollout.top_p": "1 keeps every token.",
     "rollout.max_new_tokens": "A completion is cut off here.",
     "rollout.vllm.tensor_parallel": "GPUs that one engine spreads the model over.",
     "rollout.vllm.enforce_eager": "Without CUDA graphs: less memory, slower.",
     "rollout.mismatch.probe_prompts": "Prompts compared.",
+    "rollout.correct.reflect_cue": "What is appended in the branch reflect.",
+    "rollout.correct.solution_text": "What takes the completion's place in the branch solution.",
     "rollout.dynamic_sampling.max_draws": "Rounds at most.",
     "reward.workers": "Processes that score completions.",
     "reward.memory_limit_mb": "Of one of them.",
@@ -72,6 +78,8 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    if page.file.src_uri in WIDE:
+        page.meta["hide"] = ["toc"]
     if page.file.src_uri == "configuration.md":
         return markdown.replace(MARK, settings())
     return markdown.replace("](../CONTRIBUTING.md)", "](contributing.md)")

@@ -327,7 +327,8 @@ def _whole_checkpoint() -> tuple[Path, Any]:
     snapshot = checkpoint.Snapshot(
         made,
         processing(MODEL),
-        config_yaml=configs.dump(run_config(workshop() / "run", MODEL)),
+        config=run_config(workshop() / "run", MODEL),
+        card="# A card\n",
         state=dict.fromkeys(checkpoint.COUNTS, 1) | {"seconds": {}, "versions": {}},
         training={"optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict()},
     )

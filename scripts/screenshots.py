@@ -1,4 +1,4 @@
-"""Screenshots of the demo for the documentation: docs/screens/*.png.
+"""Screenshots of the demo and the report for the documentation, desktop, phone and dark: docs/screens/*.png.
 
     python scripts/screenshots.py [--run RUN] [--out docs/screens]
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +25,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from browser import DESK, PHONE, chromium, open_tab, served, settle, visit  # noqa: E402
 
 from mm_agrae.view.demo_settings import embedded_runs, settings_for  # noqa: E402
+from mm_agrae.view.report import write_report  # noqa: E402
 
 LIMIT_BYTES = 1_500_000
 COLOURS = 128
@@ -38,8 +41,11 @@ def main() -> int:
         runs = [arguments.run] if arguments.run else []
         if not runs and not embedded_runs():
             runs = [make_run(Path(folder) / "quickstart")]
-        with served(settings_for(runs, device="cpu")) as address, chromium() as browser:
-            sizes = [save(arguments.out / f"{name}.png", png) for name, png in shots(browser, address)]
+        settings = settings_for(runs, device="cpu")
+        report = write_report(shutil.copytree(settings.runs[0], Path(folder) / settings.runs[0].name))
+        with served(settings) as address, chromium() as browser:
+            taken = itertools.chain(shots(browser, address), report_shots(browser, report.as_uri()))
+            sizes = [save(arguments.out / f"{name}.png", png) for name, png in taken]
     print(f"{len(sizes)} images, {sum(sizes) / 1e6:.2f} MB, in {arguments.out}")
     if sum(sizes) > LIMIT_BYTES:
         print(f"error: more than {LIMIT_BYTES:,} bytes", file=sys.stderr)
@@ -71,6 +77,8 @@ def shots(browser: Any, address: str) -> Any:
             page.locator("#explorer-cards").evaluate("cards => cards.scrollIntoView()")
             settle(page)
             yield "runs-groups", page.screenshot()
+            replay(page)
+            yield "runs-replay", page.screenshot()
     page.context.close()
     page = visit(browser, address, dark=True)
     generate(page, ["base", "A-GRAE"])
@@ -78,12 +86,42 @@ def shots(browser: Any, address: str) -> Any:
     settle(page)
     page.locator("#pg-tokens").scroll_into_view_if_needed()
     yield "playground-dark", page.screenshot()
+    open_tab(page, "Runs")
+    settle(page)
+    replay(page)
+    yield "runs-replay-dark", page.screenshot()
     page.context.close()
     page = visit(browser, address, size=PHONE)
     generate(page, ["base"])
     page.locator("#pg-status").scroll_into_view_if_needed()
     yield "playground-phone", page.screenshot()
+    open_tab(page, "Runs")
+    settle(page)
+    yield "runs-phone", page.screenshot()
+    replay(page)
+    yield "runs-replay-phone", page.screenshot()
     page.context.close()
+
+
+def replay(page: Any) -> None:
+    """Unfold how the rewards of the first group became loss weights."""
+    card = page.locator("#explorer-cards article").first
+    card.locator("summary").last.click()
+    card.locator("figure").evaluate("figure => figure.scrollIntoView({block: 'center'})")
+
+
+def report_shots(browser: Any, address: str) -> Any:
+    """(name, PNG) of the report: at a desk, on a phone, and as it is printed."""
+    for name, size, options in (
+        ("report", DESK, {}),
+        ("report-phone", PHONE, {"color_scheme": "dark"}),
+        ("report-print", {"width": 700, "height": 990}, {"media": "print"}),
+    ):
+        page = browser.new_page(viewport=size)
+        page.emulate_media(**options)
+        page.goto(address)
+        yield name, page.screenshot()
+        page.close()
 
 
 def generate(page: Any, names: list[str]) -> None:

@@ -6,7 +6,6 @@ What it depends on is not installed again: a .pth file adds the packages of the 
 import importlib.util
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -88,7 +87,7 @@ def test_the_quickstart_in_an_empty_folder(command, environment, tmp_path):
     assert (run / "report.html").stat().st_size > 10_000
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert Path(config["model"]["path"]).is_relative_to(environment.parent)
-    assert "step 1/1" not in command("train", "quickstart", *SMALL)  # the finished run is shown again
+    assert "step 1/1" not in command("quickstart", *SMALL)  # the finished run is shown again
     assert command("sample", "quickstart", "-n", 2, "--out", "seen.html") == "seen.html\n"
     read = "import mm_agrae; print(mm_agrae.load_run('data/example_run').rollouts().num_rows)"
     assert int(call(environment / "python", "-c", read, cwd=tmp_path)) > 0
@@ -116,7 +115,7 @@ def test_the_demo_in_an_empty_folder(environment, tmp_path):
         try:
             page = _page(f"http://127.0.0.1:{port}/config", demo)
         finally:
-            demo.send_signal(signal.SIGINT)
+            demo.terminate()
             demo.wait(60)
     assert "A-GRAE" in page, (tmp_path / "log").read_text()
     assert "example_run" in page

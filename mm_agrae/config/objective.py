@@ -23,7 +23,8 @@ def check_rule(section: AdvantageSection) -> None:
     everywhere = {key for rule in advantage.RULES for key in advantage.accepted_settings(rule)}
     for key in section.settings:
         if key not in everywhere:
-            raise ValueError(f"advantage.{key}: unknown setting; {nearest(key, accepted)}")
+            names = ["rule", "entropy_from", *accepted]
+            raise ValueError(f"advantage.{key}: unknown setting; {nearest(key, names)}")
         if key not in accepted:
             takes = ", ".join(accepted) or "no settings"
             raise ValueError(

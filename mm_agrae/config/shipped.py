@@ -3,6 +3,7 @@
 In a clone they lie beside the package; the build maps them into it (pyproject.toml), so that a wheel has them too.
 """
 
+import os.path
 from pathlib import Path
 
 from mm_agrae.errors import ConfigError, nearest
@@ -20,7 +21,7 @@ def shipped(name: str) -> Path:
 def found(path: str) -> str:
     """`path` if something is there, else the shipped file or folder of that name, if any: so `data/warm_start/vl` and
     `configs/quickstart.yaml` mean the same in every working directory."""
-    if path.startswith(("data/", "configs/")) and not Path(path).exists() and shipped(path).exists():
+    if path.startswith(("data/", "configs/")) and not os.path.exists(path) and shipped(path).exists():
         return str(shipped(path))
     return path
 
@@ -35,11 +36,11 @@ def config_names() -> list[str]:
 def config_file(name: str | Path) -> Path:
     """The file of a config given by path or by shipped name. Raises ConfigError if there is neither."""
     path = Path(found(str(name)))
-    if path.is_file():
+    if os.path.isfile(path):  # False, too, for a name that no file can have
         return path
     if str(name) in config_names():
         return shipped(f"configs/{name}.yaml")
-    if path.suffix in SUFFIXES or path.exists():
+    if path.suffix in SUFFIXES or os.path.exists(path):
         return path  # which says for itself what is wrong with it
     raise ConfigError(
         f"config {name}: there is no such file, and no config of that name comes with mm-agrae "

@@ -17,16 +17,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from mm_agrae.config import Config
+from mm_agrae.config.section import URL_SECRET
 from mm_agrae.errors import ConfigError, EngineError
 from mm_agrae.evaluation.evaluate import build_engine
 from mm_agrae.evaluation.evaluate import run as sample
 from mm_agrae.grading.accuracy import verify
 from mm_agrae.progress import Reporter
-from mm_agrae.run.files import append_line, to_json
+from mm_agrae.run.files import append_line, explained, to_json
 from mm_agrae.tasks import load_all
 from mm_agrae.tasks.images import encode_png, open_image
 from mm_agrae.tasks.variants import holds_answer, markers, read_lines
@@ -57,7 +59,8 @@ def prepare(config: Config, out: Path, *, model: str, address: str, count: int |
     """Write a line for each of the first `count` training problems for which something is found; those that `out` has
     already are left out. Returns the exit status.
 
-    Raises ConfigError if neither a model nor an address is given, EngineError for an address that does not answer.
+    Raises ConfigError if neither a model nor an address is given, EngineError for an address that does not answer,
+    RunFolderError if `out` cannot be written.
     """
     reporter = Reporter()
     task = load_all(config.data.train, on_bad_row=config.data.on_bad_row)
@@ -65,12 +68,13 @@ def prepare(config: Config, out: Path, *, model: str, address: str, count: int |
     every = (task[index] for index in range(min(count or len(task), len(task))))
     examples = [example for example in every if example.id not in done]
     counts: Counter[str] = Counter()
-    out.parent.mkdir(parents=True, exist_ok=True)
     with (
+        explained(out.parent, f"writing {out.name}"),
         _asking(config, model, address) as ask,
         reporter.bars(),
         reporter.bar("preparing", len(examples), lines=True) as advance,
     ):
+        out.parent.mkdir(parents=True, exist_ok=True)
         for start in range(0, len(examples), _BATCH):
             batch = examples[start : start + _BATCH]
             wordings, solutions = (
@@ -115,8 +119,7 @@ def kept_steps(example: Example, reply: str) -> list[str]:
     grading = {name: value for name, value in example.grading.items() if name != "grader"}
     if not steps or not verify(example.answer, reply, **grading | {"answer_in": ("boxed",)}):
         return []
-    first = next((n for n, step in enumerate(steps) if holds_answer(step, example)), len(steps))
-    return steps[:first]
+    return list(takewhile(lambda step: not holds_answer(step, example), steps))
 
 
 def _numbers(text: str) -> list[str]:
@@ -178,4 +181,5 @@ def _chat(address: str, model: str, max_tokens: int, example: Example) -> str:
                 break  # trying again changes nothing
         except (requests.RequestException, ValueError, LookupError, TypeError) as error:
             problem = f"{type(error).__name__}: {error}"
+    url = URL_SECRET.sub(r"\1", url)
     raise EngineError(f"{url}: {problem}; what was prepared so far is kept, and the same command goes on")

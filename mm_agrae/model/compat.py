@@ -7,6 +7,7 @@ transformers imports where it finds them, fail in the same way; neither is used,
 """
 
 import importlib.util
+import inspect
 import json
 import sys
 from collections.abc import Callable
@@ -37,6 +38,11 @@ def prepare() -> None:
 
         for name in ("torchaudio", "torchcodec"):
             _hide_if_broken(name)
+
+
+def cache_argument(backbone: Any) -> str:
+    """What a transformers model calls its cache of keys and values: `cache` from 5.24 on."""
+    return "cache" if "cache" in inspect.signature(backbone.forward).parameters else "past_key_values"
 
 
 def _hide_if_broken(name: str) -> None:

@@ -5,6 +5,7 @@ with images, Qwen's numbering of image tokens; `misfit` says in one line what an
 """
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from mm_agrae.config import ModelSection
 from mm_agrae.errors import ModelError, no_model, one_line
-from mm_agrae.model.compat import prepare
+from mm_agrae.model.compat import cache_argument, prepare
 from mm_agrae.model.lora import add_lora, load_lora, model_and_adapter
 
 LOGIT_SCALES = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
@@ -126,7 +127,7 @@ def misfit(hf: Any) -> str | None:
         because = f" ({scaled[0]} = {getattr(config, scaled[0])})" if scaled else ""
         return f"{kind} has no plain linear vocabulary head{because}, which log-probabilities are computed from"
     accepted = inspect.signature(hf.base_model.forward).parameters
-    needed = ("attention_mask", "position_ids", "past_key_values")
+    needed = ("attention_mask", "position_ids", cache_argument(hf.base_model))
     if lacking := [name for name in needed if name not in accepted]:
         return (
             f"{type(hf.base_model).__name__} takes no {', '.join(lacking)}; only models with an "
@@ -153,6 +154,8 @@ def cannot_load(path: str, what: str, error: Exception) -> ModelError:
         problem = "it brings code of its own; set model.trust_remote_code=true if you trust it"
     elif "no file named model.safetensors" in str(error):
         problem = "it has no model.safetensors, and weights in other formats are not loaded"
+    elif not Path(base).exists():
+        problem = f"there is no such folder in {Path.cwd()}, and as a hub id: {problem}"
     if adapter is None:
         return ModelError(f"model.path {path!r}: its {what} cannot be loaded: {problem}")
     return ModelError(

@@ -6,6 +6,7 @@ prompts: their images are decoded and resized side by side, only the tokenizer i
 
 from __future__ import annotations
 
+import copy
 import datetime
 import functools
 import hashlib
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 from weakref import WeakValueDictionary
 
-from mm_agrae.config import PromptSection
+from mm_agrae.config import PromptSection, SamplingSection
 from mm_agrae.errors import SKIP, DataError, ModelError, one_line
 from mm_agrae.model.compat import prepare
 from mm_agrae.model.loading import cannot_load
@@ -112,11 +113,11 @@ class Processing:
         self.image_token_id: int | None = getattr(config, "image_token_id", None)
         self._probe_template()
         try:
-            generation = GenerationConfig.from_pretrained(model)
+            self._generation = GenerationConfig.from_pretrained(model)
         except OSError:
-            generation = GenerationConfig()
+            self._generation = GenerationConfig()
         text_eos = getattr(config.get_text_config(), "eos_token_id", None)
-        named = (self.tokenizer.eos_token_id, generation.eos_token_id, text_eos)
+        named = (self.tokenizer.eos_token_id, self._generation.eos_token_id, text_eos)
         self.eos_ids = _ids(*named, self._end_of_turn())
         """Ids that end a completion: those the checkpoint names, and the one with which the chat
         template ends a turn (a base model's own is another)."""
@@ -251,8 +252,16 @@ class Processing:
         return () if self._control.search(text) else tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     @_exclusive
-    def save(self, folder: str) -> None:
+    def save(self, folder: str, sampling: SamplingSection | None = None) -> None:
+        """Write tokenizer, processor, chat template, and by what transformers' generate and vLLM sample: as a training
+        with `sampling` did, or as the model's own file says, and up to the ids that end a completion here."""
         self.processor.save_pretrained(folder)
+        made = copy.deepcopy(self._generation)
+        if sampling is not None:
+            made = type(made)(do_sample=True, **sampling.model_dump(include={"temperature", "top_p", "top_k"}))
+            made.suppress_tokens = list(self.forbidden_ids) or None
+        made.eos_token_id, made.pad_token_id = list(self.eos_ids), self.pad_id
+        made.save_pretrained(folder)
 
     def _shown(self, image: Image.Image) -> Image.Image:
         """The image as the model sees it: sides that are multiples of `_side`, an area within the budget."""

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from mm_agrae.config import RolloutSection, SamplingSection
+from mm_agrae.model.compat import cache_argument
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
 from mm_agrae.rollout import Sync
@@ -40,6 +41,7 @@ class HFEngine:
         self.batch_completions = batch_completions
         # In 16 bits, attention over a cache rounds otherwise than over a packed row.
         self.exact = policy.dtype == torch.float32
+        self._cache = cache_argument(policy.backbone)
         self._eos = torch.tensor(processing.eos_ids, device=policy.device)
 
     @property
@@ -144,7 +146,7 @@ class HFEngine:
     def _prefill(self, prompts: Sequence[Prompt], count: int) -> tuple[torch.Tensor, Any, torch.Tensor, torch.Tensor]:
         """Encode each prompt once, then repeat logits, cache, mask and next position `count`×."""
         output, attention_mask, next_position = self.policy.padded(prompts)
-        cache = output.past_key_values
+        cache = output[self._cache]
         cache.batch_repeat_interleave(count)
         return (
             self.policy.logits(output.last_hidden_state[:, -1]).repeat_interleave(count, 0),
@@ -162,7 +164,7 @@ class HFEngine:
             input_ids=token_B[:, None],
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
+            **{self._cache: cache},
             use_cache=True,
         ).last_hidden_state[:, -1]
         return self.policy.logits(hidden)

@@ -5,7 +5,8 @@ processor) and beside it
 
     mm_agrae.yaml     the resolved config
     training.pt       optimiser and schedule, read with weights_only
-    mm_agrae.json     format, step, data cursor, versions, the checksum of every other file
+    README.md         the model card, which may be edited
+    mm_agrae.json     format, step, data cursor, versions, the checksum of every other file but the card
 
 Nothing random is stored: all randomness of a run follows from its seed and the step. A folder
 counts only with a complete `mm_agrae.json`, which is written last; one whose files do not match
@@ -38,6 +39,7 @@ from mm_agrae.errors import ConfigError, RunFolderError
 from mm_agrae.model.compat import readable_by_4
 from mm_agrae.model.policy import Policy
 from mm_agrae.model.processing import Processing
+from mm_agrae.run.model_card import CARD_FILE
 
 FORMAT = 1
 """Raised when a checkpoint can no longer be read by the code before."""
@@ -59,7 +61,8 @@ class Snapshot:
         policy: Policy,
         processing: Processing,
         *,
-        config_yaml: str,
+        config: Config,
+        card: str,
         state: Mapping[str, Any],
         training: Mapping[str, Any],
         copied: bool = False,
@@ -73,7 +76,8 @@ class Snapshot:
         self.weights = _on_cpu(_own_weights(policy.model)) if copied else None
         self.state, self.training = state, _on_cpu(training) if copied else training
         # Now and not when it is written: a tokenizer is not for two threads at once.
-        self.files = _saved_files(processing) | {CONFIG_FILE: config_yaml.encode()}
+        texts = {CONFIG_FILE: configs.dump(config), CARD_FILE: card}
+        self.files = _saved_files(processing, config) | {name: text.encode() for name, text in texts.items()}
 
     def write(self, folder: Path) -> None:
         """Write to a temporary folder, flush to disk, then rename.
@@ -90,15 +94,15 @@ class Snapshot:
                 (aside / name).write_bytes(content)
             readable_by_4(aside)
             torch.save(dict(self.training), aside / TRAINING_FILE)
-            sums = {str(path.relative_to(aside)): _checksum(path) for path in _files(aside)}
+            sums = {str(path.relative_to(aside)): _checksum(path) for path in _files(aside) if path.name != CARD_FILE}
             state = {"format": FORMAT, **self.state, "sha256": sums}
             (aside / STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
 
 
-def _saved_files(processing: Processing) -> dict[str, bytes]:
+def _saved_files(processing: Processing, config: Config) -> dict[str, bytes]:
     try:
         with tempfile.TemporaryDirectory() as folder:
-            processing.save(folder)
+            processing.save(folder, config.rollout)
             paths = _files(Path(folder))
             return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
     except OSError as error:
@@ -222,7 +226,8 @@ def damaged(folder: Path) -> list[str]:
     state = _read_state(folder)
     if state is None:
         return [STATE_FILE]
-    return [name for name, sum in state["sha256"].items() if not _matches(folder / name, sum)]
+    sums = state["sha256"].items()
+    return [name for name, sum in sums if name != CARD_FILE and not _matches(folder / name, sum)]
 
 
 def _matches(path: Path, expected: Any) -> bool:

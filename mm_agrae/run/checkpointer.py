@@ -5,7 +5,6 @@ All methods but `wait` and `mark_best` are called by every rank alike.
 """
 
 import math
-import re
 import uuid
 from collections.abc import Mapping
 from functools import partial
@@ -20,6 +19,7 @@ from mm_agrae.parallel import sharding
 from mm_agrae.run import checkpoint
 from mm_agrae.run.context import RunContext
 from mm_agrae.run.files import to_json, write_atomic
+from mm_agrae.run.model_card import CARD_FILE, model_card, step_of
 from mm_agrae.run.versions import changes, versions
 
 
@@ -59,11 +59,13 @@ class Checkpointer:
         with self.policy.gathered(saving=True, keep=is_main):
             if is_main:
                 self._writer.wait()
+                state = {**state, "id": self.id, "versions": versions()}
                 snapshot = checkpoint.Snapshot(
                     self.policy,
                     self.processing,
-                    config_yaml=configs.dump(self.config),
-                    state={**state, "id": self.id, "versions": versions()},
+                    config=self.config,
+                    card=model_card(self.config, self.policy, self.processing, state, self.run.path),
+                    state=state,
                     training={"optimizer": optimizer, "scheduler": self.scheduler.state_dict()},
                     copied=self._writer.background,
                 )
@@ -77,6 +79,13 @@ class Checkpointer:
         keep = self.config.checkpoint.keep
         checkpoint.prune(self.folder, keep, checkpoint.name_of(best) if best else "")
 
+    def describe(self, step: int) -> None:
+        """Write the card of that step's checkpoint anew, if it is the newest, with what was evaluated since."""
+        if self.processes.is_main and step == self.saved_step:
+            state = {"step": step, "versions": versions()}
+            card = model_card(self.config, self.policy, self.processing, state, self.run.path)
+            self._writer.write(partial(write_atomic, self.folder / checkpoint.name_of(step) / CARD_FILE, card))
+
     def best(self, step: int, total_steps: int) -> dict[str, Any]:
         """Step and value of the highest `checkpoint.best` among steps up to `step`; {} for none.
 
@@ -85,7 +94,7 @@ class Checkpointer:
         label, _, metric = self.config.checkpoint.best.rpartition("/")
         best: dict[str, Any] = {}
         for result in self.run.read_evaluations() if metric and self.processes.is_main else []:
-            evaluated = total_steps if result.name == "after" else _step_of(result.name)
+            evaluated = total_steps if result.name == "after" else step_of(result.name)
             if result.label != label or not 0 < evaluated <= step:
                 continue
             is_there = (self.folder / checkpoint.name_of(evaluated)).is_dir()
@@ -180,8 +189,3 @@ def _resume_setting(folder: Path) -> str | None:
         return configs.load(folder / checkpoint.CONFIG_FILE).resume
     except ConfigError:
         return None
-
-
-def _step_of(name: str) -> int:
-    """The step of an evaluation called step_000010; 0 for any other name."""
-    return int(name.removeprefix("step_")) if re.fullmatch(r"step_\d+", name) else 0

@@ -1,5 +1,6 @@
 """Which code made a run: versions of the packages that affect its numbers, and our revision."""
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -31,6 +32,7 @@ def changes(earlier: Mapping[str, str]) -> list[str]:
     return [f"{n} {earlier[n]} -> {now[n]}" for n in names if earlier[n] != now[n]]
 
 
+@functools.cache  # what runs is what was loaded
 def _revision() -> str:
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:

@@ -38,7 +38,10 @@ DIRECTION = re.compile(
     re.IGNORECASE,
 )
 """Words of a question that may have another answer once the picture is turned."""
+_ENGLISH = re.compile(r"\b(the|is|are|of|what|which|how|find|calculate|compute|determine|solve)\b", re.IGNORECASE)
 _LEAST_WIDTH_PX, _LEAST_FONT_PX, _MOST_LETTERS = 280, 15, 600
+_GRAINS = 448
+"""Grains of noise along the longer side of a picture, at least: about what a vision tower is shown."""
 _MARKER = re.compile(r"<image ?[0-9]{0,3}>\s*")
 
 
@@ -49,8 +52,8 @@ def has_pictures(example: Example) -> bool:
 def may_be_turned(example: Example) -> bool:
     """Nothing in the question depends on what is up or left; of a language other than English nobody knows."""
     text = " ".join([example.question, example.answer, *map(str, example.grading.get("choices") or ())])
-    foreign = any(letter.isalpha() and ord(letter) > 0x3FF for letter in text)
-    return has_pictures(example) and not foreign and not DIRECTION.search(text)
+    english = _ENGLISH.search(text) and not any(letter.isalpha() and ord(letter) > 0x3FF for letter in text)
+    return bool(has_pictures(example) and english and not DIRECTION.search(text))
 
 
 def may_be_written_in(example: Example) -> bool:
@@ -96,18 +99,27 @@ def _rotate(example: Example, rng: random.Random) -> Example:
 
 
 def _noise(low: float, high: float) -> Callable[[Picture, random.Random], Picture]:
-    """Gaussian, speckle, or salt and pepper, of a standard deviation (or share of pixels) in [low, high]."""
+    """Gaussian, speckle, or salt and pepper, of a standard deviation (or share of pixels) in [low, high].
+
+    Its grains grow with the picture: what makes large pictures smaller afterwards would average single pixels out.
+    """
 
     def change(picture: Picture, rng: random.Random) -> Picture:
         strength, kind = rng.uniform(low, high), rng.choice(["gaussian", "speckle", "salt_and_pepper"])
         generator = np.random.default_rng(rng.getrandbits(64))
         pixels = np.asarray(picture, dtype=np.float32) / 255
+        grain = max(1, max(picture.size) // _GRAINS)
+        height, width = (-(-side // grain) for side in pixels.shape[:2])
+
+        def spread(noise: np.ndarray) -> np.ndarray:
+            return noise.repeat(grain, 0).repeat(grain, 1)[: pixels.shape[0], : pixels.shape[1]]
+
         if kind == "salt_and_pepper":
-            drawn = generator.random(pixels.shape[:2])[..., None]
+            drawn = spread(generator.random((height, width, 1), dtype=np.float32))
             # A quarter of the strength: beyond that nothing of thin lines is left.
             pixels = np.where(drawn < strength / 8, 0.0, np.where(drawn > 1 - strength / 8, 1.0, pixels))
         else:
-            noise = generator.standard_normal(pixels.shape, dtype=np.float32) * strength
+            noise = spread(generator.standard_normal((height, width, 3), dtype=np.float32) * strength)
             pixels = pixels + (noise if kind == "gaussian" else noise * pixels)
         return Image.fromarray((np.clip(pixels, 0, 1) * 255).round().astype(np.uint8))
 

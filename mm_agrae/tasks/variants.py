@@ -71,8 +71,8 @@ class Problems:
         self.found: dict[int, float] = {}
         """Row -> D, of those that a step has changed. With the data cursor, this is all the state there is."""
         wanted = self.settings.operators
-        own = set(task.variant_names) if self.settings.count else set()
-        names = [*(each.name for each in PICTURE_OPERATORS), *_STEPS_OF_HINT, "reword", *sorted(own)]
+        own = sorted(set(task.variant_names))
+        names = [*(each.name for each in PICTURE_OPERATORS), *_STEPS_OF_HINT, "reword", *own]
         for name in wanted:
             if name not in names:
                 raise ConfigError(f"rollout.variants.operators: no operator {name!r}; {nearest(name, names)}")
@@ -110,14 +110,12 @@ class Problems:
             if self.settings.count > 1:
                 target = min(9, max(1, round(rng.gauss(_TARGET_MEAN[level], 1))))
             wanted = target - level
-            hinted = any(each and each.name in _STEPS_OF_HINT for each in chosen)
-            if wanted < 0 and hinted:
-                wanted = rng.randrange(4)
-            left = [each for each in fitting if each not in chosen and not (hinted and each.name in _STEPS_OF_HINT)]
-            rng.shuffle(left)
-            # Those one step off are as good; the shuffle decides.
-            best = min(left, key=lambda each: abs(each.delta - wanted) // 2, default=None)
-            chosen.append(best if best and abs(best.delta - wanted) <= abs(wanted) else None)
+            if wanted < 0 and any(each and each.name in _STEPS_OF_HINT for each in chosen):
+                wanted = rng.randrange(4)  # for which no further hint is near enough
+            # As near as the problem as it is; of these, one step off is as good, and the shuffle decides.
+            near = [each for each in fitting if each not in chosen and abs(each.delta - wanted) <= abs(wanted)]
+            rng.shuffle(near)
+            chosen.append(min(near, key=lambda each: abs(each.delta - wanted) // 2, default=None))
         return chosen
 
     def operators(self, row: int, example: Example) -> list[Operator]:

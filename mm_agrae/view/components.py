@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ from PIL import Image
 
 from mm_agrae.errors import RunFolderError
 from mm_agrae.evaluation.difficulty import tables
+from mm_agrae.grading.extraction import boxes
 from mm_agrae.run.files import clean_text
 from mm_agrae.run.folder import RunFolder
 from mm_agrae.run.problems import problem_success
 from mm_agrae.run.records import EvaluationResult, Interval, sampled_success
-from mm_agrae.view.page import Html, el, empty, note, number, percent, shorten, table, with_interval
+from mm_agrae.view.page import Html, el, empty, join, note, number, percent, shorten, table, with_interval
 from mm_agrae.view.plots import Line, Points, plot, thin
+from mm_agrae.view.replay import StepReplay
 from mm_agrae.view.runs import Record
 
 TEXT_LIMIT = 2400  # characters of one completion
@@ -189,11 +192,12 @@ def group_card(
     completions: int | None = None,
     limit: int = TEXT_LIMIT,
     opened: Collection[int] = (),
+    replay: StepReplay | None = None,
 ) -> Html:
     """The completions of one prompt next to its images, question and gold answer.
 
     rows: as returned by `RunFolder.read_rollouts`. At most `completions` of them are shown, each
-    shortened to `limit` characters; `opened` are indices into `rows` whose text is unfolded.
+    shortened to `limit` characters; `opened` are indices into `rows` whose text is unfolded. `replay`: of their step.
     """
     correct = sum(map(sampled_success, rows))
     kind = {0: "incorrect", len(rows): "correct"}.get(correct, "")
@@ -207,6 +211,9 @@ def group_card(
     variant = f" · variant: {shorten(rows[0]['variant'], 100)}" if rows[0].get("variant") else ""
     origin = f"prompt {rows[0]['prompt_index']}{resampled} · {shorten(rows[0]['example_id'], 100)}{variant}"
     problem = problem_part(rows[0], images, el("p", origin, class_="muted small"))
+    if replay is not None and rows[0]["advantage"] is not None:
+        summary = el("summary", el("span", "From reward to loss"))
+        lines.append(el("details", summary, replay.figure(rows, completions), class_="completion"))
     return el("article", problem, el("div", title, *lines, more), class_="card group")
 
 
@@ -289,15 +296,44 @@ def verdict(success: bool) -> Html:
     return el("span", f"{mark} {kind}", class_=f"verdict {kind}")
 
 
+def boxed(text: str) -> Html:
+    r"""The text with a frame around what each \boxed{…} holds; its command is not seen, but copied along."""
+    parts, end = list[object](), 0
+    for box in reversed(boxes(text, at_most=50)):
+        if box.content and box.start >= end:  # not one inside another
+            command, content, closing = text[box.start : box.end].rpartition(box.content)
+            framed = el("span", el("i", command), readable(content), el("i", closing), class_="boxed")
+            parts += [text[end : box.start], framed]
+            end = box.end
+    return join([*parts, text[end:]])
+
+
+_SIGNS = {"pi": "π", "times": "×", "cdot": "·", "pm": "±", "infty": "∞", "leq?": "≤", "geq?": "≥"}
+_TEX = (
+    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),
+    (r"\\(?:text|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1"),
+    (r"\\sqrt\s*\{([^{}]*)\}", r"√(\1)"),
+    (r"\^?\{?\\circ\}?", "°"),
+    *((rf"\\{name}(?![a-z])", sign) for name, sign in _SIGNS.items()),
+)
+
+
+def readable(answer: str) -> str:
+    """A formula of a short answer without the commonest TeX; what is not known stays as it is."""
+    for pattern, sign in _TEX:
+        answer = re.sub(pattern, sign, answer)
+    return answer
+
+
 def completion_text(text: object, limit: int, first: int = 0, last: int = 0) -> Html:
     """The reasoning, set off from the answer after it; or if some characters were not sampled, those are marked."""
     if first < last:
         parts = (clean_text(text)[part] for part in (slice(first), slice(first, last), slice(last, None)))
-        kept, inserted, added = (shorten(part, limit) if part else "" for part in parts)
+        kept, inserted, added = (boxed(shorten(part, limit)) if part else "" for part in parts)
         return el("pre", kept, el("mark", inserted, title="not sampled"), added, dir="auto", tabindex="0")
     thought, mark, answer = shorten(text, limit).partition("</think>")
-    reasoning = el("span", thought + mark, class_="thought") if mark else thought or "(empty)"
-    return el("pre", reasoning, answer, dir="auto", tabindex="0")
+    reasoning = el("span", thought + mark, class_="thought") if mark else boxed(thought or "(empty)")
+    return el("pre", reasoning, boxed(answer), dir="auto", tabindex="0")
 
 
 @dataclass

@@ -5,7 +5,8 @@ Images are embedded, so the browser never requests a file.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from functools import cache, partial
+from itertools import chain, groupby
 from typing import TypeVar
 
 from mm_agrae.evaluation.paired import OUTCOMES, PairedEvaluations, StoredEvaluation
@@ -22,7 +23,8 @@ from mm_agrae.view.components import (
     trace_card,
 )
 from mm_agrae.view.page import Html, el, empty, join, note, percent, tile
-from mm_agrae.view.runs import FILTERS, RunReader, select
+from mm_agrae.view.replay import StepReplay
+from mm_agrae.view.runs import FILTERS, MOST_FOUND, Found, RunReader, select
 
 GROUPS_PER_PAGE = 8
 COMPLETIONS_PER_PAGE = 128
@@ -79,22 +81,25 @@ def difficulty_page(run: RunReader) -> Html:
     return join(parts) if parts else empty(NO_DIFFICULTY)
 
 
-def group_page(run: RunReader, step: int | None, show: str, order: str, text: str, number: int) -> CardPage:
-    """The groups of a step that pass a filter and contain `text`. Raises RunFolderError."""
+def group_page(
+    run: RunReader, step: int | None, show: str, order: str, text: str, everywhere: bool, number: int
+) -> CardPage:
+    """The groups of a step, or `everywhere`, that pass a filter and contain `text`. Raises RunFolderError."""
     if step is None:
         if run.metrics:
             return CardPage(empty(NO_ROLLOUTS))
         return CardPage(empty(ONLY_EVALUATIONS if run.only_evaluations() else NO_STEP))
-    groups = run.groups(step)
-    chosen = select(groups, show, order)
-    matches: set[int] = set()
-    if text.strip():
-        matches = run.search(step, text.strip())
-        chosen = [group for group in chosen if matches.intersection(group.rows)]
+    text, everywhere = text.strip(), everywhere and bool(text.strip())
+    groups = [] if everywhere else run.groups(step)
+    found = run.find(text, run.steps if everywhere else [step]) if text else Found(groups)
+    groups = found.groups if everywhere else groups
+    chosen = select(found.groups, show, order)
     largest = max((len(group.rows) for group in groups), default=1)
     size = max(1, min(GROUPS_PER_PAGE, COMPLETIONS_PER_PAGE // largest))
     number, shown, position = _page(chosen, number, size)
-    if shown:
+    if everywhere:
+        heading = note(f"{_found(found, len(run.steps))} Showing {position if shown else 'none of them'}.")
+    elif shown:
         completions = sum(len(group.rows) for group in groups)
         heading = note(
             f"Step {step:,}: {len(groups):,} groups, {completions:,} completions; showing {position}. {ADVANTAGES}"
@@ -104,12 +109,24 @@ def group_page(run: RunReader, step: int | None, show: str, order: str, text: st
     on_page = sum(len(group.rows) for group in shown) or 1
     limit = max(SHORTEST, min(LONGEST, CHARACTERS_PER_PAGE // on_page))
     images = EmbeddedImages(run.folder)
-    cards = []
-    for group, records in zip(shown, run.rows(step, shown), strict=True):
-        opened = [index for index, row in enumerate(group.rows) if row in matches]
-        cards.append(group_card(records, images, limit=limit, opened=opened))
+    cards = list[Html]()
+    replay = cache(partial(StepReplay.of, run))
+    read = (run.rows(each, same) for each, same in groupby(shown, key=lambda group: group.step))
+    for group, records in zip(shown, chain.from_iterable(read), strict=True):
+        opened = [index for index, row in enumerate(group.rows) if (group.step, row) in found.rows]
+        if everywhere:
+            cards.append(el("h4", f"Step {group.step:,}"))
+        cards.append(group_card(records, images, limit=limit, opened=opened, replay=replay(group.step)))
     counts = {name: len(select(groups, name)) for name in FILTERS}
     return CardPage(join([heading, *cards]), counts, number, (number + 1) * size < len(chosen))
+
+
+def _found(found: Found, steps: int) -> str:
+    """What a search over all steps has read and found, and where it ended."""
+    ended = f"as {MOST_FOUND} end the search, only the newest {found.searched:,} of"
+    read = f"{'all' if found.searched == steps else ended} {steps:,} steps were searched"
+    damaged = f"; {found.damaged:,} of them cannot be read" if found.damaged else ""
+    return f"{len(found.groups):,} groups contain it, newest step first; {read}{damaged}."
 
 
 def first_pair(found: Mapping[str, StoredEvaluation]) -> tuple[str, str]:

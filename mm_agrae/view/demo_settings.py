@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mm_agrae.config.shipped import found, shipped
 from mm_agrae.errors import ConfigError, no_model
+from mm_agrae.view.runs import find_runs
 
 DATA = shipped("data")
 EMBEDDED = {
@@ -57,8 +58,8 @@ def settings_for(paths: Sequence[str], **options: object) -> DemoSettings:
     """Settings for the command line's paths: run folders, checkpoints, or model ids.
 
     Run folders, and folders of run folders, are shown in the explorer, and the newest checkpoint
-    of a run folder, if any, in the playground; anything else is a model. Embedded models come
-    first, the embedded run last. Raises ConfigError for a folder that does not exist.
+    of a run folder, if any, in the playground; anything else is a model. What is named here comes
+    before what is embedded. Raises ConfigError for a path with neither a run nor a checkpoint.
     """
     paths = [found(path) for path in paths]
     for path in paths:
@@ -66,7 +67,8 @@ def settings_for(paths: Sequence[str], **options: object) -> DemoSettings:
             raise ConfigError(f"demo: {path} is not a run folder, a checkpoint or a model id: {reason}")
     from mm_agrae.run import checkpoint
 
-    models = embedded_models()
+    embedded = embedded_models()
+    models: dict[str, str] = {}
     runs: list[Path] = []
     for path in paths:
         folder = Path(path)
@@ -74,13 +76,15 @@ def settings_for(paths: Sequence[str], **options: object) -> DemoSettings:
             runs.append(folder)
             newest = checkpoint.newest(folder / "checkpoints")
             if newest is not None:
-                models[_free_name(folder.resolve().name, models)] = str(newest)
-        elif any(folder.glob("*/config.yaml")):
+                models[_free_name(folder.resolve().name, models | embedded)] = str(newest)
+        elif find_runs([folder]):
             runs.append(folder)
+        elif folder.exists() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
+            raise ConfigError(f"demo: {path} holds neither a run (config.yaml) nor a checkpoint (config.json)")
         else:
-            models[_free_name(folder.resolve().name, models)] = path
+            models[_free_name(folder.resolve().name, models | embedded)] = path
     all_runs = (*runs, *embedded_runs())
-    return DemoSettings(models=models, runs=all_runs, **options)  # type: ignore[arg-type]
+    return DemoSettings(models=models | embedded, runs=all_runs, **options)  # type: ignore[arg-type]
 
 
 def require_address(host: str, port: int) -> None:

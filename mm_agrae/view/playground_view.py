@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mm_agrae.grading.accuracy import verify
-from mm_agrae.view.components import verdict
+from mm_agrae.view.components import boxed, readable, verdict
 from mm_agrae.view.page import Html, el, empty, join, number, percent, table
 from mm_agrae.view.playground import CheckpointTraces, Question, Token, Trace
 
@@ -55,7 +55,7 @@ def _summary(traces: Sequence[Trace], grading: Mapping[str, Any]) -> Html | None
         answer, success = group[0].final, group[0].success
         mark = {True: "✓ ", False: "✗ ", None: ""}[success]
         kind = {True: "correct", False: "incorrect", None: None}[success]
-        name = el("span", mark + (NO_ANSWER if answer is None else answer), class_=kind)
+        name = el("span", mark + (NO_ANSWER if answer is None else readable(answer)), class_=kind)
         part = len(group) / sum(map(len, groups))
         bar = el("progress", value=f"{part:.3f}", max=1, aria_label="share of the samples")
         lines += [name, bar, el("span", f"{len(group)} · {percent(part)}")]
@@ -79,7 +79,7 @@ def _trace(trace: Trace, index: int, numbered: bool) -> Html:
         parts.append(el("pre", text, class_="thought", tabindex="0", dir="auto"))
     if trace.answer or trace.state != "writing":
         parts.append(el("div", "Answer", class_="caption"))
-        parts.append(el("div", trace.answer or f"({NO_ANSWER})", class_="final", dir="auto"))
+        parts.append(el("div", boxed(trace.answer or f"({NO_ANSWER})"), class_="final", dir="auto"))
     return el("article", *parts, class_=f"trace {trace.state}")
 
 

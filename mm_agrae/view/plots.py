@@ -50,12 +50,13 @@ class _Axes:
     x_name: str
     log2: bool
     shares: bool
+    margin: float = LEFT
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         scale = math.log2 if self.log2 else float
         width = (scale(self.right) - scale(self.left)) or 1.0
         return (
-            LEFT + (scale(x) - scale(self.left)) / width * (WIDTH - LEFT - RIGHT),
+            self.margin + (scale(x) - scale(self.left)) / width * (WIDTH - self.margin - RIGHT),
             HEIGHT - BOTTOM - (y - self.low) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM),
         )
 
@@ -65,8 +66,7 @@ class _Axes:
         for y in y_ticks:
             px, py = self.at(self.left, y)
             marks.append(_path([(px, py), (WIDTH - RIGHT, py)], "grid"))
-            text = f"{100 * y:.3g}\N{NO-BREAK SPACE}%" if self.shares else number(y)
-            marks.append(_text(text, LEFT - 6, py + 4, "end"))
+            marks.append(_text(_y_text(y, self.shares), self.margin - 6, py + 4, "end"))
         powers = [2.0**power for power in range(40)]
         for x in powers if self.log2 else _ticks(self.left, self.right, 6):
             if self.left <= x <= self.right and (self.x_name != "step" or x == int(x)):
@@ -104,7 +104,8 @@ def plot(
     ys = [y for line in lines for _, y in line.points]
     ys += [bound for line in lines for _, *bounds in line.band for bound in bounds]
     y_ticks = _y_ticks(min(ys), max(ys), from_zero=zero or stacked)
-    axes = _Axes(min(xs), max(xs), y_ticks[0], y_ticks[-1], x_name, log2, shares)
+    margin = max(LEFT, 10 + 7 * max(len(_y_text(y, shares)) for y in y_ticks))  # such as 2.5e-06
+    axes = _Axes(min(xs), max(xs), y_ticks[0], y_ticks[-1], x_name, log2, shares, margin)
     marks = axes.draw(y_ticks)
     if stacked:
         marks += _areas(axes, lines)
@@ -182,6 +183,10 @@ def _path(points: Points, css: str) -> Html:
 
 def _text(text: str, x: float, y: float, anchor: str) -> Html:
     return el("text", text, x=f"{x:.1f}", y=f"{y:.1f}", text_anchor=anchor)
+
+
+def _y_text(y: float, shares: bool) -> str:
+    return f"{100 * y:.3g}\N{NO-BREAK SPACE}%" if shares else number(y)
 
 
 def _y_ticks(low: float, high: float, from_zero: bool) -> list[float]:

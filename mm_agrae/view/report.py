@@ -42,6 +42,7 @@ from mm_agrae.view.page import (
     with_interval,
 )
 from mm_agrae.view.plots import Line, plot, thin
+from mm_agrae.view.replay import StepReplay
 from mm_agrae.view.runs import Record, RunReader, distinct_names, select, step_of, training_ends
 
 GROUPS_SHOWN = 6
@@ -121,13 +122,15 @@ def _results(folder: RunFolder, config: Record, evaluations: Sequence[Evaluation
             f"{shown[-1].problems:,} problems of {label}, {shown[-1].samples} samples each. "
             "Ranges are 95 % bootstrap intervals over problems."
         )
+        fell, tables = _kind_tables(folder, shown, paired, len(ends) > 1)
         parts += [
             el("h3", label) if len(labels) > 1 else Html(""),
             el("div", *tiles, class_="tiles") if ends else Html(""),
+            fell,
             note(about),
             el("div", *plots, class_="plots"),
             pass_at_k_table([(result.name, result) for result in results]),
-            *_kind_tables(folder, shown, paired, len(ends) > 1),
+            *tables,
         ]
     return join(parts)
 
@@ -207,14 +210,15 @@ def _progress_plot(results: Sequence[EvaluationResult], last_step: int) -> Html:
 
 def _kind_tables(
     folder: RunFolder, shown: Sequence[EvaluationResult], paired: PairedEvaluations | None, trained: bool
-) -> list[Html]:
-    """pass@1 and pass@n for each kind of problem; `trained`: before and after, what fell first and in words."""
+) -> tuple[Html, list[Html]]:
+    """What fell, in words; and pass@1 and pass@n of each kind of problem; `trained`: before and after, falls first."""
     last, ks = shown[-1], _first_and_last_k(shown[-1])
     problems: dict[tuple[str, str], set[str]] = {}
     for row in folder.read_samples(last) if paired else ():
         for key in last.groups:
             problems.setdefault((key, str(row["meta"].get(key))), set()).add(str(row["example_id"]))
     tables: list[Html] = []
+    lower: list[Html] = []
     for key in sorted(last.groups, key=lambda key: key not in OPEN_KINDS):
         fallen = last.falls(shown[0], key) if trained else {}
         gains: dict[tuple[str, int], Interval | None] = {}
@@ -229,10 +233,11 @@ def _kind_tables(
                 rows[-1] += _changed(found, gains[kind, k], fell) if trained else map(with_interval, found)
         columns = ["{}", "{}, change"] if trained else [f"{{}} {result.name}" for result in shown]
         header = [key, "problems", *(column.format(f"pass@{k}") for k in ks for column in columns)]
-        words = [el("p", _fallen(last, key, k, fallen, gains)) for k in ks if trained]
-        body = [*words, table(header, rows)]
+        words = [_fallen(last, key, k, fallen, gains) for k in ks if trained]
+        lower += [el("div", f"By {key}: {text}") for text, fell in words if fell]
+        body = [*(el("p", text) for text, fell in words if not fell), table(header, rows)]
         tables += [el("h4", f"By {key}"), *body] if key in OPEN_KINDS else [fold(f"By {key} ({len(rows)})", *body)]
-    return tables
+    return el("div", el("b", "What fell"), *lower, class_="card fell") if lower else Html(""), tables
 
 
 def _changed(found: Sequence[Interval | None], gain: Interval | None, fell: bool) -> list[object]:
@@ -243,10 +248,11 @@ def _changed(found: Sequence[Interval | None], gain: Interval | None, fell: bool
     return [values, el("span", f"▼ {change}", class_="incorrect") if fell else change]
 
 
-def _fallen(last: EvaluationResult, key: str, k: int, fallen: Record, gains: Mapping[Any, Interval | None]) -> str:
-    """Which kinds fell at pass@k and by how much; apart, those whose interval cannot tell."""
-    certain: list[str] = []
-    unclear: list[str] = []
+def _fallen(
+    last: EvaluationResult, key: str, k: int, fallen: Record, gains: Mapping[Any, Interval | None]
+) -> tuple[str, bool]:
+    """Which kinds fell at pass@k and by how much; apart, those whose interval cannot tell. True if any is lower."""
+    certain, unclear = list[str](), list[str]()
     for kind, changes in sorted(fallen.items(), key=lambda each: each[1].get(k, 0.0)):
         if k in changes:
             gain = gains[kind, k]
@@ -256,7 +262,7 @@ def _fallen(last: EvaluationResult, key: str, k: int, fallen: Record, gains: Map
     told = [f"pass@{k} fell for {', '.join(certain)}."] if certain else []
     it = "It" if certain else f"pass@{k}"
     told += [f"{it} is lower, but on too few problems to tell, for {', '.join(unclear)}."] if unclear else []
-    return " ".join(told) or f"pass@{k} fell for no {key} by as much as one problem."
+    return " ".join(told) or f"pass@{k} fell for no {key} by as much as one problem.", bool(told)
 
 
 def _difficulty(folder: RunFolder) -> Html | None:
@@ -364,7 +370,8 @@ def _groups_of(run: RunReader, step: int, count: int, images: EmbeddedImages) ->
     shown = (kinds["mixed"][: count - len(others)] + others + rest)[:count]
     counts = ", ".join(f"{len(found):,} {kind}" for kind, found in kinds.items())
     text = f"Step {step:,}: {len(groups):,} groups ({counts}), {len(shown)} shown. {ADVANTAGES}"
-    cards = [group_card(rows, images, completions=COMPLETIONS_SHOWN) for rows in run.rows(step, shown)]
+    replay = StepReplay.of(run, step) if step == run.steps[-1] else None
+    cards = [group_card(rows, images, completions=COMPLETIONS_SHOWN, replay=replay) for rows in run.rows(step, shown)]
     return join([note(text), *cards])
 
 

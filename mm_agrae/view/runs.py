@@ -11,7 +11,7 @@ import threading
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mm_agrae.run.records import EvaluationResult, sampled_success
 Record = Mapping[str, Any]
 """One line of a run's files: metrics of a step, a completion or an evaluation's sample."""
 
+MOST_FOUND = 200  # groups, with which a search over steps ends
 STEPS_HELD = 4
 """How many steps to keep overviews of, least recently used out first."""
 
@@ -42,13 +43,14 @@ _SEARCHED = ("completion", "question", "answer", "example_id")
 
 @dataclass(frozen=True)
 class GroupOverview:
-    """The completions of one prompt at one step, without their texts.
+    """The completions of one prompt at one `step`, without their texts.
 
     `rows` are their indices in the step's file. `correct`, `truncated`, `failed` and `timed_out`
     count completions (`failed`: the verifier raised or timed out); `strongest` is the highest
     |A| among them, `reward` their mean.
     """
 
+    step: int
     rows: tuple[int, ...]
     correct: int
     truncated: int
@@ -78,6 +80,17 @@ ORDERS = {
     "highest reward first": lambda group: -group.reward,
     "lowest reward first": lambda group: group.reward,
 }
+
+
+@dataclass
+class Found:
+    """What a search has found: groups, and the (step, row) of each match in them. `searched` counts the newest steps
+    that were read until there was enough, `damaged` those of them that could not be."""
+
+    groups: list[GroupOverview]
+    rows: set[tuple[int, int]] = field(default_factory=set)
+    searched: int = 0
+    damaged: int = 0
 
 
 def select(groups: Sequence[GroupOverview], show: str = "all", order: str = "as sampled") -> list[GroupOverview]:
@@ -152,7 +165,7 @@ class RunReader:
         with self._lock:
             stamp = (step, *self.folder.rollout_stamp(step))
             if stamp not in self._held:
-                self._held[stamp] = _overviews(self.folder.iter_rollouts(step, _LIGHT))
+                self._held[stamp] = _overviews(step, self.folder.iter_rollouts(step, _LIGHT))
             self._held.move_to_end(stamp)
             while len(self._held) > STEPS_HELD:
                 self._held.popitem(last=False)
@@ -175,8 +188,25 @@ class RunReader:
             if any(wanted in str(record[name] or "").casefold() for name in _SEARCHED)
         }
 
+    def find(self, text: str, steps: Sequence[int]) -> Found:
+        """The groups that contain `text`, as `search` has it, up to MOST_FOUND, newest step first."""
+        found = Found([])
+        for step in reversed(steps):
+            found.searched += 1
+            try:
+                rows = self.search(step, text)
+                groups = self.groups(step) if rows else []
+            except RunFolderError:
+                found.damaged += 1
+                continue
+            found.rows |= {(step, row) for row in rows}
+            found.groups += [group for group in groups if rows.intersection(group.rows)]
+            if len(found.groups) >= MOST_FOUND:
+                break
+        return found
 
-def _overviews(chunks: Iterable[Sequence[Record]]) -> list[GroupOverview]:
+
+def _overviews(step: int, chunks: Iterable[Sequence[Record]]) -> list[GroupOverview]:
     members: dict[tuple[int, int], list[tuple[int, Record]]] = {}
     for row, record in enumerate(itertools.chain.from_iterable(chunks)):
         key = record["resample_round"], record["prompt_index"]
@@ -187,6 +217,7 @@ def _overviews(chunks: Iterable[Sequence[Record]]) -> list[GroupOverview]:
         errors = [record["error"] for record in records if record["error"]]
         groups.append(
             GroupOverview(
+                step=step,
                 rows=tuple(row for row, _ in found),
                 correct=sum(map(sampled_success, records)),
                 truncated=sum(record["finish_reason"] == "length" for record in records),
@@ -232,8 +263,9 @@ class RunLibrary:
         return find_runs(self.paths)
 
     def first(self) -> str | None:
-        """The run to show first: the one trained last, otherwise any."""
-        runs = self.runs()
+        """The run to show first: of the first folder given that has any, the one trained last, otherwise any."""
+        own = next(filter(None, (find_runs([path]) for path in self.paths)), {})
+        runs = {name: path for name, path in self.runs().items() if path in own.values()}
         logs = {name: path / "metrics.jsonl" for name, path in runs.items()}
         trained = {name: log.stat().st_mtime_ns for name, log in logs.items() if log.is_file()}
         return max(trained, key=trained.__getitem__, default=next(iter(runs), None))

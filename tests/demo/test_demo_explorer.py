@@ -175,6 +175,39 @@ def test_filters_order_and_search(page):
     assert page.locator("#explorer-next").is_disabled()
 
 
+def test_search_over_all_steps(page):
+    """The newest step first, with the damaged one said; a step that is chosen ends it."""
+    box = page.locator("#explorer-search textarea, #explorer-search input")
+    box.fill("EXAMPLE 1")  # an id, in each of 20 steps, and example 10 in the last
+    page.locator("#explorer-everywhere input").check()
+    box.press("Enter")
+    says(page, "20 groups contain it, newest step first; all 20 steps were searched; 1 of them cannot be read.")
+    assert page.locator("#explorer-cards > .prose h4, #explorer-cards .agrae > h4").all_inner_texts() == [
+        f"Step {step}" for step in (40, 40, 38, 36, 34, 32, 30, 28)
+    ]
+    page.locator("#explorer-next").click()
+    says(page, "Showing 9 to 16 of 20.")
+    filter_by(page, "mixed")
+    says(page, "Showing 1 to 8 of 19.")  # example 10 has no correct completion
+    set_number(page, "#explorer-step", 12)
+    says(page, "Step 12: 3 groups, 12 completions; showing 1 to 1 of 1.")
+    assert not page.locator("#explorer-everywhere input").is_checked()
+
+
+def test_a_group_is_replayed_from_its_rewards_to_the_loss(page):
+    card = cards(page).nth(1)
+    card.get_by_text("From reward to loss").click()
+    figure = card.locator("figure")
+    says = " ".join(figure.inner_text().split())
+    # The mean over N = 11 × 4 completions of the means over their 9 tokens.
+    assert "rule agrae, α = 1.0 · ω = 0.48, the mean reward of step 40 · p = 1/4 = 25.0 %" in says
+    assert "loss grpo: weight of a token = A / (N · own length), N = 44" in says
+    assert "1 ✓ +1.00 +1.50 +1.25 +0.75 +1.9e-03" in says
+    assert "2 ✗ +0.00 -0.50 -0.75 -0.25 -6.3e-04" in says
+    assert figure.locator(".hatch").count() == 0
+    assert low_contrast(page, "#explorer-cards figure") == []
+
+
 def test_sliding_to_a_step_by_keyboard(page):
     slider = page.locator("#explorer-step input[type=range]")
     assert [slider.get_attribute(name) for name in ("min", "max", "step")] == ["2", "40", "2"]
@@ -240,13 +273,14 @@ def test_files_are_not_served(window, address, runs):
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
-        (("../secret", 1, "all", "as sampled", ""), "no such run"),
-        (("secret", 1, "all", "as sampled", ""), "no such run"),
-        (("/etc", 1, "all", "as sampled", ""), "no such run"),
-        ((None, 1, "all", "as sampled", ""), "no such run"),
-        (("full", -(10**30), "all", "as sampled", ""), "Step 2:"),
-        (("full", float("inf"), "all", "as sampled", ""), "Step 40:"),
-        (("full", 40, "all", "as sampled", "\ud800\0" * 9), "None of the 11 groups"),
+        (("../secret", 1, "all", "as sampled", "", False), "no such run"),
+        (("secret", 1, "all", "as sampled", "", False), "no such run"),
+        (("/etc", 1, "all", "as sampled", "", False), "no such run"),
+        ((None, 1, "all", "as sampled", "", False), "no such run"),
+        (("full", -(10**30), "all", "as sampled", "", False), "Step 2:"),
+        (("full", float("inf"), "all", "as sampled", "", False), "Step 40:"),
+        (("full", 40, "all", "as sampled", "\ud800\0" * 9, False), "None of the 11 groups"),
+        (("full", 40, "all", "as sampled", "\ud800\0" * 9, True), "0 groups contain it"),
     ],
 )
 def test_what_a_browser_could_send_by_hand(runs, arguments, answer):
@@ -269,7 +303,7 @@ def test_a_run_cannot_be_asked_for_by_path(window, address, runs):
     def ask(run):
         session = f"by-hand-{abs(hash(run))}"
         body = {"fn_index": numbers["list_groups"], "session_hash": session}
-        body["data"] = [run, 1, "all", "as sampled", "", None, None]  # the states are the server's
+        body["data"] = [run, 1, "all", "as sampled", "", False, None, None]  # the states are the server's
         joined = request.post(f"{address}gradio_api/queue/join", data=body)
         assert joined.ok, joined.text()
         return request.get(f"{address}gradio_api/queue/data?session_hash={session}").text()

@@ -71,6 +71,10 @@ def test_the_first_screen_is_ready_to_be_asked(person):
     assert page.get_by_text("Choose checkpoints and press Generate").is_visible()
     assert page.get_by_text("Once a completion is written, its tokens").is_visible()
     assert page.locator("#pg-stop").is_disabled()
+    choose(page, "base", "words")  # whose note on images takes room
+    page.get_by_text("The image is not used by words").wait_for()
+    button = page.locator("#pg-go").bounding_box()
+    assert button["y"] + button["height"] < DESK["height"]  # in sight
     assert page.locator("#pg-path").count() == 0  # no path can be typed in
     host = page.url.split("/")[2]
     assert page.asked == {host}  # no other server was asked for anything
@@ -145,6 +149,45 @@ def test_tokens_are_coloured_and_explained(person):
     page.wait_for_function(
         "text => document.querySelector('#pg-tokens .tokens').textContent.includes(text)", arg=second
     )
+
+
+def test_boxed_answers_are_framed_and_still_copied_whole(person):
+    page = person()
+    set_number(page, "#pg-samples", 1)
+    ask(page)
+    wait_for_completions(page)
+    framed = page.locator("#pg-traces .final .boxed")
+    whole = framed.inner_text()
+    assert whole.startswith("\\boxed{")
+    assert whole.endswith("}")
+    assert framed.evaluate("box => [...box.querySelectorAll('i')].every((part) => part.offsetWidth < 2)")
+    assert framed.evaluate("box => getComputedStyle(box).borderTopStyle") == "solid"
+
+
+def nothing_is_shown(page):
+    page.locator("#pg-traces").get_by_text("Choose checkpoints and press Generate").wait_for()
+    page.locator("#pg-tokens").get_by_text("Once a completion is written, its tokens").wait_for()
+    assert page.locator("#pg-traces .trace, #pg-tokens .tokens").count() == 0
+    assert page.locator("#pg-which input").input_value() == ""
+    assert page.locator("#pg-status").inner_text().strip() == ""
+
+
+def test_a_new_problem_or_picture_clears_the_answers(person):
+    page = person()
+    set_number(page, "#pg-samples", 2)
+    ask(page)
+    wait_for_completions(page)
+    page.locator("#pg-another").click()
+    nothing_is_shown(page)
+    ask(page)
+    wait_for_completions(page)
+    remove_image(page)
+    nothing_is_shown(page)
+    start_a_long_run(page)  # also those that are still being written, which end then
+    page.locator("#pg-another").click()
+    page.wait_for_function("() => !document.querySelector('#pg-go').disabled")
+    nothing_is_shown(page)
+    assert not [t for t in threading.enumerate() if t.name.startswith("playground")]
 
 
 def start_a_long_run(page, tokens=1024):

@@ -152,6 +152,17 @@ def test_an_address_that_refuses(tmp_path, server, capsys):
     assert f"{server.address}/chat/completions: status 401" in capsys.readouterr().err
     assert cli.main([*command, "--address", server.address]) == 2
     assert "--prepare needs a chat model" in capsys.readouterr().err
+    secret = server.address.replace("://", "://me:secret@").replace("/v1", "/v2")
+    server.asked.clear()
+    assert cli.main([*command, "--model", "m", "--address", secret]) == 2
+    assert "secret" not in (said := capsys.readouterr().err)
+    assert "/v2/chat/completions: status 401" in said
+    assert cli.main([*command[:2], "--model", "m"]) == 2
+    assert "say by --prepare FILE" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    there = ["--prepare", str(tmp_path / "file" / "out.jsonl"), "--model", "m", "--address", server.address]
+    assert cli.main([*command[:2], *there]) == 2
+    assert "writing out.jsonl failed" in capsys.readouterr().err
     (tmp_path / "out.jsonl").write_text("not JSON\n")
     assert cli.main([*command, "--model", "m", "--address", server.address]) == 2
     assert "out.jsonl, line 1: JSONDecodeError" in capsys.readouterr().err

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mm_agrae import config as configs
 
+pytestmark = pytest.mark.timeout(1500)  # all runs are made for the first test, by two processes on the cores there are
 WORKER = Path(__file__).parent / "distributed_worker.py"
 LORA = {"lora": {"rank": 4, "alpha": 8, "parts": ["language", "vision", "head"]}}
 RUNS = {
@@ -65,7 +66,7 @@ def start(processes: int, *arguments: str, worker: Path = WORKER) -> None:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     result = subprocess.run(
         [sys.executable, *launch, str(worker), *arguments],
-        capture_output=True, text=True, timeout=600,
+        capture_output=True, text=True, timeout=1500,
         env=os.environ | launched | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths},
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr

@@ -96,7 +96,7 @@ print([score.parts for score in scores])
 
 
 def test_a_built_in_part_sees_the_token_ids(tmp_path):
-    """The README's `brevity`, added to PARTS in every process that starts."""
+    """The `brevity` of docs/rewards.md, added to PARTS in every process that starts."""
     (tmp_path / "sitecustomize.py").write_text(BREVITY)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = subprocess.run(

@@ -99,12 +99,28 @@ def test_dynamic_sampling_replaces_whole_problems(tmp_path):
     assert kept < {task[row].id for row in found}
 
 
+def test_dynamic_sampling_keeps_a_problem_of_which_one_group_has_a_signal(tmp_path):
+    spread = "bool(example.variant) * (sum(completion.token_ids) % 97 / 97)"
+    reward = graded(tmp_path, spread)
+    rollout = {"dynamic_sampling": {"max_draws": 1}, "completions_per_prompt": 4}
+    trainer = made_trainer(tmp_path / "run", rollout=rollout, reward=reward, advantage={"rule": "grpo"})
+    all_are_easy(trainer)
+    groups = groups_of(trainer)
+    flat = [len({score.reward for score in group.scores}) == 1 for group in groups]
+    assert flat[0]
+    assert flat[3]
+    assert not all(flat)
+    assert {group.resample_round for group in groups} == {0}
+
+
 @pytest.mark.parametrize("threads", [0, 2])
 def test_a_bad_row_is_replaced_with_all_its_variants(tmp_path, threads):
     rows = [{"id": str(i), "question": f"{i} + {i}?", "answer": str(2 * i), "solution": "Add."} for i in range(6)]
     rows[1]["question"] = "x" * 9000
+    prepared = tmp_path / "prepared.jsonl"  # a variant of the bad row that could be used
+    prepared.write_text(json.dumps({"id": "1", "wordings": ["One and one?"]}))
     data = rows_config(tmp_path, rows, on_bad_row="skip", prefetch_threads=threads)
-    trainer = made_trainer(tmp_path / "run", TEXT, data=data, train={"steps": 2})
+    trainer = made_trainer(tmp_path / "run", TEXT, {"prepared": str(prepared)}, data=data, train={"steps": 2})
     trainer.train()
     names = [[group[0] for group in drawn] for drawn in drawn_in(trainer)]
     assert names == [["0"] * 3 + ["2"] * 3, ["3"] * 3 + ["4"] * 3]

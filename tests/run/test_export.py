@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from helpers import TEXT, VL, engine, policy, processing, prompts, run_config, s
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 from mm_agrae.config import LoraSection, PromptSection
 from mm_agrae.errors import ModelError, RunFolderError
@@ -271,11 +272,17 @@ def greedy(hf, path, count=3, tokens=16):
     """Plain greedy generation by transformers, one prompt at a time."""
     written = []
     for prompt in prompts(path, count):
-        forbidden = [[index] for index in processing(path).forbidden_ids]
-        settings = {"do_sample": False, "max_new_tokens": tokens, "bad_words_ids": forbidden}
-        output = hf.generate(**model_inputs(prompt), **settings)
+        output = hf.generate(**model_inputs(prompt), do_sample=False, max_new_tokens=tokens)
         written.append(tuple(output[0, len(prompt) :].tolist()))
     return written
+
+
+def loaded_as_its_card_says(folder, base=""):
+    """The model and the reader of prompts that the program in a model card makes."""
+    program = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text("utf-8"), re.DOTALL)[1]
+    made = {}
+    exec(program.replace("THIS", str(folder)).replace("BASE_MODEL", base), made)
+    return made["model"], made.get("processor") or made["tokenizer"]
 
 
 @BOTH
@@ -289,7 +296,7 @@ def test_an_export_writes_what_its_run_writes(path, lora, run, tmp_path):
     step = folder / "checkpoints" / "step_000002"
     assert facts["source"] == str(step)
 
-    plain = CLASSES[path].from_pretrained(out)
+    plain, reader = loaded_as_its_card_says(out)
     assert facts["parameters"] == sum(p.numel() for p in plain.parameters())
     assert stored_names(out) == stored_names(Path(path))
     sampled = engine(policy(str(step))).generate(
@@ -299,8 +306,10 @@ def test_an_export_writes_what_its_run_writes(path, lora, run, tmp_path):
     assert not torch.equal(logits(CLASSES[path].from_pretrained(path), path), logits(plain, path))
 
     # Tokenizer, processor and template are exported, for transformers and for this package.
-    loader = AutoProcessor if path == VL else AutoTokenizer
-    assert loader.from_pretrained(out).chat_template == processing(path).template
+    trained, other = loaded_as_its_card_says(step, path)  # by PEFT, if it is an adapter
+    assert hasattr(trained, "peft_config") == lora
+    assert close(logits(trained, path), logits(plain, path))
+    assert reader.chat_template == other.chat_template == processing(path).template
     example = prompts(path, 1)[0].example
     ours = Processing(str(out), PromptSection()).prompt(example)
     assert torch.equal(ours.token_ids, prompts(path, 1)[0].token_ids)
@@ -327,16 +336,18 @@ found = {"special": sorted(tokenizer.all_special_tokens), "ids": tokenizer("1+1=
 if is_vl:
     found["budget"] = dict(transformers.AutoProcessor.from_pretrained(folder).image_processor.size)
 with torch.no_grad():
-    torch.save(found | {"logits": model(**inputs).logits}, out)
+    found["logits"] = model(**inputs).logits
+found["written"] = model.generate(**inputs, do_sample=False, max_new_tokens=16)
+torch.save(found, out)
 """
 
 
 @BOTH
 @pytest.mark.skipif("MM_AGRAE_TRANSFORMERS_4" not in os.environ, reason="needs a folder with transformers 4.57")
-def test_transformers_4_reads_the_same_from_an_export(path, tmp_path):
+def test_transformers_4_reads_the_same_from_an_export(path, run, tmp_path):
     """pip install --target FOLDER --no-deps transformers==4.57.6 'tokenizers<=0.23' 'huggingface_hub<1'"""
     out = tmp_path / "export"
-    export(Path(path), out)
+    export(run(path, True), out)
     torch.save(model_inputs(prompts(path, 1)[0]), tmp_path / "inputs.pt")
     (tmp_path / "other.py").write_text(OTHER_TRANSFORMERS)
     paths = os.pathsep.join([os.environ["MM_AGRAE_TRANSFORMERS_4"], str(Path(__file__).parents[2])])
@@ -351,8 +362,10 @@ def test_transformers_4_reads_the_same_from_an_export(path, tmp_path):
     if path == VL:
         size = made.processor.image_processor.size
         assert found["budget"] == {name: size[name] for name in ("shortest_edge", "longest_edge")}
-    theirs = logits(CLASSES[path].from_pretrained(out), path)
-    torch.testing.assert_close(found["logits"], theirs, rtol=1e-4, atol=1e-4)
+    plain = CLASSES[path].from_pretrained(out)
+    torch.testing.assert_close(found["logits"], logits(plain, path), rtol=1e-4, atol=1e-4)
+    prompt = prompts(path, 1)[0]
+    assert tuple(found["written"][0, len(prompt) :].tolist()) == greedy(plain, path, count=1)[0]
 
 
 def test_plain_transformers_makes_the_image_tokens_of_the_training(tmp_path):

@@ -10,7 +10,9 @@ import time
 import numpy as np
 import pytest
 import torch
+from helpers import run_config
 
+from mm_agrae import config as configs
 from mm_agrae.errors import ConfigError
 from mm_agrae.run import metrics
 from mm_agrae.run.folder import RunFolder
@@ -33,6 +35,40 @@ def test_tensorboard_gets_the_same_numbers(folder):
     events = EventAccumulator(str(folder.path / "tensorboard")).Reload()
     assert events.Tags()["scalars"] == ["reward/mean"]
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.5), (2, 0.75)]
+
+
+def test_trackio_gets_the_same_numbers(folder, tmp_path, monkeypatch):
+    """Kept on this machine; the dashboard is not started."""
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+    trackio = pytest.importorskip("trackio")
+    log = MetricLogger(folder, sinks=("trackio",), project="mine", config=configs.public(run_config(folder.path)))
+    log.log(1, {"reward/mean": torch.tensor(0.5), "update/loss": math.nan})
+    log.log(2, {"reward/mean": 0.75})
+    log.close()
+    (run,) = trackio.Api().runs("mine")
+    assert run.name == "run"
+    assert run.config["update"]["learning_rate"] == 1e-3
+    logged = trackio.SQLiteStorage.get_logs("mine", "run")
+    assert [(row["step"], row["reward/mean"]) for row in logged] == [(1, 0.5), (2, 0.75)]
+    assert not any("update/loss" in row for row in logged)
+
+
+def test_wandb_gets_the_same_numbers(folder, monkeypatch):
+    """Without a network it writes what `wandb sync` would upload."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    log = MetricLogger(folder, sinks=("wandb",), project="mine", config=configs.public(run_config(folder.path)))
+    log.log(1, {"reward/mean": torch.tensor(0.5), "update/loss": math.nan})
+    log.log(2, {"reward/mean": 0.75})
+    log.close()
+    (file,) = folder.path.glob("wandb/offline-run-*/run-*.wandb")
+    for _ in range(300):  # written by a process of wandb's own
+        if b"0.75" in (stored := file.read_bytes()):  # records whose values are JSON text
+            break
+        time.sleep(0.1)
+    assert all(text in stored for text in (b"mine", b"learning_rate", b"reward/mean", b"0.75"))
+    assert b"update/loss" not in stored
 
 
 @pytest.mark.parametrize("sink", ["wandb", "trackio"])

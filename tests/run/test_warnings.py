@@ -160,11 +160,14 @@ def test_the_line_of_a_step():
     assert list(ENTRIES) == [re.match(r"  (.*?)  ", text + "  ")[1] for text in legend().splitlines()[1:]]
 
 
-def test_the_legend_is_in_the_help_and_the_readme(capsys):
+def test_the_legend_is_in_the_help_and_the_documentation(capsys):
     with pytest.raises(SystemExit):
         cli.main(["train", "--help"])
     assert legend() in capsys.readouterr().out
-    assert legend() in (ROOT / "README.md").read_text("utf-8")
+    page = (ROOT / "docs" / "reading_a_run.md").read_text("utf-8")
+    section = page.split("## The line of a step")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ((?:\\.|[^|\n])+) \|", section, re.MULTILINE)
+    assert [name.replace("\\", "") for name in rows] == list(ENTRIES)
 
 
 def test_every_warning_has_its_section():

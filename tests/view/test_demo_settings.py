@@ -9,6 +9,7 @@ from helpers import ROOT, TEXT
 
 from mm_agrae.errors import ConfigError
 from mm_agrae.view.demo_settings import DemoSettings, embedded_models, embedded_runs, settings_for
+from mm_agrae.view.runs import RunLibrary
 
 
 def test_settings_from_the_command_line(tmp_path):
@@ -25,8 +26,10 @@ def test_settings_from_the_command_line(tmp_path):
     assert own == {"run": str(other), "model": "someone/model"}  # an unfinished checkpoint: no
     (folder / "mm_agrae.json").write_text(json.dumps({"sha256": {}}))
     settings = settings_for([str(run), str(other)])
-    own = {k: v for k, v in settings.models.items() if k not in embedded_models()}
-    assert own == {"run": str(folder), "run (2)": str(other)}
+    # One's own come first, and the first is what the demo opens with.
+    assert dict(settings.models) == {"run": str(folder), "run (2)": str(other)} | embedded_models()
+    assert list(settings.models)[:2] == ["run", "run (2)"]
+    assert RunLibrary(settings.runs).first() == "run"  # however new the embedded run's files are
 
 
 def test_a_folder_of_runs_is_shown_whole_and_a_wrong_path_is_an_error(tmp_path):
@@ -35,9 +38,16 @@ def test_a_folder_of_runs_is_shown_whole_and_a_wrong_path_is_an_error(tmp_path):
     settings = settings_for([str(tmp_path)])
     assert settings.runs == (tmp_path, *embedded_runs())
     assert dict(settings.models) == embedded_models()
+    (tmp_path / "more" / "of" / "them").mkdir(parents=True)
+    (tmp_path / "more" / "of" / "them" / "config.yaml").write_text("{}")
+    assert settings_for([str(tmp_path / "more")]).runs[0] == tmp_path / "more"  # as deep as the demo looks
     for path in (str(tmp_path / "b"), "no such", "a/b/c", "../x"):
         with pytest.raises(ConfigError, match="not a run folder, a checkpoint or a model id"):
             settings_for([path])
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "empty", tmp_path / "a" / "config.yaml"):
+        with pytest.raises(ConfigError, match="holds neither a run"):
+            settings_for([str(path)])
 
 
 def test_the_demo_is_private_by_default():

@@ -1,10 +1,13 @@
 import os
+import tempfile
 
 import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_tracked = tempfile.TemporaryDirectory()  # trackio reads it when it is imported, and keeps runs of earlier tests
+os.environ["TRACKIO_DIR"] = _tracked.name
 
 from mm_agrae.model.compat import prepare
 

@@ -8,7 +8,6 @@ other code makes another run.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -66,15 +65,15 @@ class Study(Section):
     """Laid over it, as on the command line: key=value, files, or names of shipped ones."""
     arms: dict[str, tuple[str, ...]] = Field(min_length=1)
     """Name -> what is laid over that for this arm. null leaves out an arm of the file below."""
-    vary: dict[str, tuple[Any, ...]] = Field(default={})
-    """Setting -> values: every arm is run with each, as arms of their own."""
     against: dict[str, str] = Field(default={})
     """Arm -> the arm that it is compared with. Not named: the first."""
     seeds: tuple[int, ...] = Field(min_length=1)
     evaluate: tuple[DataSource, ...] = ()
     """Sets that every run is evaluated on; empty: those of the config. The first is the main one."""
     ks: tuple[PositiveInt, ...] = (1, 4, 16, 64, 256)
-    """k of pass@k in tables; those above the number of samples are left out. Least and greatest count as main ones."""
+    """k of pass@k in tables; those above the number of samples are left out."""
+    main_ks: tuple[PositiveInt, ...] = (1, 16, 256)
+    """Those of them on whose differences a verdict is given."""
     quick: Quick = Quick()
 
     @model_validator(mode="after")
@@ -86,18 +85,8 @@ class Study(Section):
                 raise ValueError(f"arm {name!r} is not in arms; {nearest(name, self.arms)}")
         return self
 
-    def all_arms(self) -> dict[str, tuple[str, ...]]:
-        """Name -> settings, with those that `vary` makes."""
-        grid = [[f"{key}={value}" for value in values] for key, values in self.vary.items()]
-        return {
-            ", ".join([arm, *(re.sub(r"^[^=]*\.", "", each) for each in cell)]): (*settings, *cell)
-            for arm, settings in self.arms.items()
-            for cell in itertools.product(*grid)
-        }
-
     def compared_with(self, arm: str) -> str:
-        own, comma, rest = arm.partition(", ")
-        return f"{self.against.get(own, next(iter(self.arms)))}{comma}{rest}"
+        return self.against.get(arm, next(iter(self.arms)))
 
 
 def load(path: str | Path, *, quick: bool = False, overrides: Sequence[str] = ()) -> Study:
@@ -140,7 +129,7 @@ def runs_of(study: Study) -> list[Run]:
     sets = {"data": {"evaluate": [source.model_dump(exclude_unset=True) for source in study.evaluate]}}
     first: list[str | Mapping[str, Any]] = [sets if study.evaluate else {}, {"evaluate": {"before": False}}]
     runs = []
-    grid = [(None, START, ()), *((seed, *arm) for seed in study.seeds for arm in study.all_arms().items())]
+    grid = [(None, START, ()), *((seed, *arm) for seed in study.seeds for arm in study.arms.items())]
     for seed, arm, own in grid:
         settings = (*study.settings, *own)
         config = configs.load(study.config, [*first, *settings, {"run_dir": "-", "train": {"seed": seed or 0}}])

@@ -61,6 +61,9 @@ class StudyData:
         least = min(record["evaluations"][label]["samples"] for record in self.records)
         return [k for k in sorted(self.about["ks"]) if k <= least] or [1]
 
+    def main_ks(self, label: str) -> list[int]:
+        return [k for k in self.ks(label) if k in self.about["main_ks"]]
+
     def metrics(self, label: str) -> list[int | str]:
         """The k of pass@k, and "greedy"."""
         return [*self.ks(label), "greedy"]
@@ -74,9 +77,10 @@ def write_about(study: Study, runs: Sequence[Run], folder: Path) -> None:
         "question": study.question,
         "config": study.config,
         "settings": list(study.settings),
-        "arms": {arm: list(settings) for arm, settings in study.all_arms().items()},
-        "against": {arm: study.compared_with(arm) for arm in study.all_arms()},
+        "arms": {arm: list(settings) for arm, settings in study.arms.items()},
+        "against": {arm: study.compared_with(arm) for arm in study.arms},
         "ks": list(study.ks),
+        "main_ks": list(study.main_ks),
         "evaluate": [source.model_dump(exclude_unset=True) for source in study.evaluate],
         "runs": {run.title: run.digest for run in runs},
     }
@@ -124,7 +128,7 @@ def values_P(record: Record, label: str, k: int | str) -> np.ndarray:
 class Difference:
     """A mean difference with its 95 % interval, the two-sided p-value, seeds paired, and those with a gain.
 
-    `adjusted` is Holm's p-value among all main differences of a study; None for one that is none of them.
+    `adjusted` is Holm's p-value among the main differences of a study; None for one that is none of them.
     """
 
     mean: float
@@ -138,9 +142,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         if self.adjusted is None:
-            return ""
-        if self.seeds < FEWEST_SEEDS:
-            return "too few seeds"
+            return "too few seeds" if self.seeds < FEWEST_SEEDS else ""
         return ("more" if self.mean > 0 else "less") if self.adjusted < LEVEL else "cannot tell"
 
 
@@ -197,7 +199,7 @@ def holm(ps: Sequence[float]) -> list[float]:
 def differences(data: StudyData) -> dict[tuple[str, str, int | str], Difference]:
     """(arm, label, k or "greedy") -> its difference from the arm it is compared with, over the seeds both have.
 
-    The least and the greatest k of every set are the main differences; their p-values are adjusted together.
+    Main differences are those of `main_ks` with FEWEST_SEEDS or more; their p-values are adjusted together.
     """
     found: dict[tuple[str, str, int | str], Difference] = {}
     main = list[tuple[str, str, int | str]]()
@@ -210,7 +212,7 @@ def differences(data: StudyData) -> dict[tuple[str, str, int | str], Difference]
             gains = [values_P(own[seed], label, k) - values_P(other[seed], label, k) for seed in seeds]
             if np.isfinite(gains).all():  # else there was no greedy decoding
                 found[arm, label, k] = difference(np.array(gains))
-                main += [(arm, label, k)] * (k in (data.ks(label)[0], data.ks(label)[-1]))
+                main += [(arm, label, k)] * (k in data.main_ks(label) and len(seeds) >= FEWEST_SEEDS)
     for key, p in zip(main, holm([found[key].p for key in main]), strict=True):
         found[key] = replace(found[key], adjusted=p)
     return found

@@ -37,9 +37,8 @@ def test_tensorboard_gets_the_same_numbers(folder):
     assert [(e.step, e.value) for e in events.Scalars("reward/mean")] == [(1, 0.5), (2, 0.75)]
 
 
-def test_trackio_gets_the_same_numbers(folder, tmp_path, monkeypatch):
-    """Kept on this machine; the dashboard is not started."""
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
+def test_trackio_gets_the_same_numbers(folder):
+    """Kept on this machine, in a folder of conftest.py; the dashboard is not started."""
     trackio = pytest.importorskip("trackio")
     log = MetricLogger(folder, sinks=("trackio",), project="mine", config=configs.public(run_config(folder.path)))
     log.log(1, {"reward/mean": torch.tensor(0.5), "update/loss": math.nan})

@@ -6,14 +6,13 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-_tracked = tempfile.TemporaryDirectory()  # trackio reads it when it is imported, and keeps runs of earlier tests
-os.environ["TRACKIO_DIR"] = _tracked.name
 
 from mm_agrae.model.compat import prepare
 
 prepare()
 
-
+_tracked = tempfile.TemporaryDirectory()  # trackio reads it when it is imported, and keeps runs of earlier tests
+os.environ["TRACKIO_DIR"] = _tracked.name
 SLOW = os.environ.get("MM_AGRAE_SLOW", "0") != "0"
 
 

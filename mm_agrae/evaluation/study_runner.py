@@ -16,7 +16,7 @@ from mm_agrae import config as configs
 from mm_agrae.errors import RunFolderError
 from mm_agrae.evaluation.study import Run, code, record_of, write_record
 from mm_agrae.evaluation.study_statistics import read_record
-from mm_agrae.run.claim import Claim, claim
+from mm_agrae.run.claim import claim
 from mm_agrae.run.files import write_atomic
 from mm_agrae.run.folder import RunFolder
 
@@ -73,10 +73,9 @@ class Runner:
     def _carry_out(self, run: Run) -> None:
         if path := self._record(run):
             return self._say(run, f"{self.describe(path)} (recorded)")
-        held = claim(self.work / f"{run.name}-{self.code}.claim")
-        if held is None:
-            return self._say(run, "under way elsewhere")
-        with held:
+        with claim(self.work / f"{run.name}-{self.code}.lock") as held:
+            if held is None:
+                return self._say(run, "under way elsewhere")
             path = self._record(run) or self._do(run, held)  # it may have been done before the claim
         if path:
             self._say(run, self.describe(path))
@@ -86,7 +85,7 @@ class Runner:
             self._said += 1
             print(f"{self._said}/{len(self.runs)}  {run.title}: {text}", flush=True)
 
-    def _do(self, run: Run, held: Claim) -> Path | None:
+    def _do(self, run: Run, held: int) -> Path | None:
         """Run the command of a run, and keep its figures; None if it did not finish."""
         stem = f"{run.name}-{self.code}"
         folder, log, file = (self.work / f"{stem}{ending}" for ending in ("", ".log", ".yaml"))
@@ -100,12 +99,10 @@ class Runner:
             # In a session of its own: an interrupt in the terminal must reach it once, through us.
             process = subprocess.Popen(
                 [sys.executable, "-m", "mm_agrae.cli", *command],
-                stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                stdout=output, stderr=subprocess.STDOUT, start_new_session=True, pass_fds=[held],
                 env={"OMP_NUM_THREADS": "1"} | os.environ,
             )  # fmt: skip
             self._processes.add(process)
-        held.note(process.pid)
-        held.on_lost = process.terminate
         status = process.wait()
         with self._lock:
             self._processes.discard(process)

@@ -7,8 +7,10 @@ import pytest
 
 from mm_agrae.evaluation.study_statistics import (
     Difference,
+    StudyData,
     collapse,
     difference,
+    differences,
     holm,
     never_sampled,
     share_below_alpha,
@@ -74,7 +76,21 @@ def test_verdicts():
         return Difference(**{"mean": 0.1, "low": 0, "high": 1, "p": 0.01, "seeds": 10, "ahead": 9} | values).verdict
 
     assert [verdict(), verdict(adjusted=0.04), verdict(adjusted=0.04, mean=-0.1)] == ["", "more", "less"]
-    assert [verdict(adjusted=0.06), verdict(adjusted=0.0, seeds=9)] == ["cannot tell", "too few seeds"]
+    assert [verdict(adjusted=0.06), verdict(seeds=9)] == ["cannot tell", "too few seeds"]
+
+
+def test_only_arms_with_enough_seeds_are_judged():
+    """... and only their p-values are adjusted together, for the k that were named as main ones."""
+    found = {"grpo": [1, 2, 1, 2], "much": [3, 4, 3, 4], "same": [1, 2, 2, 1], "few": [4, 4, 4, 4]}
+    runs = {arm: {seed: record(own) for seed in range(2 if arm == "few" else 10)} for arm, own in found.items()}
+    about = {"arms": [*found], "against": dict.fromkeys(found, "grpo"), "ks": [1, 2, 4], "main_ks": [1, 4]}
+    judged = differences(StudyData(about, runs))
+    assert {(arm, k): each.verdict for (arm, _, k), each in judged.items()} == {
+        ("much", 1): "more", ("much", 2): "", ("much", 4): "cannot tell",
+        ("same", 1): "cannot tell", ("same", 2): "", ("same", 4): "cannot tell",
+        ("few", 1): "too few seeds", ("few", 2): "too few seeds", ("few", 4): "too few seeds",
+    }  # fmt: skip
+    assert judged["much", "test", 1].adjusted == pytest.approx(4 * judged["much", "test", 1].p)
 
 
 def test_values_of_problems():

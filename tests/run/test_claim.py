@@ -1,81 +1,80 @@
-"""Work that several processes find: one of them does it, and what a dead one left is taken over."""
+"""Work that several processes find: one of them does it, and what a dead one left is free."""
 
-import json
+import errno
+import fcntl
 import os
 import subprocess
 import sys
 import time
 
+import pytest
 from helpers import ROOT
 
-from mm_agrae.run import claim as claims
+from mm_agrae.errors import RunFolderError
 from mm_agrae.run.claim import claim
 
 RACE = """
 import sys, time
+from contextlib import ExitStack
 from pathlib import Path
 from mm_agrae.run.claim import claim
 work = Path(sys.argv[1])
 while not (work / "go").exists():
     time.sleep(0.001)
+stack = ExitStack()
 for number in range(40):
-    if (held := claim(work / "claims" / f"run{number}")):
-        held.__enter__()  # never released
-        print(number)
+    if stack.enter_context(claim(work / "claims" / f"run{number}")) is not None:
+        (work / f"done{number}.{sys.argv[2]}").touch()
+(work / f"end.{sys.argv[2]}").touch()
 time.sleep(300)
 """
 
 
-def wait_until(so):
-    deadline = time.monotonic() + 120
-    while not so():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+def free(path):
+    with claim(path) as held:
+        return held is not None
 
 
 def test_processes_that_race_share_the_work_out(tmp_path):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-c", RACE, str(tmp_path)]
-    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(4)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    racers = [
+        subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path), str(number)], env=environment)
+        for number in range(4)
+    ]
     time.sleep(1)
     (tmp_path / "go").touch()
-    wait_until(lambda: len(list(tmp_path.glob("claims/*.1"))) == 40)
-    assert [claim(tmp_path / "claims" / f"run{number}") for number in range(40)] == [None] * 40  # they live
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("end.*"))) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert sorted(file.stem for file in tmp_path.glob("done*")) == sorted(f"done{number}" for number in range(40))
+    claims = [tmp_path / "claims" / f"run{number}" for number in range(40)]
+    assert not any(map(free, claims))  # their owners live
     for racer in racers:
         racer.kill()
-    done = [int(line) for racer in racers for line in racer.communicate()[0].split()]
-    assert sorted(done) == list(range(40))
-    again = claim(tmp_path / "claims" / "run0")  # its owner is dead
-    assert again.number == 2
-    with again:
-        assert claim(tmp_path / "claims" / "run0") is None
-    assert list((tmp_path / "claims").glob("run0.*")) == []
+        racer.wait()
+    assert all(map(free, claims))
 
 
-def test_a_claim_of_another_machine_counts_until_its_heartbeat_stops(tmp_path, monkeypatch):
-    monkeypatch.setattr(claims, "HEARTBEAT_S", 0.05)
-    held = claim(tmp_path / "run")
-    lost = []
-    held.on_lost = lambda: lost.append(True)
-    held.file.write_text(json.dumps({"host": "elsewhere", "processes": [1]}))
-    with held:
-        os.utime(held.file, (0, 0))
-        wait_until(lambda: held.file.stat().st_mtime > 0)  # its heart beats
-        assert claim(tmp_path / "run") is None
-        monkeypatch.setattr(claims, "STALE_S", -60.0)
-        other = claim(tmp_path / "run")
-        wait_until(lambda: lost)
-        assert (other.number, lost) == (2, [True])
-    assert other.file.exists()  # the former owner leaves the claim of the new one alone
-
-
-def test_a_claim_stands_as_long_as_one_of_its_processes_lives(tmp_path):
-    held = claim(tmp_path / "run")
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    gone = subprocess.Popen([sys.executable, "-c", ""])
-    gone.wait()
-    content = json.loads(held.file.read_text())
-    for processes, free in (([gone.pid, child.pid], False), ([gone.pid], True)):
-        held.file.write_text(json.dumps(content | {"processes": processes}))
-        assert bool(claim(tmp_path / "run")) is free
+def test_a_claim_stands_as_long_as_a_child_lives(tmp_path):
+    with claim(tmp_path / "run") as held:
+        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[held])
+        assert not free(tmp_path / "run")
+    assert not free(tmp_path / "run")
     child.communicate(b"\n")
+    assert free(tmp_path / "run")
+
+
+def test_an_error_in_the_work_gives_it_back(tmp_path):
+    with pytest.raises(BlockingIOError), claim(tmp_path / "run"):
+        raise BlockingIOError
+    assert free(tmp_path / "run")
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RunFolderError, match=r"run: cannot be locked \(Operation not supported\).* choose a folder"):
+        free(tmp_path / "run")

@@ -192,27 +192,37 @@ def training(data: StudyData) -> Part:
     budget = min((r["curves"]["cpu_seconds"][-1] for arm in data.arms for r in data.runs[arm].values()), default=0.0)
 
     def cells(records: list[Record]) -> list[str]:
-        def ends(name: str) -> str:
+        def ends(name: str, show: Callable[[float], str] = number) -> str:
             curves = [np.array(r["curves"].get(name, [np.nan]), dtype=float) for r in records]
             first, last = ([float(c[p].mean()) for c in curves] for p in (slice(0, 10), slice(-10, None)))
-            return f"{_spread(first, number)} → {_spread(last, number)}"
+            return f"{_spread(first, show)} → {_spread(last, show)}"
 
         collapsed = sum(statistics.collapse(record) is not None for record in records)
         return [
             ends("entropy"),
             ends("omega"),
             _spread(map(statistics.share_below_alpha, records), _percent),
+            ends("unsolved", _percent),
             f"{collapsed} of {len(records)}",
             _spread((r["curves"]["cpu_seconds"][-1] for r in records), number),
             _spread((statistics.success_at(r, budget) for r in records), _percent),
         ]
 
     text = (
-        "Means over the first and the last ten steps. Collapsed: prompts without a correct completion became more "
-        f"frequent by {100 * statistics.COLLAPSE:.0f} points (means of {statistics.WINDOW} steps). At equal cost: "
-        f"correct training completions (%) after {budget:,.0f} CPU-seconds, the least that a run took."
+        "Means over the first and the last ten steps. Unsolved: prompts without a correct completion. Collapsed: they "
+        f"became more frequent by {100 * statistics.COLLAPSE:.0f} points (means of {statistics.WINDOW} steps). At "
+        f"equal cost: correct training completions (%) after {budget:,.0f} CPU-seconds, the least that a run took."
     )
-    header = ["arm", "entropy", "ω", "steps with ω < α (%)", "collapsed", "CPU-seconds", "correct at equal cost"]
+    header = [
+        "arm",
+        "entropy",
+        "ω",
+        "steps with ω < α (%)",
+        "unsolved (%)",
+        "collapsed",
+        "CPU-seconds",
+        "correct at equal cost",
+    ]
     return "In training", text, header, _by_arm(data, cells, start=False)
 
 
@@ -258,7 +268,12 @@ def figures(data: StudyData) -> dict[str, Html]:
             lines.append(replace(looks[arm], points=[(k, float(np.mean(values))) for k, values in means]))
         name = re.sub(r"\W+", "_", f"pass_at_k_{label}")
         drawn[name] = plot(f"pass@k, {label}", lines, x_name="k", shares=True, log2=True)
-    curves = {"success": "Correct completions", "entropy": "Entropy (nats)", "omega": "ω"}
+    curves = {
+        "success": "Correct completions",
+        "entropy": "Entropy (nats)",
+        "omega": "ω",
+        "unsolved": "Unsolved prompts",
+    }
     for name, along in (*((name, "step") for name in curves), ("success", "cpu_seconds")):
         lines = []
         for arm in data.arms:

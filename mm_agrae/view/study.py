@@ -70,7 +70,7 @@ def write_results(studies: Path, path: Path) -> Path:
         for title, text, header, rows in parts(data):
             lines += [f"### {title} ({data.about['name']})", text, markdown(header, rows)]
         lines += [f"![{name}]({where}/{name}.svg)" for name in figures(data)]
-        lines.append(f"Each run, and all figures on one page: `{where}/index.html`.")
+        lines.append(f"Each run, and all figures on one page: `{where}/index.html`, made by `mm-agrae study`.")
     write_atomic(path, "\n\n".join(filter(None, lines)) + "\n")
     return path
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from mm_agrae import config as configs
 from mm_agrae.errors import RunFolderError
 from mm_agrae.evaluation.study import Run, code, record_of, write_record
-from mm_agrae.evaluation.study_statistics import read_record
 from mm_agrae.run.claim import claim
 from mm_agrae.run.files import write_atomic
 from mm_agrae.run.folder import RunFolder
@@ -60,15 +59,9 @@ class Runner:
                         process.terminate()
 
     def _record(self, run: Run) -> Path | None:
-        """That of the study, else one of the same run in a study beside it, of which it gets a copy."""
+        """That of the run, made by this study or by one beside it."""
         code = "*" if self.any_code else self.code
-        own = max(self.data.glob(f"{run.name}-{code}.json"), default=None)
-        other = max(self.data.parent.parent.glob(f"*/data/*-{run.digest}-{code}.json"), default=None)
-        if own or not other:
-            return own
-        path = self.data / f"{run.name}-{other.stem.rpartition('-')[2]}.json"
-        write_record(read_record(other) | {"arm": run.arm}, path)
-        return path
+        return max(self.data.parent.parent.glob(f"*/data/*-{run.digest}-{code}.json"), default=None)
 
     def _carry_out(self, run: Run) -> None:
         if path := self._record(run):

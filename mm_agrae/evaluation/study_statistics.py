@@ -32,13 +32,13 @@ Record = Mapping[str, Any]
 
 @dataclass
 class StudyData:
-    """What lies in the folder of a study: `study.json`, and the records, `data/*.json`."""
+    """What `study.json` says, and the records of its runs, `data/*.json` of this study and those beside it."""
 
     about: dict[str, Any]
     runs: dict[str, dict[int | None, Record]]
     """Arm -> seed -> record."""
     other: int = 0
-    """Records of other settings than those in study.json, which are left out."""
+    """Records in its own folder of other settings than those in study.json, which are left out."""
 
     @property
     def start(self) -> Record | None:
@@ -82,7 +82,7 @@ def write_about(study: Study, runs: Sequence[Run], folder: Path) -> None:
         "ks": list(study.ks),
         "main_ks": list(study.main_ks),
         "evaluate": [source.model_dump(exclude_unset=True) for source in study.evaluate],
-        "runs": {run.title: run.digest for run in runs},
+        "runs": [[run.arm, run.seed, run.digest] for run in runs],
     }
     write_atomic(folder / "study.json", to_json(about, indent=1) + "\n")
 
@@ -90,15 +90,15 @@ def write_about(study: Study, runs: Sequence[Run], folder: Path) -> None:
 def read_study(folder: Path) -> StudyData:
     """Raises RunFolderError for a file that is damaged, or records of one study on other problems."""
     about = read_record(folder / "study.json")
-    data = StudyData(about, {})
-    wanted = set(about["runs"].values())
-    for record in sorted(
-        map(read_record, (folder / "data").glob("*.json")), key=lambda r: r["versions"].get("created", "")
-    ):
-        if record["config"] not in wanted:
-            data.other += 1
-            continue
-        data.runs.setdefault(record["arm"], {})[record["seed"]] = record  # the latest, if several codes made it
+    wanted = {digest for _, _, digest in about["runs"]}
+    paths = [(path.stem.split("-")[-2], path) for path in folder.parent.glob("*/data/*-*-*.json")]
+    records = [read_record(path) for digest, path in paths if digest in wanted]
+    records.sort(key=lambda record: record["versions"].get("created", ""))
+    of_digest = {record["config"]: record for record in records}  # the latest, if several codes made it
+    data = StudyData(about, {}, sum(path.parent.parent == folder and digest not in wanted for digest, path in paths))
+    for arm, seed, digest in about["runs"]:
+        if digest in of_digest:
+            data.runs.setdefault(arm, {})[seed] = of_digest[digest] | {"arm": arm}
     for label in data.labels:
         if len({record["evaluations"][label]["problems"] for record in data.records}) > 1:
             raise RunFolderError(f"{folder}: the records hold different problems of {label}; delete those of one kind")
@@ -141,8 +141,9 @@ class Difference:
 
     @property
     def verdict(self) -> str:
+        """Empty if it is no main difference."""
         if self.adjusted is None:
-            return "too few seeds" if self.seeds < FEWEST_SEEDS else ""
+            return ""
         return ("more" if self.mean > 0 else "less") if self.adjusted < LEVEL else "cannot tell"
 
 
@@ -152,6 +153,7 @@ def difference(gain_SP: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -
     Both are drawn independently, as the question is how it would be with other seeds on other problems. That counts
     chance in single cells thrice, and few seeds not enough: the resamples are spread about their mean to the unbiased
     variance of a crossed design, and by what Student's t of S − 1 degrees of freedom has over the normal distribution.
+    The interval is symmetric (Hall 1988): of few gains, all of one sign, no resample lies on the other side.
     Of one seed or one problem the interval is unbounded.
     """
     (seeds, problems), mean, ahead = gain_SP.shape, float(gain_SP.mean()), int((gain_SP.mean(1) > 1e-12).sum())
@@ -163,9 +165,9 @@ def difference(gain_SP: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -
     off_B = ((seeds_BS @ gain_SP) * problems_BP).sum(1) - mean
     if (spread := math.sqrt((off_B**2).mean())) > 1e-12:
         off_B *= math.sqrt(_variance(gain_SP)) / spread * student_quantile(seeds - 1) / 1.959964
-    low, high = np.percentile(mean + off_B, [2.5, 97.5])
-    tail = min((mean + off_B <= 1e-12).sum(), (mean + off_B >= -1e-12).sum())
-    return Difference(mean, float(low), float(high), min(1.0, 2 * (tail + 1) / (resamples + 1)), seeds, ahead)
+    half = float(np.percentile(np.abs(off_B), 95))
+    beyond = int((np.abs(off_B) >= abs(mean) - 1e-12).sum())
+    return Difference(mean, mean - half, mean + half, (beyond + 1) / (resamples + 1), seeds, ahead)
 
 
 def _variance(gain_SP: np.ndarray) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -98,8 +99,8 @@ def _facts(data: StudyData) -> str:
         if found := sorted({str({**r["versions"], "code": r["code"]}.get(name, "?")) for r in data.records}):
             told.append(f"{name} {' and '.join(found)}")
     held = {record["config"] for record in data.records}
-    if missing := [title for title, digest in data.about["runs"].items() if digest not in held]:
-        told.append(f"not run yet: {len(missing)} ({', '.join(missing[:6])}{' …' if len(missing) > 6 else ''})")
+    if missing := Counter(arm for arm, _, digest in data.about["runs"] if digest not in held):
+        told.append(f"not run yet: {missing.total()} ({', '.join(f'{arm} {n}' for arm, n in missing.items())})")
     if data.other:
         told.append(f"{data.other} records of other settings left out")
     return "; ".join(told) + "."
@@ -145,18 +146,26 @@ def means(data: StudyData, label: str) -> Part:
 
 def differences_of(data: StudyData, label: str, found: dict[Any, statistics.Difference]) -> Part:
     rows = []
-    for (arm, of, k), each in found.items():
-        if of == label:
-            p = "" if each.adjusted is None else f"{each.adjusted:.2g}"
-            pair, metric = f"{arm} − {data.about['against'][arm]}", f"pass@{k}" if isinstance(k, int) else k
-            interval, ahead = f"{_points(each.low)} to {_points(each.high)}", f"{each.ahead} of {each.seeds}"
-            rows.append([pair, metric, _points(each.mean), interval, ahead, p, each.verdict])
+    for arm in data.arms:
+        of_k = {k: each for (name, of, k), each in found.items() if (name, of) == (arm, label)}
+        if not of_k:
+            continue
+        judged = {k: each for k, each in of_k.items() if each.adjusted is not None}
+        known = {k: each for k, each in judged.items() if each.verdict != "cannot tell"}
+        told = [f"{each.verdict} at pass@{k} (p {each.adjusted:.2g})" for k, each in known.items()]
+        told = told or ["cannot tell" if judged else "too few seeds"]
+        cells = [
+            f"{_points(each.mean)} [{_points(each.low)}, {_points(each.high)}] {each.ahead}/{each.seeds}"
+            for each in of_k.values()
+        ]
+        missing = ["–"] * (len(data.metrics(label)) - len(cells))  # greedy, the last
+        rows.append([f"{arm} − {data.about['against'][arm]}", *cells, *missing, "; ".join(told)])
     text = (
-        "Points, paired by seed and problem, with 95 % intervals over seeds and problems. A difference counts as one "
-        "(more, less) if p, adjusted for all main differences of the study (Holm), is below "
-        f"{statistics.LEVEL} and there are {statistics.FEWEST_SEEDS} seeds or more."
+        "Points, paired by seed and problem, with 95 % intervals over seeds and problems, and the seeds ahead. Main "
+        f"differences, of arms with {statistics.FEWEST_SEEDS} seeds or more, have a verdict: more or less if p, "
+        f"adjusted for all of them in the study (Holm), is below {statistics.LEVEL}."
     )
-    header = ["arms", "metric", "difference", "interval", "seeds ahead", "p", "verdict"]
+    header = ["arms", *(f"pass@{k}" for k in data.ks(label)), "greedy", "verdict"]
     return f"Differences: {label}", text, header, rows
 
 

@@ -14,7 +14,7 @@ from typing import Any
 LIMITS = {
     "top modules": 12,
     "top folders": 11,
-    "package lines": 27_150,
+    "package lines": 27_200,
     "longest file": 500,
     "median file": 250,
     "functions above 70 lines": 0,

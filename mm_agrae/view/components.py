@@ -129,16 +129,16 @@ def series(metrics: Sequence[Record], key: str) -> Points:
     return points
 
 
-def interval_line(label: str, found: Sequence[tuple[float, Interval]], color: int, dashed: bool = False) -> Line:
+def interval_line(label: str, found: Sequence[tuple[float, Interval]], color: int, dash: str = "") -> Line:
     """A curve of means, with their intervals as its band."""
     band = [(x, interval.low, interval.high) for x, interval in found]
-    return Line(label, [(x, interval.mean) for x, interval in found], band, color, dashed)
+    return Line(label, [(x, interval.mean) for x, interval in found], band, color, dash)
 
 
 def pass_at_k_plot(results: Sequence[tuple[str, EvaluationResult, int]]) -> Html:
     """One curve for each (name, result, colour); evaluations before training are dashed."""
     lines = [
-        interval_line(name, sorted(r.pass_at_k.items()), color, dashed=r.name == "before")
+        interval_line(name, sorted(r.pass_at_k.items()), color, "dashed" * (r.name == "before"))
         for name, r, color in results
     ]
     caption = "the chance that at least one of k samples is correct"

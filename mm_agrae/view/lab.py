@@ -182,7 +182,7 @@ def _plot(setting: Setting, title: str, now: dict[str, list[float]], grpo: list[
 
 def _beside_grpo(setting: Setting, points: Points, grpo: Points) -> list[Line]:
     lines = [Line(setting.rule, points, color=0)]
-    return lines if setting.rule == "grpo" else [*lines, Line("grpo", grpo, color=1, dashed=True)]
+    return lines if setting.rule == "grpo" else [*lines, Line("grpo", grpo, color=1, dash="dashed")]
 
 
 def world_table(setting: Setting) -> Html:

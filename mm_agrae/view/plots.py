@@ -6,7 +6,7 @@ dark mode (colours come from `components.css`) and add only a few kilobytes to a
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mm_agrae.view.page import Html, el, number, percent
@@ -18,6 +18,7 @@ MAX_DOTS = 40  # curves with more points get no dots with tooltips
 MIN_SMOOTHED = 20  # shorter curves are not smoothed unless `reach` is given
 WIDTH, HEIGHT = 440.0, 220.0
 LEFT, RIGHT, TOP, BOTTOM = 46.0, 10.0, 10.0, 24.0
+NAMES = 150.0  # the width of the names beside intervals
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,13 @@ class Line:
     points: Points
     band: Sequence[tuple[float, float, float]] = ()
     color: int = 0
-    dashed: bool = False
+    dash: str = ""
+    """"dashed" or "dotted"; else drawn through."""
     value: str = ""
 
     @property
     def css(self) -> str:
-        return f"c{self.color % 8}" + (" dashed" if self.dashed else "")
+        return f"c{self.color % 8} {self.dash}".rstrip()
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,37 @@ def plot(
         el("figcaption", el("b", title), el("span", note, class_="muted small")),
         el("svg", *marks, viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}", role="img", aria_label=text),
         _legend(lines),
+    )
+
+
+def interval_plot(
+    title: str, panels: Sequence[str], rows: Mapping[str, Sequence[Sequence[float]]], *, note: str = ""
+) -> Html:
+    """A figure of (mean, low, high) beside 0: a line for each row's name, a column for each panel.
+
+    All have one scale, on which every mean and most intervals can be seen; what reaches beyond it is cut.
+    """
+    found = [each for row in rows.values() for each in row]
+    bounds = sorted(max(map(abs, ends)) for _, *ends in found)
+    usual = bounds[len(bounds) * 3 // 4]
+    reach = max(1e-12, *(abs(mean) for mean, *_ in found), usual if usual < math.inf else 0.0)
+    width, bottom = (WIDTH - NAMES) / len(panels), 26.0 + 15 * len(rows)
+    marks = [_text(name, 0, 30 + 15 * line, "start") for line, name in enumerate(rows)]
+    for column, panel in enumerate(panels):
+        zero = NAMES + (column + 0.5) * width
+        marks += [_text(panel, zero, 12, "middle"), _path([(zero, 18), (zero, bottom)], "mark")]
+        for line, (name, row) in enumerate(rows.items()):
+            mean, *ends = (zero + max(-1.0, min(x / reach, 1.0)) * (width / 2 - 8) for x in row[column])
+            y, told = 26 + 15 * line, ", ".join(map(number, row[column]))
+            marks.append(_path([(x, y) for x in ends], f"c{column} line"))
+            dot = el("title", f"{name}, {panel}: {told}")
+            marks.append(el("circle", dot, cx=f"{mean:.1f}", cy=y, r="3.5", class_=f"c{column} dot"))
+        for x, sign in ((-1, "-"), (1, "+")):
+            marks.append(_text(f"{sign}{reach:.2g}", zero + x * (width / 2 - 16), bottom + 14, "middle"))
+    return el(
+        "figure",
+        el("figcaption", el("b", title), el("span", note, class_="muted small")),
+        el("svg", *marks, viewBox=f"0 0 {WIDTH:g} {bottom + 20:g}", role="img", aria_label=title),
     )
 
 

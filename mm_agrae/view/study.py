@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from mm_agrae.evaluation.study_runner import Runner
 from mm_agrae.evaluation.study_statistics import Record, StudyData
 from mm_agrae.run.files import write_atomic
 from mm_agrae.view.page import Html, duration, el, fold, join, note, number, page, stylesheet, table
-from mm_agrae.view.plots import Line, plot, thin
+from mm_agrae.view.plots import Line, interval_plot, plot, thin
 
 Part = tuple[str, str, list[str], list[list[str]]]
 """A table: title, text, header, rows."""
+Differences = Mapping[tuple[str, str, int | str], statistics.Difference]
+DASHES = "", "dashed", "dotted"
 
 
 def carry_out(options: argparse.Namespace) -> int:
@@ -44,12 +46,15 @@ def carry_out(options: argparse.Namespace) -> int:
 def write_study(folder: Path) -> Path:
     """Write index.html and the figures into a study's folder. Raises RunFolderError for damaged records."""
     data = statistics.read_study(folder)
-    drawn = figures(data)
+    differences = statistics.differences(data)
+    drawn = figures(data, differences)
     for name, figure in drawn.items():
         write_atomic(folder / f"{name}.svg", standalone(figure))
     head = el("header", el("h1", data.about["title"]), el("p", data.about["question"]), note(_facts(data)))
     sections: list[tuple[str, Html | None]] = [("Figures", el("div", *drawn.values(), class_="plots"))]
-    sections += [(title, join([note(text), table(header, rows)])) for title, text, header, rows in parts(data)]
+    sections += [
+        (title, join([note(text), table(header, rows)])) for title, text, header, rows in parts(data, differences)
+    ]
     sections += [
         ("Each run", fold("Every run", table(*each_run(data)))),
         ("Setup", el("pre", *(f"{name}: {value}\n" for name, value in data.about.items()))),
@@ -67,10 +72,11 @@ def write_results(studies: Path, path: Path) -> Path:
     lines += [] if folders else ["No study has been run yet."]
     for folder in folders:
         data, where = statistics.read_study(folder), f"{studies.name}/{folder.name}"
+        differences = statistics.differences(data)
         lines += [f"## {data.about['title']}", data.about["question"], _facts(data)]
-        for title, text, header, rows in parts(data):
+        for title, text, header, rows in parts(data, differences):
             lines += [f"### {title} ({data.about['name']})", text, markdown(header, rows)]
-        lines += [f"![{name}]({where}/{name}.svg)" for name in figures(data)]
+        lines += [f"![{name}]({where}/{name}.svg)" for name in figures(data, differences)]
         lines.append(f"Each run, and all figures on one page: `{where}/index.html`, made by `mm-agrae study`.")
     write_atomic(path, "\n\n".join(filter(None, lines)) + "\n")
     return path
@@ -109,9 +115,8 @@ def _facts(data: StudyData) -> str:
 # ------------------------------------------------------------------------------- tables
 
 
-def parts(data: StudyData) -> list[Part]:
+def parts(data: StudyData, differences: Differences) -> list[Part]:
     """Every table of a study for which there are records."""
-    differences = statistics.differences(data)
     found = []
     for label in data.labels:
         found += [means(data, label), differences_of(data, label, differences), families(data, label)]
@@ -144,7 +149,11 @@ def means(data: StudyData, label: str) -> Part:
     return f"After training: {label}", text, header, _by_arm(data, cells)
 
 
-def differences_of(data: StudyData, label: str, found: dict[Any, statistics.Difference]) -> Part:
+def _pair(data: StudyData, arm: str) -> str:
+    return f"{arm} − {data.about['against'][arm]}"
+
+
+def differences_of(data: StudyData, label: str, found: Differences) -> Part:
     rows = []
     for arm in data.arms:
         of_k = {k: each for (name, of, k), each in found.items() if (name, of) == (arm, label)}
@@ -159,7 +168,7 @@ def differences_of(data: StudyData, label: str, found: dict[Any, statistics.Diff
             for each in of_k.values()
         ]
         missing = ["–"] * (len(data.metrics(label)) - len(cells))  # greedy, the last
-        rows.append([f"{arm} − {data.about['against'][arm]}", *cells, *missing, "; ".join(told)])
+        rows.append([_pair(data, arm), *cells, *missing, "; ".join(told)])
     text = (
         "Points, paired by seed and problem, with 95 % intervals over seeds and problems, and the seeds ahead. Main "
         f"differences, of arms with {statistics.FEWEST_SEEDS} seeds or more, have a verdict: more or less if p, "
@@ -266,10 +275,10 @@ def _points(value: float) -> str:
 # ------------------------------------------------------------------------------- figures
 
 
-def figures(data: StudyData) -> dict[str, Html]:
+def figures(data: StudyData, differences: Differences) -> dict[str, Html]:
     """Name -> figure: pass@k of each set, and curves of training, as means over seeds."""
     drawn, arms = {}, [*data.arms, *[START] * (START in data.runs)]
-    looks = {arm: Line(arm, (), color=i % 7, dashed=i >= 7) for i, arm in enumerate(arms)}
+    looks = {arm: Line(arm, (), color=i % 7, dash=DASHES[i // 7 % 3]) for i, arm in enumerate(arms)}
     for label in data.labels:
         lines = []
         for arm in arms:
@@ -277,6 +286,14 @@ def figures(data: StudyData) -> dict[str, Html]:
             lines.append(replace(looks[arm], points=[(k, float(np.mean(values))) for k, values in means]))
         name = re.sub(r"\W+", "_", f"pass_at_k_{label}")
         drawn[name] = plot(f"pass@k, {label}", lines, x_name="k", shares=True, log2=True)
+        ks, rows = data.main_ks(label), {}
+        for arm in data.arms:
+            if all((arm, label, k) in differences for k in ks):
+                own = (differences[arm, label, k] for k in ks)
+                rows[_pair(data, arm)] = [[100 * d.mean, 100 * d.low, 100 * d.high] for d in own]
+        if ks and rows:
+            panels, told = [f"pass@{k}" for k in ks], "points, with 95 % intervals"
+            drawn[f"differences_{name[10:]}"] = interval_plot(f"Differences, {label}", panels, rows, note=told)
     curves = {
         "success": "Correct completions",
         "entropy": "Entropy (nats)",

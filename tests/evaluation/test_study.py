@@ -128,7 +128,13 @@ def test_pages_from_records_alone(tmp_path):
     assert "7 runs recorded; mm_agrae ?; torch 2.13.0" in text
     assert "<svg" in page
     assert "+25.0" in page
-    for figure in ("pass_at_k_test", "success_by_step", "entropy_by_step", "success_by_cpu_seconds"):
+    for figure in (
+        "pass_at_k_test",
+        "differences_test",
+        "success_by_step",
+        "entropy_by_step",
+        "success_by_cpu_seconds",
+    ):
         assert f"![{figure}](studies/tiny/{figure}.svg)" in text
         xml.dom.minidom.parse(str(folder / f"{figure}.svg"))
 

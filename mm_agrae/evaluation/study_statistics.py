@@ -90,7 +90,10 @@ def write_about(study: Study, runs: Sequence[Run], folder: Path) -> None:
 def read_study(folder: Path) -> StudyData:
     """Raises RunFolderError for a file that is damaged, or records of one study on other problems."""
     about = read_record(folder / "study.json")
-    wanted = {digest for _, _, digest in about["runs"]}
+    try:
+        wanted = {digest for _, _, digest in about["runs"]}
+    except (KeyError, ValueError):
+        raise RunFolderError(f"{folder}/study.json: of another version; run the study again, its records stay") from None
     paths = [(path.stem.split("-")[-2], path) for path in folder.parent.glob("*/data/*-*-*.json")]
     records = [read_record(path) for digest, path in paths if digest in wanted]
     records.sort(key=lambda record: record["versions"].get("created", ""))

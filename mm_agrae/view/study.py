@@ -284,8 +284,8 @@ def figures(data: StudyData, differences: Differences) -> dict[str, Html]:
         for arm in arms:
             means = ((k, [_mean(r, label, k) for r in data.runs[arm].values()]) for k in data.ks(label))
             lines.append(replace(looks[arm], points=[(k, float(np.mean(values))) for k, values in means]))
-        name = re.sub(r"\W+", "_", f"pass_at_k_{label}")
-        drawn[name] = plot(f"pass@k, {label}", lines, x_name="k", shares=True, log2=True)
+        name = re.sub(r"\W+", "_", label)
+        drawn[f"pass_at_k_{name}"] = plot(f"pass@k, {label}", lines, x_name="k", shares=True, log2=True)
         ks, rows = data.main_ks(label), {}
         for arm in data.arms:
             if all((arm, label, k) in differences for k in ks):
@@ -293,7 +293,7 @@ def figures(data: StudyData, differences: Differences) -> dict[str, Html]:
                 rows[_pair(data, arm)] = [[100 * d.mean, 100 * d.low, 100 * d.high] for d in own]
         if ks and rows:
             panels, told = [f"pass@{k}" for k in ks], "points, with 95 % intervals"
-            drawn[f"differences_{name[10:]}"] = interval_plot(f"Differences, {label}", panels, rows, note=told)
+            drawn[f"differences_{name}"] = interval_plot(f"Differences, {label}", panels, rows, note=told)
     curves = {
         "success": "Correct completions",
         "entropy": "Entropy (nats)",

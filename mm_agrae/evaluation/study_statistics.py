@@ -93,7 +93,7 @@ def read_study(folder: Path) -> StudyData:
     try:
         wanted = {digest for _, _, digest in about["runs"]}
     except (KeyError, ValueError):
-        raise RunFolderError(f"{folder}/study.json: of another version; run the study again; records stay") from None
+        raise RunFolderError(f"{folder}/study.json is of another version; run the study anew (records stay)") from None
     paths = [(path.stem.split("-")[-2], path) for path in folder.parent.glob("*/data/*-*-*.json")]
     records = [read_record(path) for digest, path in paths if digest in wanted]
     records.sort(key=lambda record: record["versions"].get("created", ""))

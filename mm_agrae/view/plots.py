@@ -139,7 +139,7 @@ def interval_plot(
     found = [each for row in rows.values() for each in row]
     bounds = sorted(max(map(abs, ends)) for _, *ends in found)
     usual = bounds[len(bounds) * 3 // 4]
-    reach = max(1e-12, *(abs(mean) for mean, *_ in found), usual if usual < math.inf else 0.0)
+    reach = max(*(abs(mean) for mean, *_ in found), usual if usual < math.inf else 0.0) or 1.0
     width, bottom = (WIDTH - NAMES) / len(panels), 26.0 + 15 * len(rows)
     marks = [_text(name, 0, 30 + 15 * line, "start") for line, name in enumerate(rows)]
     for column, panel in enumerate(panels):

@@ -156,7 +156,7 @@ def test_records_that_are_missing_of_other_settings_or_damaged(tmp_path):
     with pytest.raises(RunFolderError, match="hold different problems of test"):
         read_study(folder)
     (folder / "study.json").write_text('{"runs": {"grpo, seed 0": "0123456789"}}')
-    with pytest.raises(RunFolderError, match=r"study\.json: of another version; run the study again"):
+    with pytest.raises(RunFolderError, match=r"study\.json is of another version; run the study anew"):
         read_study(folder)
 
 
